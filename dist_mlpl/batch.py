@@ -1,0 +1,94 @@
+"""Owns the tuples that travel between rooms: a batch in, a step's output out, and where the run stands.
+
+They are named tuples because DeepSpeed's hooks look inside tuples, lists and dicts and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch (or a micro-batch of it). None where a run has no such thing."""
+
+    images: Tensor  # (B, 3, H, W) float32, normalised if the config says so
+    targets: Tensor  # (B, C) int8, human labels after the view: -1 absent, 0 unknown, +1 present
+    pseudo_targets: Tensor | None  # (B, C) int8, beliefs of this round, same code
+    soft_targets: Tensor | None  # (B, C) float32 in [0, 1], probability of presence
+    index: Tensor  # type: ignore[assignment]  # (B,) int64, position in the manifest's split; -1 on padding
+    crop: Tensor  # (B, 4) float32 in [0, 1], (left, top, width, height) as fractions of the full image
+    flipped: Tensor  # (B,) bool, mirrored left to right after the crop
+    valid: Tensor  # (B,) bool, False for padding and undecodable samples
+
+    @property
+    def num_images(self) -> int:
+        """B, padding included."""
+        return int(self.valid.shape[0])
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop) as a batch of their own; views, not copies."""
+        return Batch._make(None if field is None else field[start:stop] for field in self)
+
+    def to(self, device: torch.device) -> Batch:
+        """Every field on `device`, without waiting for the copy."""
+        return Batch._make(None if field is None else field.to(device, non_blocking=True) for field in self)
+
+
+class StepOutput(NamedTuple):
+    """What a method's forward returns, and the engine after a whole step."""
+
+    loss: Tensor  # () float32; see `Method.forward` for its scale
+    terms: dict[str, Tensor]  # weighted loss terms by name, each (); their sum is `loss`
+    logits: Tensor  # (B, C) float32
+    extras: dict[str, Any]  # the method's own: what `observe` or a reader needs; tensors are detached
+
+
+@dataclass(frozen=True, slots=True)
+class RunLength:
+    """How long a run is; turns a position into a fraction of the whole.
+
+    Args:
+        num_epochs: epochs of the whole run.
+        num_samples: samples of one epoch (of the train split), N.
+    """
+
+    num_epochs: int
+    num_samples: int
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run, the length that schedules are stretched over."""
+        return self.num_epochs * self.num_samples
+
+    def samples_seen(self, epoch: int, samples_consumed: int) -> int:
+        """Samples from the start of the run to this position."""
+        return epoch * self.num_samples + samples_consumed
+
+
+class Progress(NamedTuple):
+    """Where a run stands. (epoch, samples_consumed) is the position; the rest follows or names a version."""
+
+    epoch: int = 0  # epochs finished
+    samples_consumed: int = 0  # samples of this epoch's order already trained on
+    step: int = 0  # updates since the run began, over all attempts
+    round: int = 0  # committed relabelling round whose overlay is in force; 0 is none
+    fraction: float = 0.0  # of the whole run, in [0, 1]
+
+    def next(self, num_samples: int, length: RunLength) -> Progress:
+        """The position one update of `num_samples` samples later."""
+        consumed = self.samples_consumed + num_samples
+        fraction = length.samples_seen(self.epoch, consumed) / length.total_samples
+        return self._replace(samples_consumed=consumed, step=self.step + 1, fraction=min(1.0, fraction))
+
+    def next_epoch(self, length: RunLength) -> Progress:
+        """The first position of the following epoch; the step count goes on."""
+        fraction = (self.epoch + 1) / length.num_epochs
+        return self._replace(epoch=self.epoch + 1, samples_consumed=0, fraction=min(1.0, fraction))
+
+    def due(self, every_steps: int | None) -> bool:
+        """True when `every_steps` updates have passed since the last multiple of it; never with None."""
+        return every_steps is not None and self.step > 0 and self.step % every_steps == 0

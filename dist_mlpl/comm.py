@@ -1,0 +1,106 @@
+"""Owns communication between ranks after start-up: each verb is the identity on one rank.
+
+Tensors are moved on the device they live on, so the caller chooses NCCL or gloo by where its tensor is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Ranks of the process group, 1 when there is none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank, 0 when there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place.
+
+    Collective: all ranks, one all-reduce of the tensor's bytes.
+
+    Args:
+        tensor: any shape, same on every rank.
+
+    Returns:
+        The same tensor, holding the sum on every rank.
+    """
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def reduce_max(tensor: Tensor) -> Tensor:
+    """Largest value over ranks, in place.
+
+    Collective: all ranks, one all-reduce of the tensor's bytes.
+    """
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank. For small control data.
+
+    Collective: all ranks, one gather of pickles.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate rows of different number from every rank, in rank order, on every rank.
+
+    Collective: all ranks; the row counts, then one all-gather padded to the longest.
+
+    Args:
+        rows: (n_r, ...) with n_r free and the other dimensions equal on every rank.
+
+    Returns:
+        (sum of n_r, ...).
+    """
+    if world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def broadcast_object(value: T, *, source: int = 0) -> T:
+    """The picklable value of rank `source`, on every rank: one rank decides, the others follow.
+
+    Collective: all ranks, one broadcast of a pickle.
+    """
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for every rank.
+
+    Collective: all ranks.
+    """
+    if world_size() > 1:
+        dist.barrier()

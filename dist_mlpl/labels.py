@@ -1,0 +1,90 @@
+"""Owns the one label code (-1 absent, 0 unknown, +1 present) and the converters at its border."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl.errors import LabelCodeError
+
+ABSENT, UNKNOWN, PRESENT = -1, 0, 1
+CODES = (ABSENT, UNKNOWN, PRESENT)
+
+Targets = npt.NDArray[np.int8]
+Unlisted = Literal["absent", "unknown"]
+
+
+def check_codes(targets: npt.NDArray, *, where: str) -> Targets:
+    """Assert that every entry is -1, 0 or +1 and return the array as int8.
+
+    Args:
+        targets: any shape, any numeric type.
+        where: what the array is, for the message.
+
+    Raises:
+        LabelCodeError: naming the first offending value and its position.
+    """
+    values = np.asarray(targets)
+    bad = ~np.isin(values, CODES)
+    if bad.any():
+        position = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise LabelCodeError(
+            f"label value {values[position]!r} at {position}",
+            expected="-1 (absent), 0 (unknown) or +1 (present)",
+            where=where,
+            next_step="convert at the border with dist_mlpl.labels.from_one_zero, from_nan or from_confidence",
+        )
+    return values.astype(np.int8)
+
+
+def from_one_zero(values: npt.NDArray, *, zero: Unlisted, where: str = "labels") -> Targets:
+    """Convert {1, 0, -1} codes whose zero means `absent` (CSL: -1 unknown) or `unknown` (SST, Durand: -1 absent).
+
+    The two conventions share their alphabet, so the meaning of zero has no default: choosing it wrong
+    trains happily on wrong labels.
+
+    Args:
+        values: any shape, entries in {-1, 0, 1}.
+        zero: what 0 means in the source.
+    """
+    codes = check_codes(values, where=where)
+    if zero == "unknown":
+        return codes
+    return np.where(codes == 1, PRESENT, np.where(codes == 0, ABSENT, UNKNOWN)).astype(np.int8)
+
+
+def from_nan(values: npt.NDArray, *, where: str = "labels") -> Targets:
+    """Convert {1.0 present, 0.0 absent, NaN unknown} (mlcpl's convention) to the one code."""
+    known = ~np.isnan(values)
+    inner = np.where(known, np.nan_to_num(values), -1)
+    return from_one_zero(inner, zero="absent", where=where)
+
+
+def from_confidence(confidences: npt.NDArray, *, where: str = "labels") -> Targets:
+    """Convert Open Images human confidences (1 verified present, 0 verified absent) of listed rows."""
+    return from_one_zero(confidences, zero="absent", where=where)
+
+
+def dense_targets(
+    positives: Sequence[npt.NDArray], negatives: Sequence[npt.NDArray], *, num_classes: int, unlisted: Unlisted
+) -> Targets:
+    """Spread class ids of B samples into a dense matrix.
+
+    Args:
+        positives: B integer arrays of class columns that are present.
+        negatives: B integer arrays of class columns that are absent.
+        num_classes: C.
+        unlisted: what a class in neither list means: `absent` or `unknown`.
+
+    Returns:
+        (B, C) int8. Where an id is in both lists, presence wins (the sharding tool refuses such rows).
+    """
+    fill = ABSENT if unlisted == "absent" else UNKNOWN
+    targets = np.full((len(positives), num_classes), fill, dtype=np.int8)  # (B, C)
+    for row, (present, absent) in enumerate(zip(positives, negatives, strict=True)):
+        targets[row, absent] = ABSENT
+        targets[row, present] = PRESENT
+    return targets
