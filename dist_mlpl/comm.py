@@ -104,3 +104,38 @@ def barrier() -> None:
     """
     if world_size() > 1:
         dist.barrier()
+
+
+def exchange(rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+    """Send each row to one rank and receive the rows meant for this one.
+
+    Calling it again on the received rows with the received counts sends every row back where it came from.
+
+    Collective: all ranks; R counts, then one uneven all-to-all of the rows.
+
+    Args:
+        rows: (n, ...) ordered by destination; n is free, the other dimensions and the type equal on every rank.
+        counts: R numbers; the first counts[0] rows go to rank 0, the next counts[1] to rank 1, and so on. Sum is n.
+
+    Returns:
+        The received rows in order of source rank, and how many came from each rank.
+    """
+    if world_size() == 1:
+        return rows, counts
+    sent = torch.tensor(counts, dtype=torch.int64, device=rows.device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    from_ranks: list[int] = received.tolist()
+    arrived = rows.new_empty((sum(from_ranks), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, rows.contiguous(), from_ranks, counts)
+    return arrived, from_ranks
+
+
+def broadcast_tensor(tensor: Tensor, *, source: int = 0) -> Tensor:
+    """Rank `source`'s values on every rank, in place.
+
+    Collective: all ranks, one broadcast of the tensor's bytes.
+    """
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor

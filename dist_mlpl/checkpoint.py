@@ -1,0 +1,388 @@
+"""Owns everything that resumes a run: a chain of commits, each one small file that makes a checkpoint exist.
+
+    RUN/attempts/0002.json             who started when, from which commit
+    RUN/checkpoints/00001200-0002/     model.safetensors  optimizer.safetensors  optimizer.json  consumed.npy
+    RUN/commits/00001200.json          the record; created exclusively after its files, so all of it is there or none
+
+The chain alone says where a run stands. A resumed run goes on from the highest step; commits of an attempt that was
+overtaken stay off the chain.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import socket
+from importlib.metadata import version
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_mlpl import comm, storage
+from dist_mlpl.batch import Progress, RunLength
+from dist_mlpl.data.order import PADDING
+from dist_mlpl.data.stream import BadSample, Consumed, Stream
+from dist_mlpl.engine import Engine, EngineState
+from dist_mlpl.errors import CheckpointError, RankMismatchError
+from dist_mlpl.settings import Settings
+
+FORMAT = 1
+
+
+class CommitFile(Settings):
+    """One file of a checkpoint."""
+
+    path: str  # below RUN
+    num_bytes: int
+    sha256: str
+
+
+class RunIdentity(Settings):
+    """What a resumed run must share with the run that it continues."""
+
+    global_batch: int
+    num_lanes: int
+    window_samples: int
+    group_size: int
+    digests: dict[str, str | None]  # config, classes, manifest, view
+
+
+class Commit(Settings):
+    """The record that makes a checkpoint exist."""
+
+    format: int
+    step: int
+    epoch: int
+    samples_consumed: int
+    round: int
+    parent: int | None  # step of the commit before it; None for the first
+    attempt: str
+    global_batch: int
+    num_lanes: int
+    window_samples: int
+    group_size: int
+    world_size: int
+    digests: dict[str, str | None]
+    versions: dict[str, str]
+    metrics: dict[str, float]
+    bad_samples: list[tuple[int, str, str]]  # index, name, reason: undecodable since the parent
+    files: list[CommitFile]
+
+    @property
+    def name(self) -> str:
+        """The step as it stands in file names."""
+        return f"{self.step:08d}"
+
+
+class Attempt(NamedTuple):
+    """One start of a run, from its first process to its last."""
+
+    name: str  # "0001", "0002", ...
+    parent: Commit | None  # where it went on from
+
+
+def begin_attempt(out: str) -> Attempt:
+    """Take the next attempt number and the head of the chain; rank 0 decides for all.
+
+    Raises:
+        CheckpointError: a commit that cannot be read.
+        StorageError: RUN cannot be written, or its store cannot create exclusively.
+
+    Collective: all ranks, one broadcast.
+    """
+    if comm.rank() != 0:
+        return Attempt(*comm.broadcast_object(("", None)))
+    storage.check_exclusive_create(out)
+    head = read_head(out)
+    started = {"parent": head.step if head else None, "world_size": comm.world_size(), "host": socket.gethostname()}
+    number = len(storage.list_names(storage.join(out, "attempts"))) + 1
+    while not storage.create_exclusive(
+        storage.join(out, "attempts", f"{number:04d}.json"),
+        json.dumps(started).encode(),
+    ):
+        number += 1
+    return Attempt(*comm.broadcast_object((f"{number:04d}", head)))
+
+
+class Checkpoint:
+    """Saves and restores one run.
+
+    Args:
+        out: RUN, a local path or URL.
+        engine: whose state is saved.
+        stream: whose consumed positions are saved as evidence.
+        identity: goes into every commit.
+        attempt: of this start.
+        length: of the run.
+    """
+
+    def __init__(
+        self, out: str, engine: Engine, stream: Stream, *, identity: RunIdentity, attempt: Attempt, length: RunLength
+    ) -> None:
+        self._out, self._engine, self._stream = out, engine, stream
+        self._identity, self._attempt, self._length = identity, attempt, length
+        self._head = attempt.parent
+
+    def restore(self) -> Progress:
+        """Take over the head of the chain, if there is one.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or belongs to another data set.
+
+        Collective: all ranks.
+        """
+        head = self._head
+        if head is None:
+            return Progress()
+        check_identity(self._identity, head, out=self._out)
+        self._engine.load(read_state(self._out, head))
+        seen = self._length.samples_seen(head.epoch, head.samples_consumed)
+        fraction = min(1.0, seen / self._length.total_samples)
+        return Progress(head.epoch, head.samples_consumed, head.step, head.round, fraction)
+
+    def save(self, progress: Progress, metrics: dict[str, float] | None = None) -> Progress:
+        """Make a checkpoint of the run as it stands, all ranks together; it exists when this returns.
+
+        Args:
+            progress: where the run stands.
+            metrics: goes into the commit.
+
+        Returns:
+            `progress`.
+
+        Raises:
+            CheckpointError: another attempt has gone on from the same commit; this one must stop.
+            RankMismatchError: the ranks did not consume the positions that this commit covers.
+
+        Collective: all ranks; parameters and moments as the engine gathers them, consumed indices to all.
+        """
+        if self._head is not None and self._head.step == progress.step:
+            return progress  # nothing moved since: an epoch's rest too short for one step of a larger global batch
+        state = self._engine.state()
+        consumed = self._stream.take_consumed()
+        positions, indices = _merge_consumed(consumed)
+        bad = sorted({bad for part in comm.gather_objects(consumed.bad) for bad in part})
+        first = self._head.samples_consumed if self._head and self._head.epoch == _epoch_of(progress, positions) else 0
+        self._check_consumed(positions, first)
+        if state is not None:
+            commit = self._write(state, progress, indices, bad, metrics or {})
+        else:
+            commit = None
+        self._head = comm.broadcast_object(commit)
+        return progress
+
+    def _check_consumed(self, positions: npt.NDArray[np.int64], first: int) -> None:
+        expected = np.arange(first, first + len(positions))
+        if not np.array_equal(positions, expected):
+            wrong = int(positions[np.flatnonzero(positions != expected)[0]])
+            raise RankMismatchError(
+                f"position {wrong} out of turn among {len(positions)} consumed since the last commit",
+                expected=f"each of [{first}, {first + len(positions)}) once",
+                where="the positions that all ranks were handed",
+                next_step="this is a fault of the loader: keep the run folder and report it",
+            )
+
+    def _write(
+        self,
+        state: EngineState,
+        progress: Progress,
+        indices: npt.NDArray[np.int64],
+        bad: list[BadSample],
+        metrics: dict[str, float],
+    ) -> Commit:
+        """Files first, then the record. Rank 0 only."""
+        newest = read_head(self._out)
+        if (newest and newest.step) != (self._head and self._head.step):
+            raise _overtaken(newest.step if newest else -1, self._attempt.name)
+        folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
+        buffer = io.BytesIO()
+        np.save(buffer, indices)
+        contents = {
+            "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.model.items()}),
+            "optimizer.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.moments.items()}),
+            "optimizer.json": json.dumps({"num_updates": state.num_updates}).encode(),
+            "consumed.npy": buffer.getvalue(),
+        }
+        files = []
+        for name, content in contents.items():
+            path = f"{folder}/{name}"
+            storage.write_bytes(storage.join(self._out, path), content)
+            files.append(CommitFile(path=path, num_bytes=len(content), sha256=storage.sha256_of_bytes(content)))
+        commit = Commit(
+            format=FORMAT,
+            step=progress.step,
+            epoch=progress.epoch,
+            samples_consumed=progress.samples_consumed,
+            round=progress.round,
+            parent=self._head.step if self._head else None,
+            attempt=self._attempt.name,
+            world_size=comm.world_size(),
+            versions=versions(),
+            metrics=metrics,
+            bad_samples=bad,
+            files=files,
+            **self._identity.model_dump(),
+        )
+        if not storage.create_exclusive(_commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
+            raise _overtaken(commit.step, self._attempt.name)
+        return commit
+
+
+def _epoch_of(progress: Progress, positions: npt.NDArray[np.int64]) -> int:
+    """Epoch that the positions consumed before a save belong to: the one just finished, at an epoch's end."""
+    return progress.epoch - 1 if progress.samples_consumed == 0 and len(positions) else progress.epoch
+
+
+def _merge_consumed(consumed: Consumed) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions and sample indices of all ranks since the last commit, in position order, padding dropped.
+
+    Collective: all ranks.
+    """
+    empty = np.empty(0, dtype=np.int64)
+    own = np.concatenate([empty, *consumed.positions]), np.concatenate([empty, *consumed.indices])
+    gathered = comm.gather_objects(own)
+    positions = np.concatenate([part[0] for part in gathered])
+    indices = np.concatenate([part[1] for part in gathered])
+    real = positions != PADDING
+    order = np.argsort(positions[real], kind="stable")
+    return positions[real][order], indices[real][order]
+
+
+def _overtaken(step: int, attempt: str) -> CheckpointError:
+    return CheckpointError(
+        f"commit {step} was written by another attempt",
+        expected="one attempt at a time on a run folder",
+        where=f"attempt {attempt}",
+        next_step="let the other attempt go on; stop this one",
+    )
+
+
+def _commit_url(out: str, step: int) -> str:
+    return storage.join(out, "commits", f"{step:08d}.json")
+
+
+def read_head(out: str) -> Commit | None:
+    """The commit of the highest step, or None in a new run folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    names = [name for name in storage.list_names(storage.join(out, "commits")) if name.endswith(".json")]
+    return read_commit(out, int(names[-1].removesuffix(".json"))) if names else None
+
+
+def read_commit(out: str, step: int) -> Commit:
+    """One commit.
+
+    Raises:
+        CheckpointError: missing, not JSON, of another format.
+    """
+    url = _commit_url(out, step)
+    try:
+        return Commit.model_validate_json(storage.read_bytes(url))
+    except (FileNotFoundError, ValidationError) as error:
+        raise CheckpointError(
+            f"commit {step} cannot be read: {type(error).__name__}",
+            expected=f"a commit record of format {FORMAT}",
+            where=url,
+            next_step="move the file away to go on from the commit before it",
+        ) from error
+
+
+def read_chain(out: str) -> list[Commit]:
+    """The commits that led to the head, first to last.
+
+    Raises:
+        CheckpointError: no commit at all, or a parent is missing.
+    """
+    commit = read_head(out)
+    if commit is None:
+        raise CheckpointError(
+            "no commit",
+            expected="a run that has saved at least once",
+            where=storage.join(out, "commits"),
+            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
+        )
+    chain = [commit]
+    while chain[-1].parent is not None:
+        chain.append(read_commit(out, chain[-1].parent))
+    return chain[::-1]
+
+
+def read_file(out: str, commit: Commit, name: str) -> bytes:
+    """One file of a checkpoint, its digest verified.
+
+    Raises:
+        CheckpointError: missing, or not the bytes that the commit names.
+    """
+    entry = next((f for f in commit.files if f.path.endswith("/" + name)), None)
+    where = storage.join(out, entry.path if entry else name)
+    try:
+        content = storage.read_bytes(where) if entry else b""
+    except FileNotFoundError:
+        content = b""
+    if entry is None or len(content) != entry.num_bytes or storage.sha256_of_bytes(content) != entry.sha256:
+        raise CheckpointError(
+            f"{name} of commit {commit.step} is missing or damaged ({len(content)} bytes)",
+            expected=f"{entry.num_bytes} bytes of sha256 {entry.sha256[:16]}..." if entry else "a file of that name",
+            where=where,
+            next_step=f"move RUN/commits/{commit.name}.json away to go on from the commit before it",
+        )
+    return content
+
+
+def read_model(out: str, commit: Commit) -> dict[str, Tensor]:
+    """Parameters and buffers by name; all that evaluation and export need."""
+    return safetensors.torch.load(read_file(out, commit, "model.safetensors"))
+
+
+def read_state(out: str, commit: Commit) -> EngineState:
+    """Everything that training changes."""
+    moments = safetensors.torch.load(read_file(out, commit, "optimizer.safetensors"))
+    document = json.loads(read_file(out, commit, "optimizer.json"))
+    return EngineState(read_model(out, commit), moments, document["num_updates"])
+
+
+def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
+    """Refuse to resume on other classes, shards, labels or order.
+
+    `global_batch` and the config's other keys are compared by `config.check_resume`, which knows what was allowed.
+
+    Raises:
+        CheckpointError: listing every difference.
+    """
+    differing = [
+        f"{name}: {getattr(commit, name)} in the run, {getattr(identity, name)} now"
+        for name in ("num_lanes", "window_samples", "group_size")
+        if getattr(commit, name) != getattr(identity, name)
+    ]
+    differing += [
+        f"{name}: {commit.digests.get(name)} in the run, {identity.digests.get(name)} now"
+        for name in ("classes", "manifest", "view")
+        if commit.digests.get(name) != identity.digests.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            "the data set or its order has changed since the run was saved: " + "; ".join(differing),
+            expected="the classes, manifest, view and order that the run began with",
+            where=storage.join(out, "commits", f"{commit.name}.json"),
+            next_step="resume on the same shards and settings, or start a new run folder",
+        )
+
+
+def versions() -> dict[str, str]:
+    """What the run is made with."""
+    names = ("dist-mlpl", "torch", "torchvision", "deepspeed", "ray", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:  # a machine that runs the plain engine alone
+        return "absent"

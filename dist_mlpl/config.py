@@ -1,0 +1,295 @@
+"""Owns the config of a run: the rooms' settings composed, read from YAML, checked before any work starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from dist_mlpl import storage
+from dist_mlpl.data.stream import DataSettings
+from dist_mlpl.data.transform import TransformSettings
+from dist_mlpl.engine import EngineSettings
+from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
+from dist_mlpl.evaluate import EvaluationSettings
+from dist_mlpl.methods.table import AnyMethodSettings
+from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
+from dist_mlpl.settings import Settings
+
+
+class ClusterSettings(Settings):
+    """Where the ranks run when Ray starts them."""
+
+    num_workers: int | tuple[int, int] = 1  # ranks, or [fewest, most] for a group that follows the cluster's size
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    max_failures: int = Field(3, ge=-1)  # lost workers that the run survives; -1: any number
+    address: str | None = None  # of a running Ray cluster; null: `auto` if there is one, else a local one
+
+
+class Config(Settings):
+    """One run."""
+
+    seed: int = 0
+    out: str | None = None  # the run folder, a path or URL; `--out` on the command line
+    num_epochs: int = Field(gt=0)
+    global_batch: int = Field(gt=0)  # samples of one update over all ranks
+    save_every_steps: int | None = Field(None, gt=0)  # beside the save at each epoch's end
+    group_size: int = Field(8, gt=0)  # consecutive positions that may interact and stay on one rank
+    data: DataSettings
+    transform: TransformSettings = TransformSettings()
+    method: AnyMethodSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @property
+    def run_folder(self) -> str:
+        """`out`, which must be set by then.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.out is None:
+            raise ConfigError(
+                "no run folder",
+                expected="a path or URL for checkpoints, metrics and logs",
+                where="out",
+                next_step="add `--out DIR_OR_URL` or set `out:` in the config",
+            )
+        return self.out
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the resolved config as canonical JSON."""
+        return storage.sha256_of_bytes(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode())
+
+    def to_yaml(self) -> str:
+        """The resolved config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str, *, overrides: list[str] | None = None, out: str | None = None) -> Config:
+    """Read a YAML config, follow its `extends`, apply overrides, and check it whole.
+
+    Args:
+        path: local path or URL.
+        overrides: `section.field=value` strings, the value parsed as YAML.
+        out: replaces `out`.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown (nearest names), a value is out of range.
+    """
+    document = _read_document(path, seen=())
+    for override in overrides or []:
+        name, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(
+                f"override {override!r}",
+                expected="section.field=value",
+                where="--set",
+                next_step="write it like --set optimizer.learning_rate=3e-4",
+            )
+        _set(document, name.split("."), parse_yaml(text, where=f"--set {override}"))
+    if out is not None:
+        document["out"] = out
+    return check_config(document, where=path)
+
+
+def check_config(document: dict[str, Any], *, where: str) -> Config:
+    """Validate a document and turn pydantic's findings into one message of ours.
+
+    Raises:
+        ConfigError: listing every wrong key.
+    """
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        lines = [_explain(finding) for finding in error.errors()]
+        raise ConfigError(
+            f"{len(lines)} settings are wrong:\n    " + "\n    ".join(lines),
+            expected="keys and values as `dist-mlpl config schema` lists them",
+            where=where,
+            next_step="correct the lines above",
+        ) from error
+
+
+def _explain(finding: Any) -> str:
+    place = [str(part) for part in finding["loc"]]
+    name = ".".join(place)
+    if finding["type"] == "extra_forbidden":
+        valid = _fields_at(place[:-1])
+        return f"{name}: no such key; {nearest_names(place[-1], valid)}"
+    if finding["type"] == "union_tag_invalid":
+        context = finding["ctx"]
+        valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+        return f"{name}.name: no method {context['tag']!r}; {nearest_names(context['tag'], valid)}"
+    given = "" if finding["type"] == "missing" else f" (found {finding['input']!r})"
+    return f"{name}: {finding['msg']}{given}"
+
+
+def _fields_at(place: list[str]) -> list[str]:
+    """Names of the settings class at a path; a tagged union's tag is part of pydantic's path and chooses the class."""
+    model: type[BaseModel] = Config
+    for part in place:
+        field = model.model_fields.get(part)
+        candidates = [] if field is None else _models_in(field.annotation)
+        if len(candidates) == 1:
+            model = candidates[0]
+        elif candidates:
+            names = place[place.index(part) + 1 : place.index(part) + 2]
+            model = next((c for c in candidates if names == [c.model_fields["name"].default]), candidates[0])
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _read_document(path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(
+            "configs that extend each other: " + " -> ".join([*seen, path]),
+            expected="a chain of `extends` with an end",
+            where="extends",
+            next_step="remove one of them",
+        )
+    try:
+        text = storage.read_bytes(path).decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no config at {path!r}",
+            expected="a YAML file",
+            where=f"extends of {seen[-1]}" if seen else "CONFIG",
+            next_step="check the path; configs/ holds examples",
+        ) from None
+    document = parse_yaml(text, where=path)
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"a {type(document).__name__}", expected="keys and values", where=path, next_step="see configs/ucm.yaml"
+        )
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document
+    folder = path.rsplit("/", 1)[0] if "/" in path else "."
+    base = parent if storage.is_remote(parent) or parent.startswith("/") else storage.join(folder, parent)
+    return _merged(_read_document(base, seen=(*seen, path)), document)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            " ".join(str(error).split()), expected="YAML", where=where, next_step="correct the file"
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as a string for want of a dot; people mean a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Maps merge deeply, everything else is replaced."""
+    merged = dict(base)
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            merged[name] = _merged(merged[name], value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
+    for part in place[:-1]:
+        inner = document.get(part)
+        if not isinstance(inner, dict):
+            inner = document[part] = {}
+        document = inner
+    document[place[-1]] = value
+
+
+# What a resumed run may change: freely, or with --allow-change. Everything else is refused.
+_FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
+         "data.cache_bytes", "data.num_workers", "data.storage_options", "data.max_bad_fraction",
+         "save_every_steps", "evaluation")  # fmt: skip
+_NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
+          "data.known_seed", "data.train_split", "method.name")  # fmt: skip
+
+Change = Literal["free", "allowed", "refused"]
+
+
+def compare_configs(old: Config, new: Config) -> list[tuple[str, Any, Any, Change]]:
+    """What differs between the config a run began with and the one it is resumed under.
+
+    Returns:
+        (key, old value, new value, how the change is treated): `allowed` ones need --allow-change.
+    """
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changes: list[tuple[str, Any, Any, Change]] = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            kind: Change = "free" if _under(name, _FREE) else "refused" if _under(name, _NEVER) else "allowed"
+            changes.append((name, before.get(name), after.get(name), kind))
+    return changes
+
+
+def check_resume(old: Config, new: Config, *, allow_change: bool) -> list[str]:
+    """Refuse to resume under a config that would quietly make another run of it.
+
+    The manifest is compared by digest, in the commit; its path is free.
+
+    Returns:
+        Lines that say what changed, for the log.
+
+    Raises:
+        CheckpointError: listing the differences that are refused, or that need --allow-change.
+    """
+    changes = compare_configs(old, new)
+    lines = [f"{name}: {before!r} -> {after!r}" for name, before, after, _ in changes]
+    never = [line for line, change in zip(lines, changes, strict=True) if change[3] == "refused"]
+    asked = [line for line, change in zip(lines, changes, strict=True) if change[3] == "allowed"]
+    if never:
+        raise CheckpointError(
+            "the config differs from the run's: " + "; ".join(never),
+            expected="the same order, labels and method; these can never change within a run",
+            where="RUN/config.yaml",
+            next_step="put the old values back, or start a new run folder",
+        )
+    if asked and not allow_change:
+        raise CheckpointError(
+            "the config differs from the run's: " + "; ".join(asked),
+            expected="the same settings, unless the change is meant",
+            where="RUN/config.yaml",
+            next_step="put the old values back, add --allow-change, or start a new run folder",
+        )
+    return lines
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _under(name: str, roots: tuple[str, ...]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)

@@ -1,0 +1,189 @@
+"""Owns the order of samples: a pure function of (seed, epoch) that any rank evaluates at any position.
+
+An epoch's shards are permuted and laid end to end into one track, turned by a keyed offset. The track is cut into
+lanes, each lane into windows, and each window is permuted. Positions are dealt to lanes in groups:
+
+    position g  ->  group j = g // group_size  ->  lane j % num_lanes, group j // num_lanes of that lane
+
+so a step reads a little from every lane while each lane reads its shards from front to back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl import keyed
+from dist_mlpl.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+PADDING = -1  # the index of a row that stands for no sample
+
+
+class EpochOrder:
+    """One epoch's order over one split.
+
+    A lane is never shorter than a window: with few samples there are fewer lanes, down to one whose single window
+    is a full shuffle. Nothing depends on ranks, workers or the global batch.
+
+    Args:
+        shard_sizes: samples of each shard in manifest order; they sum to N.
+        seed: of the run.
+        epoch: counted from 0.
+        num_lanes: reading tracks at most.
+        window_samples: samples at most that are permuted together, the memory of the mixing.
+        group_size: consecutive positions that stay together on one rank and come from one window's lane.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        epoch: int,
+        num_lanes: int = 64,
+        window_samples: int = 4096,
+        group_size: int = 8,
+    ) -> None:
+        if min(num_lanes, window_samples, group_size) < 1:
+            raise ConfigError(
+                f"num_lanes {num_lanes}, window_samples {window_samples}, group_size {group_size}",
+                expected="all at least 1",
+                where="data.num_lanes, data.window_samples, group_size",
+                next_step="leave them at their defaults (64, 4096, 8) unless you measured otherwise",
+            )
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(sizes.sum())
+        self.num_lanes = max(1, min(num_lanes, self.num_samples // window_samples))
+        self.window_samples = window_samples
+        self.group_size = group_size
+        self._key = keyed.key("order", seed, epoch)
+
+        shard_order = keyed.permutation(keyed.key(self._key, "shards"), len(sizes))
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        self._first_index = ends[:-1][shard_order]  # manifest index of each track shard's first sample
+        self._track_start = np.concatenate([[0], np.cumsum(sizes[shard_order])])[:-1]  # its place on the track
+        turn = keyed.uniform(keyed.key(self._key, "turn"), 1)[0]
+        self._turn = int(turn * self.num_samples)
+
+        num_groups = -(-self.num_samples // group_size)
+        lanes = np.arange(self.num_lanes)
+        groups_of_lane = (num_groups - lanes + self.num_lanes - 1) // self.num_lanes
+        lane_sizes = groups_of_lane * group_size
+        if num_groups:
+            lane_sizes[(num_groups - 1) % self.num_lanes] -= num_groups * group_size - self.num_samples
+        self._lane_start = np.concatenate([[0], np.cumsum(lane_sizes)])
+        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
+
+    def indices(self, start: int, stop: int) -> Indices:
+        """Samples at positions [start, stop).
+
+        Args:
+            start, stop: 0 <= start <= stop <= N.
+
+        Returns:
+            (stop - start,) int64, positions in the split's manifest order. Over the whole epoch each sample
+            appears once.
+        """
+        return self.at(np.arange(start, stop, dtype=np.int64))
+
+    def at(self, positions: Indices) -> Indices:
+        """Samples at any positions; PADDING stays PADDING.
+
+        Args:
+            positions: (n,) int64 in [0, N), or PADDING.
+
+        Returns:
+            (n,) int64.
+        """
+        if positions.size and int(positions.max()) >= self.num_samples:
+            raise IndexError(f"position {int(positions.max())} of {self.num_samples}")
+        real = positions[positions != PADDING]
+        group, within = np.divmod(real, self.group_size)
+        turn, lane = np.divmod(group, self.num_lanes)
+        entry = turn * self.group_size + within  # place within the lane
+
+        lane_sizes = np.diff(self._lane_start)
+        num_windows = np.maximum(1, -(-lane_sizes // self.window_samples))[lane]
+        window = ((entry + 1) * num_windows - 1) // np.maximum(1, lane_sizes[lane])
+        track = np.empty_like(real)
+        pairs = lane * (int(num_windows.max()) if real.size else 1) + window
+        order = np.argsort(pairs, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(pairs[order])) + 1) if real.size else []:
+            first = rows[0]
+            begin, permuted = self._window(int(lane[first]), int(window[first]), int(num_windows[first]))
+            track[rows] = self._lane_start[lane[first]] + begin + permuted[entry[rows] - begin]
+
+        place = (track + self._turn) % max(1, self.num_samples)
+        shard = np.searchsorted(self._track_start, place, side="right") - 1
+        found = np.full(positions.shape, PADDING, dtype=np.int64)
+        found[positions != PADDING] = self._first_index[shard] + place - self._track_start[shard]
+        return found
+
+    def _window(self, lane: int, window: int, num_windows: int) -> tuple[int, npt.NDArray[np.int32]]:
+        """Where a window begins in its lane, and the permutation of its samples."""
+        lane_size = int(self._lane_start[lane + 1] - self._lane_start[lane])
+        begin, end = window * lane_size // num_windows, (window + 1) * lane_size // num_windows
+        permuted = self._windows.get((lane, window))
+        if permuted is None:
+            permuted = keyed.permutation(keyed.key(self._key, "window", lane, window), end - begin).astype(np.int32)
+            self._windows[lane, window] = permuted
+            if len(self._windows) > 2 * self.num_lanes:
+                self._windows.popitem(last=False)
+        return begin, permuted
+
+    def share(self, start: int, global_batch: int, *, rank: int, size: int) -> Indices:
+        """Positions of one rank in the step that begins at `start`.
+
+        The step's groups, sorted by lane, are cut into `size` contiguous parts whose lengths differ by at most one
+        group; with as many groups as lanes (or a multiple) lane l falls to rank l * R // num_lanes at every step.
+        A rank always holds whole groups, and short ranks are padded, so every rank runs the same shapes.
+
+        Differs:
+            The plan gave lane l to rank l * R // num_lanes outright; a step of fewer groups than lanes would then
+            fall to few ranks.
+
+        Args:
+            start: first position of the step, a multiple of group_size.
+            global_batch: G, a multiple of group_size.
+
+        Returns:
+            (ceil(G / group_size / R) * group_size,) int64 with PADDING at the end of a short share.
+        """
+        groups = np.arange(start // self.group_size, (start + global_batch) // self.group_size)
+        groups = groups[np.argsort(groups % self.num_lanes, kind="stable")]
+        mine = groups[rank * len(groups) // size : (rank + 1) * len(groups) // size]
+        positions = np.full((-(-len(groups) // size), self.group_size), PADDING, dtype=np.int64)
+        positions[: len(mine)] = mine[:, None] * self.group_size + np.arange(self.group_size)
+        return positions.reshape(-1)
+
+
+def check_global_batch(global_batch: int, *, group_size: int, world_size: int, num_samples: int) -> None:
+    """Refuse a global batch that no split into whole groups over the ranks can serve.
+
+    Raises:
+        ConfigError: naming the nearest global batch that works.
+    """
+    least = group_size * world_size
+    if global_batch % group_size == 0 and least <= global_batch <= num_samples:
+        return
+    nearest = max(least, round(global_batch / group_size) * group_size)
+    if nearest > num_samples:
+        nearest = num_samples // group_size * group_size
+    raise ConfigError(
+        f"global_batch {global_batch} on {world_size} ranks over {num_samples} samples",
+        expected=f"a multiple of group_size {group_size}, at least {least} (one group a rank), at most {num_samples}",
+        where="global_batch, group_size, cluster.num_workers",
+        next_step=f"set global_batch to {nearest}"
+        if nearest >= least
+        else f"use at most {num_samples // group_size} ranks, or a smaller group_size",
+    )
+
+
+def last_position(start: int, *, global_batch: int, num_samples: int) -> int:
+    """Where the epoch's plan ends: whole global batches from `start`; the samples behind it wait for another epoch."""
+    return start + (num_samples - start) // global_batch * global_batch

@@ -1,0 +1,397 @@
+"""Owns how a JPEG becomes an image of fixed size: decoding, crop, flip, augmentation, normalisation, and their record.
+
+Every draw is keyed by (seed, epoch, position, purpose), so a sample looks the same whoever decodes it, on however
+many threads. Images stay uint8 until `Transform.normalise`, which runs on whatever device they are on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Final, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torchvision import io
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dist_mlpl.errors import ConfigError, ShardError
+from dist_mlpl.keyed import key, permutation, uniform
+from dist_mlpl.settings import Settings
+
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+MAX_PIXELS: Final = 100_000_000  # 300 MB decoded; a larger image is taken for a decompression bomb
+_CROP_ATTEMPTS: Final = 10
+_CROP_SIDES: Final = (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2)  # 512, 448, 384, 320, 256 of 512
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Triple = tuple[Unit, Unit, Unit]
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+
+
+class RandAugmentSettings(Settings):
+    """RandAugment: `num_ops` operations drawn from a list of 14, each at `magnitude` of 0 .. 30."""
+
+    num_ops: int = Field(2, ge=1)
+    magnitude: int = Field(9, ge=0, le=30)
+
+
+class TransformSettings(Settings):
+    """How images are made.
+
+    Args:
+        size: side of the square image the model sees, in pixels.
+        resize: with `multi_scale`, the side to which a training image is squashed before its crop is cut (None:
+            size * 512 / 448) and evaluation squashes to `size`; with the other crops, the shorter side of an
+            evaluation image before its central crop (None: squash to `size`, no crop). In pixels, at least `size`.
+        crop: what training cuts out: a box of random area and shape, a square of one of five sides, or nothing.
+        scale: smallest and largest area of a `random_resized` box, as fractions of the image.
+        ratio: smallest and largest width / height of a `random_resized` box.
+        interpolation: of every resize, always antialiased.
+        flip: mirror half of the training images left to right.
+        color_jitter: s in [0, 1]: brightness, contrast and saturation times [1 - s, 1 + s], hue turned by at most
+            s / 10 of the half circle.
+        rand_augment: None for no RandAugment.
+        cutout: side of the square painted over, as a fraction of `size`; 0 for none.
+        mean, std: of each channel, in [0, 1]; both null for no normalisation (values then are in [0, 1]).
+    """
+
+    size: int = Field(224, ge=1)
+    resize: int | None = Field(None, ge=1)
+    crop: Literal["random_resized", "multi_scale", "none"] = "random_resized"
+    scale: tuple[Positive, Unit] = (0.25, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: bool = True
+    color_jitter: Unit = 0.0
+    rand_augment: RandAugmentSettings | None = None
+    cutout: Unit = 0.0
+    mean: Triple | None = IMAGENET_MEAN
+    std: tuple[Positive, Positive, Positive] | None = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TransformSettings:
+        for name, (low, high) in {"scale": self.scale, "ratio": self.ratio}.items():
+            if low > high:
+                raise _wrong(name, f"[{low}, {high}]", "the smaller bound first", "swap the two numbers")
+        if self.resize is not None and self.resize < self.size:
+            raise _wrong(
+                "resize", f"{self.resize}, below size {self.size}", "at least size", "raise resize or lower size"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise _wrong("mean and std", "one is null", "both null, or both of three numbers", "set or clear the other")
+        return self
+
+    @property
+    def squashed_side(self) -> int:
+        """Side of the squashed image that `multi_scale` cuts its crops from, in pixels."""
+        return self.resize if self.resize is not None else round(self.size * 512 / 448)
+
+    @property
+    def resample(self) -> InterpolationMode:
+        """`interpolation` as torchvision names it."""
+        return InterpolationMode(self.interpolation)
+
+    @property
+    def fill(self) -> list[float]:
+        """Mean colour, three whole numbers in [0, 255]: what cutout and RandAugment paint where no pixel is."""
+        return [float(round(255.0 * value)) for value in self.mean or IMAGENET_MEAN]
+
+
+def _wrong(name: str, found: str, expected: str, next_step: str) -> ConfigError:
+    return ConfigError(f"transform.{name}: {found}", expected=expected, where=f"transform.{name}", next_step=next_step)
+
+
+class View(NamedTuple):
+    """One image as the model sees it, and what part of the full image that is."""
+
+    image: Tensor  # (3, size, size) uint8, contiguous
+    crop: Tensor  # (4,) float32 in [0, 1], (left, top, width, height) as fractions of the full image, before the flip
+    flipped: bool  # mirrored left to right after the crop
+
+
+class Transform:
+    """Turns the bytes of a JPEG into a `View`. Holds no state: safe to call from any number of threads.
+
+    The recorded crop and flip are those of the crop and the flip alone. RandAugment's five geometric operations
+    (shear, translate, rotate) move pixels afterwards and are not recorded: leave it out where the method
+    reads or writes maps through the crop.
+
+    Args:
+        settings: what to do.
+        seed: of the run.
+        train: True for crop, flip and augmentation; False for the evaluation transform, which draws nothing.
+    """
+
+    def __init__(self, settings: TransformSettings, *, seed: int, train: bool) -> None:
+        self.settings, self.seed, self.train = settings, seed, train
+        self._crop = {"random_resized": _random_resized, "multi_scale": _multi_scale, "none": _whole}[settings.crop]
+
+    def __call__(self, content: bytes, *, epoch: int, position: int) -> View:
+        """Decode and transform one image.
+
+        Args:
+            content: a JPEG.
+            epoch: 0-based; with `position` it selects the draws.
+            position: place in the epoch's order.
+
+        Raises:
+            ShardError: the image cannot be decoded.
+        """
+        settings = self.settings
+        image = decode_jpeg(content)
+        if not self.train:
+            image, crop = _evaluation(image, settings)
+            return View(image.contiguous(), torch.tensor(crop, dtype=torch.float32), False)
+
+        def chance(purpose: str) -> int:
+            return key(self.seed, epoch, position, purpose)
+
+        image, crop = self._crop(image, settings, chance("crop"))
+        flipped = settings.flip and float(uniform(chance("flip"), 1)[0]) < 0.5
+        if flipped:
+            image = F.horizontal_flip(image)
+        if settings.color_jitter:
+            image = _color_jitter(image, settings.color_jitter, chance("color_jitter"))
+        if settings.rand_augment is not None:
+            image = _rand_augment(image, settings.rand_augment, settings.fill, chance("rand_augment"))
+        if settings.cutout:
+            image = _cutout(image, settings.cutout, settings.fill, chance("cutout"))
+        return View(image.contiguous(), torch.tensor(crop, dtype=torch.float32), flipped)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring uint8 images to what the backbone expects, on the device they are on.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+
+        Returns:
+            (B, 3, H, W) float32: (images / 255 - mean) / std, or images / 255 where the settings have neither.
+        """
+        scaled = images.to(torch.float32).div_(255.0)
+        if self.settings.mean is None or self.settings.std is None:
+            return scaled
+        mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self.settings.mean, self.settings.std))
+        return scaled.sub_(mean).div_(std)
+
+
+def use_one_thread_here() -> None:
+    """Limit torch's parallel loops to one thread in the calling thread alone: the initialiser of a pool that decodes.
+
+    `torch.set_num_threads` would change the whole process. OpenMP's own setting belongs to the calling thread, but
+    torch overwrites it when a thread first asks for its number of threads; so that question comes first.
+    Matrix products in MKL keep their own setting; of the transforms only rotate, shear and translate use one, tiny.
+    """
+    torch.get_num_threads()
+    threadpool_limits(limits=1, user_api="openmp")
+
+
+def decode_jpeg(content: bytes) -> Tensor:
+    """Decode a JPEG of any colour space to RGB.
+
+    An EXIF orientation is not applied: annotations and recorded crops refer to the pixels as stored. Damage inside
+    the entropy-coded part may pass unseen, as with every JPEG reader; a missing end does not.
+
+    Returns:
+        (3, H, W) uint8.
+
+    Raises:
+        ShardError: not a JPEG, corrupt, truncated, or of more than MAX_PIXELS pixels (found in its header,
+            before any pixel is decoded).
+    """
+    width, height = _jpeg_size(content)
+    if width * height > MAX_PIXELS:
+        raise _undecodable(f"{width} x {height} pixels")
+    try:
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, apply_exif_orientation=False)
+    except RuntimeError as error:
+        raise _undecodable(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from error
+
+
+def _undecodable(reason: str) -> ShardError:
+    return ShardError(
+        f"an image cannot be decoded: {reason}",
+        expected=f"a whole JPEG of at most {MAX_PIXELS:,} pixels",
+        where="the image record of a sample",
+        next_step="run `dist-mlpl shards verify`; a few such samples are skipped up to data.max_bad_fraction",
+    )
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int]:
+    """Width and height from the frame header, found marker by marker as libjpeg does it."""
+    place = 2
+    while content[:2] == b"\xff\xd8":
+        place = content.find(b"\xff", place)  # anything between segments is skipped
+        while 0 <= place < len(content) and content[place] == 0xFF:  # a marker may be filled with 0xFF
+            place += 1
+        if place < 0 or place + 8 > len(content):
+            break
+        marker, place = content[place], place + 1
+        if marker == 0xDA or marker == 0xD9:  # scan or end before any frame header
+            break
+        if marker == 0x00 or marker == 0x01 or 0xD0 <= marker <= 0xD7:  # these have no length
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+            height, width = (int.from_bytes(content[place + at : place + at + 2], "big") for at in (3, 5))
+            return width, height
+        place += max(2, int.from_bytes(content[place : place + 2], "big"))
+    raise _undecodable("no JPEG frame header")
+
+
+Crop = tuple[float, float, float, float]  # left, top, width, height as fractions of the full image
+
+
+def _resize(image: Tensor, height: int, width: int, settings: TransformSettings) -> Tensor:
+    return F.resize(image, [height, width], interpolation=settings.resample, antialias=True)
+
+
+def _cut(image: Tensor, box: Box, settings: TransformSettings) -> tuple[Tensor, Crop]:
+    """Cut a box of pixels out of an image and resize it to (3, size, size)."""
+    left, top, width, height = box
+    part = image[:, top : top + height, left : left + width]
+    full_height, full_width = image.shape[-2:]
+    crop = (left / full_width, top / full_height, width / full_width, height / full_height)
+    return _resize(part, settings.size, settings.size, settings), crop
+
+
+def _whole(image: Tensor, settings: TransformSettings, chance: int | None = None) -> tuple[Tensor, Crop]:
+    """The full image, squashed to (3, size, size); nothing is drawn."""
+    return _resize(image, settings.size, settings.size, settings), (0.0, 0.0, 1.0, 1.0)
+
+
+def _random_resized(image: Tensor, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
+    """A box of random area and shape (Szegedy et al. 2015), by torchvision's rule: ten attempts, then a central box."""
+    box = random_resized_box(image.shape[-1], image.shape[-2], settings.scale, settings.ratio, chance)
+    return _cut(image, box, settings)
+
+
+def random_resized_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], chance: int
+) -> Box:
+    """Draw the box of a random resized crop.
+
+    Source: torchvision `RandomResizedCrop.make_params`, with keyed draws.
+
+    Args:
+        width, height: of the image, in pixels.
+        scale: smallest and largest area, as fractions of the image.
+        ratio: smallest and largest width / height; its logarithm is uniform.
+        chance: key of the draws.
+
+    Returns:
+        (left, top, width, height) in pixels, inside the image.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for u_area, u_ratio, u_left, u_top in uniform(chance, 4 * _CROP_ATTEMPTS).reshape(-1, 4).tolist():
+        area = width * height * (scale[0] + u_area * (scale[1] - scale[0]))
+        shape = math.exp(low + u_ratio * (high - low))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u_left * (width - w + 1)), int(u_top * (height - h + 1)), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _multi_scale(image: Tensor, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
+    """Squash the full image to a square, then cut a square of one of five sides at a random place.
+
+    Source: the HCP family's reference code: 512 x 512, sides 512, 448, 384, 320, 256, resized to 448.
+    """
+    full = settings.squashed_side
+    squashed = _resize(image, full, full, settings)
+    u_side, u_left, u_top = uniform(chance, 3).tolist()
+    side = max(1, round(full * _CROP_SIDES[int(u_side * len(_CROP_SIDES))]))
+    left, top = int(u_left * (full - side + 1)), int(u_top * (full - side + 1))
+    return _cut(squashed, (left, top, side, side), settings)
+
+
+def _evaluation(image: Tensor, settings: TransformSettings) -> tuple[Tensor, Crop]:
+    """The full image squashed, or its shorter side resized and the centre cut; see `TransformSettings.resize`."""
+    if settings.resize is None or settings.crop == "multi_scale":
+        return _whole(image, settings)
+    height, width = image.shape[-2:]
+    shorter = min(height, width)
+    new_height, new_width = (settings.resize * side // shorter for side in (height, width))
+    if new_height * new_width > MAX_PIXELS:
+        raise _undecodable(f"{width} x {height} pixels become {new_width} x {new_height}")
+    resized = _resize(image, new_height, new_width, settings)
+    size = settings.size
+    left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
+    return _cut(resized, (left, top, size, size), settings)
+
+
+def _color_jitter(image: Tensor, strength: float, chance: int) -> Tensor:
+    """Change brightness, contrast, saturation and hue, in a drawn order."""
+    signs = (2.0 * uniform(chance, 4) - 1.0).tolist()  # in [-1, 1)
+    steps: list[Callable[[Tensor], Tensor]] = [
+        lambda x: F.adjust_brightness(x, 1.0 + strength * signs[0]),
+        lambda x: F.adjust_contrast(x, 1.0 + strength * signs[1]),
+        lambda x: F.adjust_saturation(x, 1.0 + strength * signs[2]),
+        lambda x: F.adjust_hue(x, 0.05 * strength * signs[3]),  # 0.5 is half the circle
+    ]
+    for step in permutation(chance, len(steps)).tolist():
+        image = steps[step](image)
+    return image
+
+
+# RandAugment's operations: (image, strength in [0, 1], sign, fill colour) -> image.
+# Source: Cubuk et al. 2020; list, ranges and fill of torchvision's RandAugment, nearest-neighbour geometry.
+_OPERATIONS: Final[dict[str, Callable[[Tensor, float, float, list[float]], Tensor]]] = {
+    "identity": lambda x, m, s, fill: x,
+    "shear_x": lambda x, m, s, fill: _shear(x, [s * math.degrees(math.atan(0.3 * m)), 0.0], fill),
+    "shear_y": lambda x, m, s, fill: _shear(x, [0.0, s * math.degrees(math.atan(0.3 * m))], fill),
+    "translate_x": lambda x, m, s, fill: _translate(x, [int(s * m * 150 / 331 * x.shape[-1]), 0], fill),
+    "translate_y": lambda x, m, s, fill: _translate(x, [0, int(s * m * 150 / 331 * x.shape[-2])], fill),
+    "rotate": lambda x, m, s, fill: F.rotate(x, s * 30.0 * m, fill=fill),
+    "brightness": lambda x, m, s, fill: F.adjust_brightness(x, 1.0 + s * 0.9 * m),
+    "color": lambda x, m, s, fill: F.adjust_saturation(x, 1.0 + s * 0.9 * m),
+    "contrast": lambda x, m, s, fill: F.adjust_contrast(x, 1.0 + s * 0.9 * m),
+    "sharpness": lambda x, m, s, fill: F.adjust_sharpness(x, 1.0 + s * 0.9 * m),
+    "posterize": lambda x, m, s, fill: F.posterize(x, 8 - round(4 * m)),
+    "solarize": lambda x, m, s, fill: F.solarize(x, 255.0 * (1.0 - m)),
+    "auto_contrast": lambda x, m, s, fill: F.autocontrast(x),
+    "equalize": lambda x, m, s, fill: F.equalize(x),
+}
+
+
+def _shear(image: Tensor, degrees: list[float], fill: list[float]) -> Tensor:
+    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0, 0], fill=fill)
+
+
+def _translate(image: Tensor, pixels: list[int], fill: list[float]) -> Tensor:
+    return F.affine(image, angle=0.0, translate=pixels, scale=1.0, shear=[0.0, 0.0], fill=fill)
+
+
+def _rand_augment(image: Tensor, settings: RandAugmentSettings, fill: list[float], chance: int) -> Tensor:
+    """Apply drawn operations one after the other, each with a drawn sign."""
+    operations = list(_OPERATIONS.values())
+    for u_operation, u_sign in uniform(chance, 2 * settings.num_ops).reshape(-1, 2).tolist():
+        sign = -1.0 if u_sign < 0.5 else 1.0
+        operation = operations[int(u_operation * len(operations))]
+        image = operation(image, settings.magnitude / 30, sign, fill)
+    return image
+
+
+def _cutout(image: Tensor, side_fraction: float, fill: list[float], chance: int) -> Tensor:
+    """Paint a square of mean colour around a drawn pixel; what lies outside the image is cut off.
+
+    Source: DeVries and Taylor 2017.
+    """
+    height, width = image.shape[-2:]
+    side = round(side_fraction * width)
+    u_x, u_y = uniform(chance, 2).tolist()
+    left, top = int(u_x * width) - side // 2, int(u_y * height) - side // 2
+    colour = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
+    painted = image.clone()
+    painted[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = colour
+    return painted

@@ -1,0 +1,57 @@
+"""Owns one evaluation: a padded pass over a split, merged over ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+
+from dist_mlpl import comm
+from dist_mlpl.data.label_store import Labels
+from dist_mlpl.data.stream import Stream
+from dist_mlpl.engine import Engine
+from dist_mlpl.metrics import Evaluation, Scores
+from dist_mlpl.settings import Settings
+
+
+class EvaluationSettings(Settings):
+    """When the model is judged, and how scores become decisions."""
+
+    every_epochs: int = Field(1, gt=0)  # the last epoch is always evaluated
+    top_k: int = Field(3, gt=0)  # classes per image in the _top metrics
+    groups: int | None = Field(None, gt=0)  # mAP of so many groups of classes, rarest first
+    thresholds: float = Field(0.5, gt=0.0, lt=1.0)  # probability from which a class is called present
+
+
+class Judged(NamedTuple):
+    """What an evaluation found."""
+
+    evaluation: Evaluation
+    metrics: dict[str, float]  # the summary, with `num_undecodable`
+
+
+def evaluate(engine: Engine, stream: Stream, labels: Labels, settings: EvaluationSettings) -> Judged:
+    """Score every image of a split once, the same numbers on any number of ranks.
+
+    BatchNorm's statistics are averaged over ranks first, so that every rank judges one model.
+
+    Collective: all ranks; see `Scores.merge`.
+    """
+    engine.average_buffers()
+    threshold = math.log(settings.thresholds / (1.0 - settings.thresholds))
+    scores = Scores(labels.samples.manifest.num_classes, top_k=settings.top_k, threshold=threshold)
+    num_undecodable = torch.zeros(1, dtype=torch.int64)
+    for batch in stream.evaluation_batches(labels):
+        output = engine.predict(batch)
+        scores.add(output.logits, batch.targets, batch.index, batch.valid)
+        num_undecodable += ((batch.index >= 0) & ~batch.valid).sum().cpu()
+    evaluation = scores.merge()
+    metrics = evaluation.metrics()
+    metrics["num_undecodable"] = float(comm.reduce_sum(num_undecodable))
+    if settings.groups is not None:
+        num_annotations = evaluation.counts.present + evaluation.counts.absent
+        groups = evaluation.by_group(num_annotations, num_groups=settings.groups)
+        metrics |= {f"mAP_group{number}": value for number, value in enumerate(groups, start=1)}
+    return Judged(evaluation, metrics)

@@ -1,0 +1,81 @@
+"""Owns a run without Ray: this process, or one of torchrun's ranks; signals commit and stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import torch.distributed as dist
+from rich.console import Console
+
+from dist_mlpl.config import Config
+from dist_mlpl.progress import Action, Display, JsonLines, Report, Sink, TensorBoard, metrics_table
+from dist_mlpl.train import train
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C, remembered; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def listen(self) -> None:
+        """Take over both signals."""
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        print("stopping after this step, with a commit", file=sys.stderr)
+
+    def action(self) -> Action:
+        """What the loop should do."""
+        return Action.STOP if self.is_asked else Action.GO_ON
+
+
+def train_here(config: Config, *, allow_change: bool = False, max_steps: int | None = None) -> bool:
+    """Run the recipe in this process.
+
+    Returns:
+        True when a signal stopped the run before its end.
+    """
+    stop = StopRequest()
+    stop.listen()
+    last: dict[str, float] = {}
+    report = Report(lambda out, attempt: run_sinks(out, attempt, LastEpoch(last), Display()), stop.action)
+    try:
+        train(config, report, allow_change=allow_change, max_steps=max_steps)
+    finally:
+        report.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if last:
+        Console(file=sys.stderr).print(metrics_table(last, title=f"{config.run_folder}, last evaluation"))
+    return stop.is_asked
+
+
+def run_sinks(out: str, attempt: str, *others: Sink) -> list[Sink]:
+    """Where rank 0's rows go in every run: JSON lines, TensorBoard, and whatever shows them to a person."""
+    return [JsonLines(out, attempt), TensorBoard(out, attempt), *others]
+
+
+class LastEpoch:
+    """Keeps the metrics of the last evaluation, for the table at the end."""
+
+    def __init__(self, metrics: dict[str, float]) -> None:
+        self._metrics = metrics
+
+    def row(self, row: dict) -> None:
+        if row["event"] == "epoch" and "mAP" in row:
+            hidden = ("event", "step", "epoch", "samples_consumed", "round", "fraction")
+            self._metrics.clear()
+            self._metrics.update({name: value for name, value in row.items() if name not in hidden})
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,381 @@
+"""Owns what a person and a dashboard see of a run: rows of numbers, the bar, JSON lines, TensorBoard files.
+
+Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit or note.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from dist_mlpl import comm, storage
+from dist_mlpl.batch import Progress, StepOutput
+
+Row = dict[str, Any]
+
+
+class Action(IntEnum):
+    """What the loop must do after a step; the largest over ranks wins."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2  # save, then return
+
+
+class Sink(Protocol):
+    """Something that takes rows, on rank 0."""
+
+    def row(self, row: Row) -> None:
+        """Take one row."""
+
+    def flush(self) -> None:
+        """Make what was taken so far durable; called at each commit."""
+
+    def close(self) -> None:
+        """No more rows."""
+
+
+class Report:
+    """What the recipe tells about a run, the same calls on every rank.
+
+    Args:
+        make_sinks: given the run folder and the attempt, the places that rows go to; called on rank 0 only.
+        ask: whether this rank was asked to save or stop (a signal, a preemption notice); cheap.
+    """
+
+    def __init__(
+        self,
+        make_sinks: Callable[[str, str], Sequence[Sink]] = lambda out, attempt: (),
+        ask: Callable[[], Action] = lambda: Action.GO_ON,
+    ) -> None:
+        self._make_sinks, self._ask = make_sinks, ask
+        self._sinks: Sequence[Sink] = ()
+        self._global_batch = 0
+        self._clock, self._waited = 0.0, 0.0
+        self._losses: list[float] = []  # of this epoch's steps
+        self._seconds = 0.0  # of the same steps
+
+    def begin(self, out: str, attempt: str, progress: Progress, *, global_batch: int, about: Row) -> None:
+        """A run starts or goes on from `progress`; `about` says with what (epochs, steps, classes, device)."""
+        if comm.rank() == 0:
+            self._sinks = self._make_sinks(out, attempt)
+        self._global_batch = global_batch
+        self._clock, self._waited = time.perf_counter(), 0.0
+        self._emit({"event": "start", "attempt": attempt, **_position(progress), **about})
+
+    def note(self, text: str) -> None:
+        """Something a person should read once."""
+        self._emit({"event": "note", "text": text})
+
+    def step(self, progress: Progress, output: StepOutput, *, waited_seconds: float) -> Action:
+        """A step is done.
+
+        Args:
+            progress: after the step.
+            output: of the global batch.
+            waited_seconds: for data, since the run began, on this rank.
+
+        Returns:
+            What all ranks do next, the same on all of them.
+
+        Collective: all ranks, one all-reduce of 4 bytes.
+        """
+        now = time.perf_counter()
+        seconds, waited = now - self._clock, waited_seconds - self._waited
+        self._clock, self._waited = now, waited_seconds
+        self._losses.append(float(output.loss))
+        self._seconds += seconds
+        extras = output.extras
+        self._emit(
+            {
+                "event": "step",
+                **_position(progress),
+                "loss": float(output.loss),
+                **{f"loss/{name}": float(term) for name, term in output.terms.items()},
+                "grad_norm": extras["grad_norm"],
+                "learning_rate": extras["learning_rate"],
+                "num_bad": extras["num_bad"],
+                "images_per_second": self._global_batch / max(seconds, 1e-9),
+                "wait_fraction": min(1.0, max(0.0, waited / max(seconds, 1e-9))),
+            }
+        )
+        return Action(int(comm.reduce_max(torch.tensor([int(self._ask())], dtype=torch.int32))))
+
+    def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """An epoch is done and evaluated; `progress` stands at the start of the next."""
+        num_steps = max(1, len(self._losses))
+        train = {
+            "train_loss": sum(self._losses) / num_steps,
+            "train_images_per_second": self._global_batch * len(self._losses) / max(self._seconds, 1e-9),
+        }
+        self._emit({"event": "epoch", **_position(progress), **train, **metrics})
+        self._losses, self._seconds = [], 0.0
+        self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
+
+    def saved(self, progress: Progress) -> None:
+        """A commit exists; what was reported so far is made as durable as it."""
+        self._emit({"event": "commit", **_position(progress)})
+        for sink in self._sinks:
+            sink.flush()
+        self._clock = time.perf_counter()
+
+    def close(self) -> None:
+        """The run has returned, or failed."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = ()
+
+    def _emit(self, row: Row) -> None:
+        for sink in self._sinks:
+            sink.row(row)
+
+
+def _position(progress: Progress) -> Row:
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "samples_consumed": progress.samples_consumed,
+        "round": progress.round,
+        "fraction": progress.fraction,
+    }
+
+
+class JsonLines:
+    """Rows as JSON lines under RUN/metrics. On a disk a line is there once written; in an object store a new object
+    holds the lines since the last commit.
+
+    Args:
+        out: RUN.
+        attempt: of this start.
+    """
+
+    def __init__(self, out: str, attempt: str) -> None:
+        self._folder, self._attempt = storage.join(out, "metrics"), attempt
+        self._lines: list[str] = []
+        self._number = 0
+        self._file = None
+        if not storage.is_remote(out):
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(self._folder) / f"{attempt}-0.jsonl", "a")  # noqa: SIM115 - closed in close()
+
+    def row(self, row: Row) -> None:
+        line = json.dumps(_finite(row)) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        if self._lines:
+            url = storage.join(self._folder, f"{self._attempt}-{self._number}.jsonl")
+            storage.write_bytes(url, "".join(self._lines).encode())
+            self._lines, self._number = [], self._number + 1
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _finite(row: Row) -> Row:
+    """JSON has no NaN: an undefined number is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def read_rows(out: str) -> list[Row]:
+    """Every row that still counts, in order: rows past the commit that the next attempt went on from are dropped."""
+    folder = storage.join(out, "metrics")
+    names = [name for name in storage.list_names(folder) if name.endswith(".jsonl")]
+    by_attempt: dict[str, list[Row]] = {}
+    for name in sorted(names, key=lambda name: (name.split("-")[0], int(name.split("-")[1].removesuffix(".jsonl")))):
+        lines = storage.read_bytes(storage.join(folder, name)).decode().splitlines()
+        complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
+        by_attempt.setdefault(name.split("-")[0], []).extend(json.loads(line) for line in complete)
+    kept: list[Row] = []
+    for rows in by_attempt.values():
+        went_on_from = rows[0]["step"] if rows else 0
+        kept = [row for row in kept if row.get("step", 0) <= went_on_from] + rows
+    return kept
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; written beside the run, or here and copied at commits when RUN is a URL.
+
+    Args:
+        out: RUN.
+        attempt: of this start; each has its own folder, so that a curve shows where a run went on.
+    """
+
+    def __init__(self, out: str, attempt: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
+
+        self._url = storage.join(out, "tensorboard", attempt)
+        self._folder = Path(tempfile.mkdtemp(prefix="tensorboard-")) if storage.is_remote(out) else Path(self._url)
+        self._writer = SummaryWriter(str(self._folder))
+
+    def row(self, row: Row) -> None:
+        if row["event"] not in ("step", "epoch"):
+            return
+        skipped = ("event", "step", "samples_consumed")
+        for name, value in row.items():
+            if name not in skipped and isinstance(value, (int, float)):
+                section = "train" if row["event"] == "step" else "evaluation"
+                self._writer.add_scalar(f"{section}/{name}", value, row["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if storage.is_remote(self._url):
+            for path in self._folder.iterdir():
+                storage.upload(path, storage.join(self._url, path.name))
+
+    def close(self) -> None:
+        self.flush()
+        self._writer.close()
+        if storage.is_remote(self._url):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Display:
+    """A bar while steps run, one line per finished epoch. Without a terminal, the lines alone.
+
+    Args:
+        console: where to; the standard error stream by default, which leaves standard output to results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self._bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=24),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._about: Row = {}
+        self._rate = 0.0
+
+    def row(self, row: Row) -> None:
+        event = row["event"]
+        if event == "start":
+            self._start(row)
+        elif event == "step" and self._task is not None:
+            self._step(row)
+        elif event == "epoch":
+            self.console.print(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
+        elif event == "note":
+            self.console.print(row["text"], highlight=False)
+
+    def _start(self, row: Row) -> None:
+        self._about = row
+        if row["step"] or int(row["attempt"]) > 1:
+            where = f"epoch {row['epoch']}, {row['samples_consumed']} samples in, step {row['step']}"
+            self.console.print(f"attempt {int(row['attempt'])} resumes at {where}", highlight=False)
+        if self._task is None:
+            self._task = self._bar.add_task(
+                "", total=row["num_steps"], epoch=row["epoch"] + 1, epochs=row["num_epochs"], numbers="", left="?"
+            )
+            self._bar.start()
+        self._bar.update(self._task, completed=row["step"])
+
+    def _step(self, row: Row) -> None:
+        assert self._task is not None
+        rate = row["images_per_second"]
+        self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        total = self._about["num_epochs"] * self._about["num_samples"]
+        left = (1.0 - row["fraction"]) * total / max(self._rate, 1e-9)
+        terms = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in row.items() if k.startswith("loss/"))
+        numbers = f"{self._rate:.0f} images/s  wait {row['wait_fraction']:.0%}  loss {row['loss']:.4f}  {terms}"
+        self._bar.update(
+            self._task,
+            completed=row["step"],
+            epoch=min(row["epoch"] + 1, self._about["num_epochs"]),
+            numbers=numbers,
+            left=f"{int(left // 60)}:{int(left % 60):02d}",
+        )
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def epoch_line(row: Row, *, num_epochs: Any) -> str:
+    """One line for one finished epoch."""
+    parts = [f"epoch {row['epoch']:>3}/{num_epochs}", f"step {row['step']}", f"loss {row['train_loss']:.4f}"]
+    parts += [f"{name} {row[name]:.4f}" for name in ("mAP", "OF1", "CF1") if name in row]
+    parts.append(f"{row['train_images_per_second']:.0f} images/s")
+    if row.get("num_bad"):
+        parts.append(f"{row['num_bad']:.0f} undecodable")
+    return "  ".join(parts)
+
+
+def metrics_table(metrics: dict[str, float], *, title: str) -> Table:
+    """Every metric of one evaluation, fractions with four digits, counts as they are."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        is_count = name.startswith("num_") and float(value).is_integer()
+        table.add_row(name, f"{value:.0f}" if is_count else f"{value:.4f}")
+    return table
+
+
+def keep_log(out: str, attempt: str, rank: int) -> Callable[[], None]:
+    """Send this rank's log records to RUN/logs/ATTEMPT/rank-r.log.
+
+    Returns:
+        A function that copies the log to RUN when RUN is a URL; call it at commits and at the end.
+    """
+    url = storage.join(out, "logs", attempt, f"rank-{rank}.log")
+    path = Path(tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")[1]) if storage.is_remote(out) else Path(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.getLogger("dist_mlpl").setLevel(logging.INFO)
+
+    def copy() -> None:
+        handler.flush()
+        if storage.is_remote(out):
+            storage.upload(path, url)
+
+    return copy
+
+
+@contextmanager
+def work_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work that is counted: yields `tell(doing, done, total)`. Silent without a terminal."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = bar.add_task(doing, total=total)
+            bar.update(tasks[doing], completed=done, total=total)
+
+        yield tell

@@ -1,0 +1,138 @@
+"""Owns the proof that a run trained on every planned sample once: the commit chain against the order it must follow."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_mlpl import storage
+from dist_mlpl.checkpoint import Commit, read_chain, read_file
+from dist_mlpl.config import Config, check_config, parse_yaml
+from dist_mlpl.data.manifest import Manifest, load_manifest
+from dist_mlpl.data.order import EpochOrder
+from dist_mlpl.errors import CheckpointError
+
+
+class EpochProof(NamedTuple):
+    """What the committed chain says of one epoch."""
+
+    epoch: int
+    num_planned: int  # positions consumed so far, and all of them once the epoch is over
+    num_distinct: int  # different samples among them
+    num_dropped: int  # samples left for another epoch: the last, incomplete global batch; 0 while it runs
+    num_bad: int  # undecodable samples that kept their place
+    commits: int
+    is_finished: bool
+
+
+class AuditReport(NamedTuple):
+    """The whole proof."""
+
+    epochs: list[EpochProof]
+    faults: list[str]  # what contradicts the plan; empty when the proof holds
+    head: Commit
+
+
+def audit(run: str, *, manifest_url: str | None = None) -> AuditReport:
+    """Walk the committed chain and hold every consumed index against the planned order.
+
+    The order is computed again from seed, epoch and manifest; the consumed indices are what the ranks were handed.
+    Steps that a crash threw away are in no commit, so they do not count.
+
+    Args:
+        run: RUN.
+        manifest_url: where the shards are now, if they moved.
+
+    Raises:
+        CheckpointError: no commit, or a damaged one, or another manifest than the run's.
+    """
+    config = read_config(run)
+    storage.configure_storage(config.data.storage_options)
+    manifest = load_manifest(manifest_url or config.data.manifest)
+    chain = read_chain(run)
+    _check_manifest(manifest, chain[-1])
+    sizes = manifest.shard_sizes(config.data.train_split)
+    seen: dict[int, list[np.ndarray]] = {}
+    bad: dict[int, int] = {}
+    commits: dict[int, int] = {}
+    faults: list[str] = []
+    before: Commit | None = None
+    for commit in chain:
+        is_end = commit.samples_consumed == 0
+        epoch = commit.epoch - 1 if is_end else commit.epoch
+        start = before.samples_consumed if before and before.epoch == epoch else 0
+        indices = np.load(io.BytesIO(read_file(run, commit, "consumed.npy")))
+        order = EpochOrder(
+            sizes, seed=config.seed, epoch=epoch, num_lanes=commit.num_lanes,
+            window_samples=commit.window_samples, group_size=commit.group_size,
+        )  # fmt: skip
+        faults += _compare(commit, order, indices, start, is_end=is_end)
+        seen.setdefault(epoch, []).append(indices)
+        bad[epoch] = bad.get(epoch, 0) + len(commit.bad_samples)
+        commits[epoch] = commits.get(epoch, 0) + 1
+        before = commit
+    epochs = []
+    for epoch, parts in sorted(seen.items()):
+        consumed = np.concatenate(parts)
+        num_distinct = len(np.unique(consumed))
+        if num_distinct != len(consumed):
+            faults.append(f"epoch {epoch}: {len(consumed) - num_distinct} samples were consumed twice")
+        is_finished = epoch < chain[-1].epoch
+        dropped = sum(sizes) - len(consumed) if is_finished else 0
+        epochs.append(EpochProof(epoch, len(consumed), num_distinct, dropped, bad[epoch], commits[epoch], is_finished))
+    expected = list(range(chain[-1].epoch + (chain[-1].samples_consumed > 0)))
+    if sorted(seen) != expected:
+        faults.append(f"epochs {sorted(seen)} are in the chain, {expected} should be")
+    return AuditReport(epochs, faults, chain[-1])
+
+
+def _compare(commit: Commit, order: EpochOrder, indices: np.ndarray, start: int, *, is_end: bool) -> list[str]:
+    """Faults of one commit's consumed indices against the order."""
+    stop = start + len(indices)
+    if not is_end and stop != commit.samples_consumed:
+        return [
+            f"commit {commit.step}: {len(indices)} consumed from {start}, yet it stands at {commit.samples_consumed}"
+        ]
+    if stop > order.num_samples:
+        return [f"commit {commit.step}: {stop} positions of an epoch of {order.num_samples}"]
+    if is_end and order.num_samples - stop >= commit.global_batch:
+        return [f"commit {commit.step}: the epoch ended with {order.num_samples - stop} samples still to come"]
+    planned = order.indices(start, stop)
+    wrong = np.flatnonzero(planned != indices)
+    if len(wrong):
+        first = int(wrong[0])
+        return [
+            f"commit {commit.step}: {len(wrong)} of {len(indices)} samples are not the planned ones, first at position "
+            f"{start + first}: {int(indices[first])} for {int(planned[first])}"
+        ]
+    return []
+
+
+def read_config(run: str) -> Config:
+    """The config a run began with.
+
+    Raises:
+        CheckpointError: no run there.
+    """
+    url = storage.join(run, "config.yaml")
+    try:
+        return check_config(parse_yaml(storage.read_bytes(url).decode(), where=url), where=url)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "no run folder there",
+            expected="config.yaml and commits/",
+            where=run,
+            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
+        ) from None
+
+
+def _check_manifest(manifest: Manifest, head: Commit) -> None:
+    if manifest.digest != head.digests["manifest"]:
+        raise CheckpointError(
+            f"manifest of digest {manifest.digest[:16]}...",
+            expected=f"{str(head.digests['manifest'])[:16]}..., which the run was trained on",
+            where=manifest.url,
+            next_step="pass --manifest with the place of the run's own shards",
+        )

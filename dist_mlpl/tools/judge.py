@@ -1,0 +1,63 @@
+"""Owns the evaluation of a finished or running run: its newest commit, on any split, on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_mlpl import storage
+from dist_mlpl.batch import RunLength
+from dist_mlpl.checkpoint import read_chain, read_model
+from dist_mlpl.data.label_store import LabelStore
+from dist_mlpl.data.manifest import load_manifest
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.engine import Engine, start
+from dist_mlpl.errors import CheckpointError
+from dist_mlpl.evaluate import evaluate
+from dist_mlpl.tools.audit import read_config
+from dist_mlpl.train import build_stream
+
+
+def judge(run: str, *, split: str | None = None, manifest_url: str | None = None) -> dict[str, Any]:
+    """Evaluate the newest commit of a run from its model file alone.
+
+    Args:
+        run: RUN.
+        split: of the manifest; None for the run's own evaluation split.
+        manifest_url: shards of the same classes; None for the run's own.
+
+    Returns:
+        The metrics, with `split` and `step`.
+
+    Raises:
+        CheckpointError: no run, no commit, damaged files, or other classes.
+
+    Collective: all ranks, under torchrun; alone without it.
+    """
+    config = read_config(run)
+    settings = config.engine.model_copy(update={"kind": "plain"})
+    world = start(settings)
+    storage.configure_storage(config.data.storage_options)
+    commit = read_chain(run)[-1]
+    manifest = load_manifest(manifest_url or config.data.manifest)
+    if manifest.classes_sha256 != commit.digests["classes"]:
+        raise CheckpointError(
+            f"a manifest of {manifest.num_classes} classes, digest {manifest.classes_sha256[:16]}...",
+            expected=f"the run's class list, digest {str(commit.digests['classes'])[:16]}...",
+            where=manifest.url,
+            next_step="build the shards with the run's classes.csv",
+        )
+    index = SplitIndex(manifest, split or config.data.eval_split)
+    method = config.method.model_copy(
+        update={"backbone": config.method.backbone.model_copy(update={"weights": None})}
+    ).build(num_classes=manifest.num_classes, image_size=config.transform.size)
+    engine = Engine(
+        method, settings, config.optimizer, config.schedule, length=RunLength(1, 1), world=world,
+        global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
+    )  # fmt: skip
+    engine.load_model(read_model(run, commit))
+    stream = build_stream(config, index, world, engine, train=False)
+    try:
+        judged = evaluate(engine, stream, LabelStore(index).at(0), config.evaluation)
+    finally:
+        stream.close()
+    return {**judged.metrics, "split": index.split, "step": commit.step}

@@ -1,0 +1,181 @@
+"""Owns the proof that a packed data set is whole: every byte read again, every fault reported, not only the first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_mlpl import storage
+from dist_mlpl.data.manifest import Manifest, ShardEntry, ShardIndex, load_manifest, read_index
+from dist_mlpl.errors import ConfigError, ShardError
+from shards.pack import OnProgress, check_image, run_tasks
+
+_MAX_FAULTS_PER_SHARD = 20  # a shard that is wrong from some byte on would otherwise repeat itself by the thousand
+
+
+class Fault(NamedTuple):
+    """One thing that is not as it should be."""
+
+    file: str  # shard or index
+    where: str  # sample's key or row; empty when the whole file is meant
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Args:
+        manifest: of the set.
+        faults: in manifest order; empty when the set is whole.
+    """
+
+    manifest: Manifest
+    faults: tuple[Fault, ...]
+
+
+def verify(
+    url: str, *, decode: bool = False, workers: int | None = None, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Read a packed data set again and compare everything with everything.
+
+    Digests and sizes of tars and indexes; members, their names and order; that each index row points at a JPEG from
+    its first marker to its last; that the labels beside each image are those of the index; that the folder holds no
+    shard that the manifest lacks. At most 20 faults a shard are listed.
+
+    Args:
+        url: folder or manifest.json.
+        decode: decode every image too.
+        workers: processes; None: one for each core.
+        on_progress: called after each shard.
+
+    Raises:
+        ManifestError: the manifest is missing or not in agreement with itself.
+        StorageError: the storage failed; a missing file is a fault instead.
+    """
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"workers {workers}", expected="at least 1", where="workers", next_step="correct the option")
+    manifest = load_manifest(url)
+    entries = [entry for split in manifest.splits.values() for entry in split.shards]
+    num_samples, done = sum(entry.num_samples for entry in entries), 0
+    faults: list[list[Fault]] = [[] for _ in entries]
+    for number, found in run_tasks(verify_shard, [(manifest, entry, decode) for entry in entries], workers):
+        faults[number] = found
+        done += entries[number].num_samples
+        if on_progress is not None:
+            on_progress("verifying", done, num_samples)
+    listed = {file for entry in entries for file in (entry.file, entry.index)}
+    strays = [
+        Fault(name, "", "a file that the manifest lacks", "no other shards in the folder: remove it")
+        for name in storage.list_names(manifest.url)
+        if name.endswith((".tar", ".arrow")) and name not in listed
+    ]
+    return VerifyReport(manifest, tuple(fault for part in [*faults, strays] for fault in part))
+
+
+def verify_shard(manifest: Manifest, entry: ShardEntry, decode: bool) -> list[Fault]:
+    """All faults of one shard and its index, 20 at most."""
+    faults: list[Fault] = []
+    index: ShardIndex | None = None
+    try:
+        index = read_index(manifest, entry)
+    except ShardError as error:
+        faults.append(Fault(entry.index, "", error.found, error.expected))
+    try:
+        with _local_copy(manifest.shard_url(entry)) as (path, digest):
+            if path.stat().st_size != entry.num_bytes:
+                faults.append(Fault(entry.file, "", f"{path.stat().st_size} bytes", f"{entry.num_bytes} bytes"))
+            if digest != entry.sha256:
+                faults.append(Fault(entry.file, "", f"sha256 {digest}", entry.sha256))
+            if index is not None:
+                for fault in _member_faults(path, entry, index, manifest.class_ids, decode):
+                    if len(faults) == _MAX_FAULTS_PER_SHARD:
+                        break
+                    faults.append(fault)
+    except FileNotFoundError:
+        faults.append(Fault(entry.file, "", "no such file", f"a shard of {entry.num_samples} samples"))
+    return faults
+
+
+@contextlib.contextmanager
+def _local_copy(url: str) -> Iterator[tuple[Path, str]]:
+    """A path to the object's bytes and their sha256; remote objects are downloaded for as long as it lasts."""
+    if not storage.is_remote(url):
+        path = Path(url.removeprefix("file://"))
+        yield path, storage.sha256_of_file(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="mlpl-verify-") as folder:
+        path = Path(folder, storage.name(url))
+        digest = storage.download(url, path)
+        yield path, digest
+
+
+def _member_faults(
+    path: Path, entry: ShardEntry, index: ShardIndex, class_ids: tuple[str, ...], decode: bool
+) -> Iterator[Fault]:
+    """Compare the tar's members with the index, one image in memory at a time."""
+
+    def fault(where: str, found: str, expected: str) -> Fault:
+        return Fault(entry.file, where, found, expected)
+
+    row = 0
+    try:
+        with open(path, "rb") as images, tarfile.open(path, mode="r:", encoding="utf-8") as tar:
+            members = iter(tar)
+            for image in members:
+                labels = next(members, None)
+                if row == index.num_samples:
+                    yield fault(image.name, "a member beyond the index", f"{index.num_samples} samples")
+                    return
+                key = index.keys[row].as_py()
+                names = (image.name, None if labels is None else labels.name)
+                if labels is None or names != (f"{key}.jpg", f"{key}.json"):
+                    yield fault(f"row {row}", f"members {names}", f"{key}.jpg and {key}.json")
+                    return  # the rest would be compared with the wrong rows
+                place, wanted = (image.offset_data, image.size), (int(index.offsets[row]), int(index.num_bytes[row]))
+                if place != wanted:
+                    yield fault(key, f"offset and length {place}", f"{wanted}, from the index")
+                images.seek(wanted[0])
+                if reason := check_image(images.read(wanted[1]), decode=decode):
+                    yield fault(key, reason, "a whole JPEG where the index points")
+                yield from (fault(key, *pair) for pair in _label_faults(tar, labels, index, row, class_ids))
+                row += 1
+    except (
+        tarfile.TarError,
+        ValueError,
+    ) as error:  # ValueError: a damaged header that tarfile takes for an extended one
+        yield fault(f"row {row}", f"a tar that does not read: {error}", "a USTAR tar")
+        return
+    if row != index.num_samples:
+        yield fault("", f"{row} samples", f"{index.num_samples}, from the index")
+
+
+def _label_faults(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex, row: int, class_ids: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """What differs between the labels in the tar and those of the index, as (found, expected)."""
+    file = tar.extractfile(member)
+    try:
+        document: Any = json.loads(file.read() if file else b"")
+        found = (document["key"], document["positives"], document["negatives"], document["source"]["row"])
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"labels that do not read: {error!r}", "a JSON object with key, positives, negatives, source"
+        return
+    wanted = (
+        index.keys[row].as_py(),
+        [class_ids[column] for column in index.positives_of(row)],
+        [class_ids[column] for column in index.negatives_of(row)],
+        int(index.source_rows[row]),
+    )
+    for name, ours, theirs in zip(("key", "positives", "negatives", "source row"), found, wanted, strict=True):
+        if ours != theirs:
+            yield f"{name} {ours} in the tar", f"{theirs}, from the index"
