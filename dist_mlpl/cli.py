@@ -266,3 +266,7 @@ def _bar() -> Any:
     from dist_mlpl.progress import work_bar
 
     return work_bar()
+
+
+if __name__ == "__main__":
+    main()

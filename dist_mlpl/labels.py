@@ -27,17 +27,21 @@ def check_codes(targets: npt.NDArray, *, where: str) -> Targets:
     Raises:
         LabelCodeError: naming the first offending value and its position.
     """
-    values = np.asarray(targets)
-    bad = ~np.isin(values, CODES)
+    return _checked(targets, CODES, expected="-1 (absent), 0 (unknown) or +1 (present)", where=where)
+
+
+def _checked(values: npt.NDArray, allowed: Sequence[int], *, expected: str, where: str) -> Targets:
+    array = np.asarray(values)
+    bad = ~np.isin(array, allowed)
     if bad.any():
         position = tuple(int(i) for i in np.argwhere(bad)[0])
         raise LabelCodeError(
-            f"label value {values[position]!r} at {position}",
-            expected="-1 (absent), 0 (unknown) or +1 (present)",
+            f"label value {array[position].item()!r} at {position}",
+            expected=expected,
             where=where,
             next_step="convert at the border with dist_mlpl.labels.from_one_zero, from_nan or from_confidence",
         )
-    return values.astype(np.int8)
+    return array.astype(np.int8)
 
 
 def from_one_zero(values: npt.NDArray, *, zero: Unlisted, where: str = "labels") -> Targets:
@@ -57,15 +61,24 @@ def from_one_zero(values: npt.NDArray, *, zero: Unlisted, where: str = "labels")
 
 
 def from_nan(values: npt.NDArray, *, where: str = "labels") -> Targets:
-    """Convert {1.0 present, 0.0 absent, NaN unknown} (mlcpl's convention) to the one code."""
-    known = ~np.isnan(values)
-    inner = np.where(known, np.nan_to_num(values), -1)
-    return from_one_zero(inner, zero="absent", where=where)
+    """Convert {1.0 present, 0.0 absent, NaN unknown} (mlcpl's convention) to the one code.
+
+    Raises:
+        LabelCodeError: any other value, -1 among them.
+    """
+    is_known = ~np.isnan(values)
+    ones = _checked(np.where(is_known, values, 0), (0, 1), expected="1 (present), 0 (absent) or NaN", where=where)
+    return np.where(is_known, 2 * ones - 1, UNKNOWN).astype(np.int8)
 
 
 def from_confidence(confidences: npt.NDArray, *, where: str = "labels") -> Targets:
-    """Convert Open Images human confidences (1 verified present, 0 verified absent) of listed rows."""
-    return from_one_zero(confidences, zero="absent", where=where)
+    """Convert Open Images human confidences (1 verified present, 0 verified absent) of listed rows.
+
+    Raises:
+        LabelCodeError: any other value: machine confidences are beliefs, not labels.
+    """
+    ones = _checked(confidences, (0, 1), expected="1 (verified present) or 0 (verified absent)", where=where)
+    return (2 * ones - 1).astype(np.int8)
 
 
 def dense_targets(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from dist_mlpl.settings import Settings
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerSettings(Settings):
@@ -22,8 +22,13 @@ class OptimizerSettings(Settings):
     learning_rate: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(0.0, ge=0.0)  # not on one-dimensional parameters (biases, norms)
     head_multiplier: float = Field(1.0, gt=0.0)  # learning rate of the head, times
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)  # sgd
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw
+    momentum: Decay = 0.9  # sgd
+
+    @model_validator(mode="after")
+    def _refuse_what_the_rule_ignores(self) -> OptimizerSettings:
+        _refuse_changed(self, {"adamw": ("momentum",), "sgd": ("betas",)}[self.name])
+        return self
 
 
 class ScheduleSettings(Settings):
@@ -32,14 +37,25 @@ class ScheduleSettings(Settings):
     name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_samples: int = Field(0, ge=0)  # linear from 0
     final_fraction: float = Field(0.0, ge=0.0, le=1.0)  # cosine: of the learning rate, at the end
-    drop_every_samples: int | None = Field(None, gt=0)  # step: samples between drops
+    drop_every_samples: int | None = Field(None, gt=0)  # step: samples between drops, counted from the run's start
     drop_factor: float = Field(0.1, gt=0.0, lt=1.0)  # step
 
     @model_validator(mode="after")
-    def _step_needs_its_length(self) -> ScheduleSettings:
+    def _check_keys_of_the_rule(self) -> ScheduleSettings:
+        drops = ("drop_every_samples", "drop_factor")
+        unused = {"cosine": drops, "step": ("final_fraction",), "constant": ("final_fraction", *drops)}
+        _refuse_changed(self, unused[self.name])
         if self.name == "step" and self.drop_every_samples is None:
             raise ValueError("schedule.name step needs schedule.drop_every_samples")
         return self
+
+
+def _refuse_changed(settings: OptimizerSettings | ScheduleSettings, keys: Sequence[str]) -> None:
+    """Refuse keys that the chosen rule does not read: set all the same, they would do nothing, and quietly."""
+    fields = type(settings).model_fields
+    changed = [key for key in keys if getattr(settings, key) != fields[key].default]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} set, but {settings.name!r} does not use it")
 
 
 def learning_rate_factor(settings: ScheduleSettings, samples_seen: int, total_samples: int) -> float:
@@ -51,7 +67,7 @@ def learning_rate_factor(settings: ScheduleSettings, samples_seen: int, total_sa
         total_samples: of the whole run.
 
     Returns:
-        A factor in [0, 1].
+        A factor in [0, 1]; above 0 at the first update, so that warm-up wastes none.
     """
     if samples_seen < settings.warmup_samples:
         return (samples_seen + 1) / (settings.warmup_samples + 1)
@@ -79,7 +95,7 @@ def build_optimizer(
     for name, parameters in parameter_groups.items():
         rate = settings.learning_rate * (settings.head_multiplier if name == "head" else 1.0)
         for is_decayed in (True, False):
-            chosen = [p for p in parameters if (_num_dimensions(p) > 1) == is_decayed]
+            chosen = [p for p in parameters if (p.dim() > 1) == is_decayed]
             if chosen:
                 decay = settings.weight_decay if is_decayed else 0.0
                 groups.append({"params": chosen, "lr": rate, "base_learning_rate": rate, "weight_decay": decay})
@@ -88,12 +104,46 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
 
 
-def _num_dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Tensors that the rule keeps of every parameter: what a checkpoint holds beside the parameters."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] > 0.0 else ()
 
 
-def moment_names(settings: OptimizerSettings) -> tuple[str, ...]:
-    """Per-parameter tensors that the rule keeps: what a checkpoint holds beside the parameters."""
-    if settings.name == "sgd" and settings.momentum == 0.0:
-        return ()
-    return MOMENTS[settings.name]
+def make_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Make now what torch would make at the first update, all zeros, so that it can be read and written before it.
+
+    Args:
+        optimizer: its state is empty.
+        tensors: what it updates: parameters, or ZeRO's flat parts of them.
+    """
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        if isinstance(optimizer, torch.optim.AdamW):
+            state["step"] = torch.zeros(())
+        for name in moment_names(optimizer):
+            state[name] = torch.zeros_like(tensor)
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Set the count of updates that AdamW corrects its moments by; a rule without one needs none."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(num_updates))
+
+
+def clip_gradients(gradients: Sequence[Tensor], clip_norm: float) -> float:
+    """Scale gradients down, in place, to a norm of at most `clip_norm`.
+
+    Args:
+        gradients: of all parameters.
+        clip_norm: 0 for no clipping.
+
+    Returns:
+        The norm before clipping. When it is not finite, no gradient has changed.
+    """
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if 0.0 < clip_norm < norm < math.inf:  # False for NaN
+        torch._foreach_mul_(list(gradients), clip_norm / (norm + 1e-6))
+    return norm

@@ -1,6 +1,6 @@
 """Owns what a person and a dashboard see of a run: rows of numbers, the bar, JSON lines, TensorBoard files.
 
-Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit or note.
+Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit, stopped or note.
 """
 
 from __future__ import annotations
@@ -134,6 +134,10 @@ class Report:
         for sink in self._sinks:
             sink.flush()
         self._clock = time.perf_counter()
+
+    def stopped(self, progress: Progress) -> None:
+        """The run was asked to stop, and has saved."""
+        self._emit({"event": "stopped", **_position(progress)})
 
     def close(self) -> None:
         """The run has returned, or failed."""
@@ -283,6 +287,8 @@ class Display:
             self._step(row)
         elif event == "epoch":
             self.console.print(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
+        elif event == "stopped":
+            self.console.print(f"stopped and saved at step {row['step']}; the same command goes on from there")
         elif event == "note":
             self.console.print(row["text"], highlight=False)
 
@@ -353,6 +359,7 @@ def keep_log(out: str, attempt: str, rank: int) -> Callable[[], None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("dist_mlpl"))
     root = logging.getLogger()
     root.addHandler(handler)
     logging.getLogger("dist_mlpl").setLevel(logging.INFO)

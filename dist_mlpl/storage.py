@@ -8,6 +8,7 @@ or spawned child gets its own and never touches its parent's event loop.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
+import pyarrow.fs
 
 from dist_mlpl.errors import ConfigError, StorageError
 
@@ -34,6 +36,10 @@ _TRANSIENT_ERRNO = {
     errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
 }  # fmt: skip
 _PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_HTTP_PACKAGES = ("botocore", "aiohttp", "aiobotocore", "urllib3", "requests")
+_BUSY_STATUS = (408, 409, 429)  # timed out, in conflict with another writer of the moment, too many requests
+_PRECONDITION_FAILED, _NOT_IMPLEMENTED = 412, 501
+_BLOCK_BYTES = 16 << 20
 
 
 def configure_storage(options: dict[str, Any] | None = None, *, deadline_seconds: float = 60.0) -> None:
@@ -75,8 +81,12 @@ def _local(url: str) -> Path:
 
 
 def _remote(url: str) -> tuple[Any, str]:
+    options = copy.deepcopy(_options)  # botocore changes nested ones, and fsspec finds its instance by their value
+    if url.startswith("s3"):
+        # botocore would retry for minutes by itself, deadline or not; `retried` does it by one rule for all stores.
+        options.setdefault("config_kwargs", {}).setdefault("retries", {"total_max_attempts": 1})
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_options)
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"no way to open {url!r}: {error}",
@@ -93,17 +103,24 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
+    if status := _http_status(error):  # before errno: s3fs calls every answer that it does not know EIO
+        return status in _BUSY_STATUS or (status >= 500 and status != _NOT_IMPLEMENTED)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
-    code = getattr(error, "response", None)
-    if isinstance(code, dict):  # botocore's ClientError
-        status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in (408, 429)
-    kind = type(error)
     words = ("Connect", "Timeout", "IncompleteRead", "ClientPayload", "ServerDisconnected", "HTTPClient")
-    return kind.__module__.split(".")[0] in ("botocore", "aiohttp", "aiobotocore", "urllib3", "requests") and any(
-        word in kind.__name__ for word in words
+    return any(
+        kind.__module__.split(".")[0] in _HTTP_PACKAGES and any(word in kind.__name__ for word in words)
+        for kind in type(error).__mro__
     )
+
+
+def _http_status(error: BaseException) -> int:
+    """Status of the answer behind an error of botocore, or of s3fs, which translates those; 0 without one."""
+    for part in (error, error.__cause__):
+        response = getattr(part, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return 0
 
 
 def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
@@ -136,11 +153,19 @@ def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
 def _storage_error(error: Exception, *, url: str, doing: str, attempts: int, waited: float) -> StorageError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        keys = "check AWS_ACCESS_KEY_ID / AWS_PROFILE (or data.storage_options) and the bucket's policy"
         return StorageError(
             f"{doing} {url} is not allowed: {text}",
-            expected="credentials that may do this",
+            expected="credentials that may do this" if is_remote(url) else "a user who may do this",
             where=url,
-            next_step="check AWS_ACCESS_KEY_ID / AWS_PROFILE (or data.storage_options) and the bucket's policy",
+            next_step=keys if is_remote(url) else "check the owner and mode of the file and its folder",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"{doing} {url} found no room: {text}",
+            expected="free space",
+            where=url,
+            next_step="free some, or name a folder on another disk (MLPL_CACHE_DIR places the shard cache)",
         )
     return StorageError(
         f"{doing} {url} failed after {attempts} tries in {waited:.1f} s: {type(error).__name__}: {text}",
@@ -285,6 +310,12 @@ def create_exclusive(url: str, content: bytes) -> bool:
 
     Locally a hard link, which fails when the name exists; on object stores a conditional put (`If-None-Match`).
 
+    Args:
+        url: the object.
+        content: bytes that no other writer of the same object writes; let them hold a name or a random token. A put
+            whose answer was lost is repeated, by us or by the library below, and then finds the object there: only
+            its content says who made it.
+
     Returns:
         True when this call made the object, False when it was there already.
 
@@ -296,19 +327,23 @@ def create_exclusive(url: str, content: bytes) -> bool:
     def create() -> None:
         nonlocal attempts
         attempts += 1
-        if is_remote(url):
-            filesystem, path = _remote(url)
-            filesystem.pipe_file(path, content, mode="create")
+        if not is_remote(url):
+            with _temporary_beside(_local(url)) as temporary:
+                _write_durably(temporary, content)
+                os.link(temporary, _local(url))
             return
-        with _temporary_beside(_local(url)) as temporary:
-            _write_durably(temporary, content)
-            os.link(temporary, _local(url))
+        filesystem, path = _remote(url)
+        try:
+            filesystem.pipe_file(path, content, mode="create")
+        except OSError as error:
+            if _http_status(error) == _PRECONDITION_FAILED:  # not every store says which condition, as s3fs expects
+                raise FileExistsError(url) from error
+            raise
 
     try:
         _no_missing(create, url=url)
     except FileExistsError:
-        # A put whose answer was lost succeeds on the server; the retry then finds our own bytes.
-        return attempts > 1 and read_bytes(url) == content
+        return (is_remote(url) or attempts > 1) and read_bytes(url) == content
     return True
 
 
@@ -334,21 +369,26 @@ def check_exclusive_create(url: str) -> None:
 def download(url: str, path: Path) -> str:
     """Copy an object to a local file and return its sha256.
 
-    The file is complete only when this returns; write to a temporary name and rename.
+    The file is complete only when this returns; write to a temporary name and rename. Each block is retried by itself,
+    so a connection that breaks late does not start a large object over.
 
     Raises:
         FileNotFoundError: no such object.
+        StorageError: it could not be read, or the local disk is full.
     """
-
-    def copy() -> str:
-        digest = hashlib.sha256()
-        with open(path, "wb") as target, open_read(url) as source:
-            while block := source.read(8 << 20):
+    digest = hashlib.sha256()
+    num_bytes = size(url)
+    try:
+        with open(path, "wb") as target:
+            for start in range(0, num_bytes, _BLOCK_BYTES):
+                block = read_bytes(url, start, min(start + _BLOCK_BYTES, num_bytes))
                 digest.update(block)
                 target.write(block)
-        return digest.hexdigest()
-
-    return retried(copy, url=url, doing="downloading")
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # of the local file: reading raises StorageError
+        raise _storage_error(error, url=str(path), doing="writing", attempts=1, waited=0.0) from error
+    return digest.hexdigest()
 
 
 def upload(path: Path, url: str) -> None:
@@ -361,7 +401,7 @@ def upload(path: Path, url: str) -> None:
             return
         with _temporary_beside(_local(url)) as temporary:
             with open(path, "rb") as source, open(temporary, "wb") as target:
-                while block := source.read(8 << 20):
+                while block := source.read(_BLOCK_BYTES):
                     target.write(block)
                 target.flush()
                 os.fsync(target.fileno())
@@ -382,6 +422,14 @@ def remove(url: str) -> None:
 
     with contextlib.suppress(FileNotFoundError):
         retried(delete, url=url, doing="deleting")
+
+
+def arrow_filesystem(url: str) -> tuple[Any, str]:
+    """A pyarrow filesystem over ours, and the path on it: what Ray Train takes as its storage."""
+    if not is_remote(url):
+        return None, absolute(url)
+    filesystem, path = _remote(url)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
 def sha256_of_bytes(content: bytes) -> str:

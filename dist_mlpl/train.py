@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
@@ -103,6 +105,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
                     report.saved(progress)
                     copy_log()
                 if action is Action.STOP:
+                    report.stopped(progress)
                     return progress
 
             is_due = (epoch + 1) % config.evaluation.every_epochs == 0 or epoch + 1 == config.num_epochs
@@ -112,7 +115,8 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
             report.epoch(progress, judged.metrics if judged else {})
             report.saved(progress)
             copy_log()
-            if action is Action.STOP:
+            if action is Action.STOP and progress.epoch < config.num_epochs:
+                report.stopped(progress)
                 return progress
         return progress
     finally:
@@ -199,13 +203,17 @@ def start_from(url: str, engine: Engine) -> list[str]:
 
 
 def about(config: Config, manifest: Manifest, length: RunLength) -> dict[str, object]:
-    """What a reader of the rows should know first."""
+    """What a reader of the rows should know first.
+
+    Collective: all ranks, one gather of names.
+    """
     return {
         "num_epochs": length.num_epochs,
         "num_samples": length.num_samples,
         "num_steps": length.num_epochs * (length.num_samples // config.global_batch),
         "num_classes": manifest.num_classes,
         "world_size": comm.world_size(),
+        "processes": comm.gather_objects((socket.gethostname(), os.getpid())),
         "method": config.method.name,
         "backbone": config.method.backbone.name,
     }

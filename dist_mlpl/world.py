@@ -41,13 +41,28 @@ class World:
 
     @classmethod
     def detect(cls, environment: Mapping[str, str] | None = None) -> World:
-        """Read the variables that torchrun and Ray Train export; a lone process is rank 0 of 1."""
+        """Read the variables that torchrun and Ray Train export; a lone process is rank 0 of 1.
+
+        Raises:
+            RankMismatchError: a value that is no integer, or values that do not fit together.
+        """
         env = os.environ if environment is None else environment
-        size = int(env.get("WORLD_SIZE", "1"))
-        rank = int(env.get("RANK", "0"))
+
+        def number(name: str, default: int) -> int:
+            text = env.get(name, str(default))
+            try:
+                return int(text)
+            except ValueError:
+                raise RankMismatchError(
+                    f"{name}={text!r}",
+                    expected="an integer",
+                    where=f"{name} in the environment",
+                    next_step="start the run with `dist-mlpl train`, torchrun, or unset this variable",
+                ) from None
+
         return cls(
-            rank=rank,
-            size=size,
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            rank=number("RANK", 0),
+            size=number("WORLD_SIZE", 1),
+            local_rank=number("LOCAL_RANK", 0),
+            local_size=number("LOCAL_WORLD_SIZE", 1),
         )

@@ -1,7 +1,11 @@
 """Owns the copy of shards on this node's disk: shared by its ranks, bounded in bytes, keyed by URL and digest.
 
-A shard is complete under its name or not there at all: it is downloaded under another name, checked, then renamed.
-Local shards are read where they are.
+    DIGEST.tar              a whole shard, checked; its time of change is when it was last read
+    DIGEST.NUM_BYTES.part   one that is being downloaded, NUM_BYTES long in the end
+    DIGEST.lock             held by the one that downloads it; a part whose lock is free was left by a killed process
+    room.lock               held while room is made
+
+A shard is complete under its name or not there at all. Local shards are read where they are.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry
 from dist_mlpl.errors import ConfigError, ShardError
 
 _TRIES = 3
+_POLL_SECONDS = 0.05
 
 
 def cache_folder() -> Path:
@@ -26,11 +33,11 @@ def cache_folder() -> Path:
 
 
 class ShardCache:
-    """Shards as local files.
+    """Shards as local files. Safe from many threads and processes.
 
     Args:
         manifest: whose shards.
-        limit_bytes: of the whole folder; least recently read shards make room.
+        limit_bytes: of the whole folder, downloads included; least recently read shards make room.
         folder: where; every rank of a node names the same one.
 
     Raises:
@@ -53,62 +60,55 @@ class ShardCache:
                 next_step=f"raise it, or build smaller shards; the folder is {self._folder} (MLPL_CACHE_DIR)",
             )
         self._folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self._folder / "room.lock"):
+            self._make_room(0)  # what a killed process left, or a larger limit of an earlier run
 
     def read(self, shard: ShardEntry, offset: int, num_bytes: int) -> bytes:
         """Bytes [offset, offset + num_bytes) of a shard, which is downloaded first if need be.
 
         Raises:
             ShardError: missing, damaged or too short.
+            StorageError: it could not be downloaded.
         """
-        for _ in range(_TRIES):
-            path = self._path(shard)
-            try:
-                with open(path, "rb", buffering=0) as file:
-                    content = os.pread(file.fileno(), num_bytes, offset)
-            except FileNotFoundError:
-                if self._is_remote:  # another process made room between our look and our open
-                    continue
-                raise _missing(self._manifest.shard_url(shard)) from None
-            if len(content) == num_bytes:
-                return content
-            raise ShardError(
-                f"{len(content)} bytes at {offset}",
-                expected=f"{num_bytes} bytes, as the index says",
-                where=str(path),
-                next_step=f"the shard is truncated: run `dist-mlpl shards verify {self._manifest.url}`",
-            )
+        with self._open(shard) as file:
+            content = os.pread(file.fileno(), num_bytes, offset)
+        if len(content) == num_bytes:
+            return content
         raise ShardError(
-            f"the shard left the cache {_TRIES} times while it was being opened",
-            expected="room for the shards that are being read",
-            where=f"{self._folder} ({self._limit_bytes:,} bytes)",
-            next_step="raise data.cache_bytes, or give each run its own MLPL_CACHE_DIR",
+            f"{len(content)} bytes at {offset}",
+            expected=f"{num_bytes} bytes, as the index says",
+            where=str(file.name),
+            next_step=f"the shard is truncated: run `dist-mlpl shards verify {self._manifest.url}`",
         )
 
-    def _path(self, shard: ShardEntry) -> Path:
+    def _open(self, shard: ShardEntry) -> IO[bytes]:
+        """The shard's file, which stays readable even if another process makes room of it meanwhile."""
         url = self._manifest.shard_url(shard)
         if not self._is_remote:
-            return Path(url.removeprefix("file://"))
+            try:
+                return open(url.removeprefix("file://"), "rb", buffering=0)
+            except FileNotFoundError:
+                raise _missing(url) from None
         path = self._folder / f"{storage.sha256_of_bytes(f'{url} {shard.sha256}'.encode())[:32]}.tar"
-        if path.exists():
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)  # the least recently used shard makes room first
-            return path
+        with contextlib.suppress(FileNotFoundError):
+            return _opened(path)
         with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                self._download(url, shard, path)
-        return path
+            with contextlib.suppress(FileNotFoundError):
+                return _opened(path)
+            return self._download(url, shard, path)
 
-    def _download(self, url: str, shard: ShardEntry, path: Path) -> None:
-        with _locked(self._folder / "room.lock"):
-            self._make_room(shard.num_bytes)
-        partial = path.with_suffix(f".{os.getpid()}.part")
+    def _download(self, url: str, shard: ShardEntry, path: Path) -> IO[bytes]:
+        """Fetch a shard whose lock is held, check it, give it its name, and open it."""
+        partial = path.with_suffix(f".{shard.num_bytes}.part")
         found = ""
         try:
+            self._reserve(partial, shard.num_bytes)
             for _ in range(_TRIES):
                 found = storage.download(url, partial)
                 if found == shard.sha256:
+                    file = open(partial, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
                     os.replace(partial, path)
-                    return
+                    return file
         except FileNotFoundError:
             raise _missing(url) from None
         finally:
@@ -120,22 +120,43 @@ class ShardCache:
             next_step="the shard was damaged or replaced: run `dist-mlpl shards verify`, then build it again",
         )
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Delete least recently read shards, and parts that a killed process left, until `num_bytes` more fit."""
-        shards = []
+    def _reserve(self, partial: Path, num_bytes: int) -> None:
+        """Wait until there is room for a part and claim it; others count it by its name from then on."""
+        partial.unlink(missing_ok=True)  # a killed process's: we hold its lock now
+        while True:
+            with _locked(self._folder / "room.lock"):
+                if self._make_room(num_bytes):
+                    partial.touch()
+                    return
+            time.sleep(_POLL_SECONDS)  # all of the limit is being downloaded; parts end, then they can make room
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Delete parts that nobody downloads, then least recently read shards, until `num_bytes` more fit.
+
+        Returns:
+            False when downloads in progress leave too little.
+        """
+        used, shards = 0, []
         for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # it was renamed or deleted since
                 if path.suffix == ".tar":
                     state = path.stat()
-                    shards.append((state.st_mtime, state.st_size, path))
-                elif path.suffix == ".part" and not _is_running(int(path.suffixes[-2][1:])):
-                    path.unlink()
-        used = sum(size for _, size, _ in shards)
+                    shards.append((state.st_mtime_ns, state.st_size, path))
+                    used += state.st_size
+                elif path.suffix == ".part" and not _is_orphan(path):
+                    used += int(path.suffixes[-2][1:])
         for _, size, path in sorted(shards):
             if used + num_bytes <= self._limit_bytes:
                 break
             path.unlink(missing_ok=True)
             used -= size
+        return used + num_bytes <= self._limit_bytes
+
+
+def _opened(path: Path) -> IO[bytes]:
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    os.utime(file.fileno())  # the least recently read shard makes room first
+    return file
 
 
 def _missing(url: str) -> ShardError:
@@ -147,14 +168,16 @@ def _missing(url: str) -> ShardError:
     )
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_orphan(partial: Path) -> bool:
+    """Delete a part whose lock nobody holds, and say so; one that has just become a shard still counts."""
+    with open(partial.with_suffix("").with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        was_there = partial.exists()
+        partial.unlink(missing_ok=True)
+        return was_there
 
 
 @contextlib.contextmanager

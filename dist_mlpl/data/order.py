@@ -27,8 +27,8 @@ PADDING = -1  # the index of a row that stands for no sample
 class EpochOrder:
     """One epoch's order over one split.
 
-    A lane is never shorter than a window: with few samples there are fewer lanes, down to one whose single window
-    is a full shuffle. Nothing depends on ranks, workers or the global batch.
+    Lanes are about as long as a window or longer: with few samples there are fewer lanes, down to one whose single
+    window is a full shuffle. Nothing depends on ranks, workers or the global batch.
 
     Args:
         shard_sizes: samples of each shard in manifest order; they sum to N.
@@ -36,7 +36,7 @@ class EpochOrder:
         epoch: counted from 0.
         num_lanes: reading tracks at most.
         window_samples: samples at most that are permuted together, the memory of the mixing.
-        group_size: consecutive positions that stay together on one rank and come from one window's lane.
+        group_size: consecutive positions that stay together on one rank and come from one lane.
     """
 
     def __init__(
@@ -88,7 +88,12 @@ class EpochOrder:
         Returns:
             (stop - start,) int64, positions in the split's manifest order. Over the whole epoch each sample
             appears once.
+
+        Raises:
+            IndexError: outside the epoch.
         """
+        if not 0 <= start <= stop:
+            raise IndexError(f"positions [{start}, {stop}) of {self.num_samples}")
         return self.at(np.arange(start, stop, dtype=np.int64))
 
     def at(self, positions: Indices) -> Indices:
@@ -99,9 +104,12 @@ class EpochOrder:
 
         Returns:
             (n,) int64.
+
+        Raises:
+            IndexError: any other position.
         """
-        if positions.size and int(positions.max()) >= self.num_samples:
-            raise IndexError(f"position {int(positions.max())} of {self.num_samples}")
+        if positions.size and not (positions.min() >= PADDING and positions.max() < self.num_samples):
+            raise IndexError(f"positions {int(positions.min())} .. {int(positions.max())} of {self.num_samples}")
         real = positions[positions != PADDING]
         group, within = np.divmod(real, self.group_size)
         turn, lane = np.divmod(group, self.num_lanes)
@@ -140,8 +148,9 @@ class EpochOrder:
         """Positions of one rank in the step that begins at `start`.
 
         The step's groups, sorted by lane, are cut into `size` contiguous parts whose lengths differ by at most one
-        group; with as many groups as lanes (or a multiple) lane l falls to rank l * R // num_lanes at every step.
-        A rank always holds whole groups, and short ranks are padded, so every rank runs the same shapes.
+        group. With as many groups as lanes (or a multiple) every step is cut at the same places: lane l falls to rank
+        l * R // num_lanes, and to the ranks after it where a cut runs through the lane. A rank always holds whole
+        groups, and short ranks are padded, so every rank runs the same shapes.
 
         Differs:
             The plan gave lane l to rank l * R // num_lanes outright; a step of fewer groups than lanes would then
@@ -156,7 +165,8 @@ class EpochOrder:
         """
         groups = np.arange(start // self.group_size, (start + global_batch) // self.group_size)
         groups = groups[np.argsort(groups % self.num_lanes, kind="stable")]
-        mine = groups[rank * len(groups) // size : (rank + 1) * len(groups) // size]
+        first, last = (-(-r * len(groups) // size) for r in (rank, rank + 1))
+        mine = groups[first:last]
         positions = np.full((-(-len(groups) // size), self.group_size), PADDING, dtype=np.int64)
         positions[: len(mine)] = mine[:, None] * self.group_size + np.arange(self.group_size)
         return positions.reshape(-1)

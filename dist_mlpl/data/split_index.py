@@ -35,7 +35,7 @@ class SplitIndex:
         sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(sizes)])  # (S + 1,) first sample of each shard, then N
         self._indexes: dict[int, ShardIndex] = {}
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in self.shards]  # different shards are read side by side
 
     @property
     def num_samples(self) -> int:
@@ -53,10 +53,11 @@ class SplitIndex:
 
     def shard_index(self, shard: int) -> ShardIndex:
         """The Arrow index of one shard, read and verified on first use, kept after. Safe from many threads."""
-        with self._lock:
-            if shard not in self._indexes:
-                self._indexes[shard] = read_index(self.manifest, self.shards[shard])
-            return self._indexes[shard]
+        if shard not in self._indexes:
+            with self._locks[shard]:
+                if shard not in self._indexes:
+                    self._indexes[shard] = read_index(self.manifest, self.shards[shard])
+        return self._indexes[shard]
 
     def place(self, index: int) -> Place:
         """Where one sample's JPEG lies."""

@@ -204,15 +204,14 @@ class Stream:
         """Decode steps in order, a few steps before they are asked for."""
         if self._pool is None:
             for positions, indices in steps:
-                yield positions, indices, [self._load(p, i, epoch) for p, i in zip(positions, indices, strict=True)]
+                rows = zip(positions.tolist(), indices.tolist(), strict=True)
+                yield positions, indices, [self._load(p, i, epoch) for p, i in rows]
             return
         pending: deque[tuple[Any, Any, list[Future]]] = deque()
         try:
             for positions, indices in steps:
-                jobs = [
-                    self._pool.submit(self._load, int(p), int(i), epoch)
-                    for p, i in zip(positions, indices, strict=True)
-                ]
+                rows = zip(positions.tolist(), indices.tolist(), strict=True)
+                jobs = [self._pool.submit(self._load, p, i, epoch) for p, i in rows]
                 pending.append((positions, indices, jobs))
                 if len(pending) > 2 and len(pending) * len(positions) > 2 * self._num_workers:
                     yield _finished(pending)

@@ -32,6 +32,7 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Triple = tuple[Unit, Unit, Unit]
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+Crop = tuple[float, float, float, float]  # left, top, width, height as fractions of the full image
 
 
 class RandAugmentSettings(Settings):
@@ -244,9 +245,6 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
     raise _undecodable("no JPEG frame header")
 
 
-Crop = tuple[float, float, float, float]  # left, top, width, height as fractions of the full image
-
-
 def _resize(image: Tensor, height: int, width: int, settings: TransformSettings) -> Tensor:
     return F.resize(image, [height, width], interpolation=settings.resample, antialias=True)
 
@@ -335,13 +333,23 @@ def _color_jitter(image: Tensor, strength: float, chance: int) -> Tensor:
     signs = (2.0 * uniform(chance, 4) - 1.0).tolist()  # in [-1, 1)
     steps: list[Callable[[Tensor], Tensor]] = [
         lambda x: F.adjust_brightness(x, 1.0 + strength * signs[0]),
-        lambda x: F.adjust_contrast(x, 1.0 + strength * signs[1]),
+        lambda x: _adjust_contrast(x, 1.0 + strength * signs[1]),
         lambda x: F.adjust_saturation(x, 1.0 + strength * signs[2]),
         lambda x: F.adjust_hue(x, 0.05 * strength * signs[3]),  # 0.5 is half the circle
     ]
     for step in permutation(chance, len(steps)).tolist():
         image = steps[step](image)
     return image
+
+
+def _adjust_contrast(image: Tensor, factor: float) -> Tensor:
+    """Blend with the mean grey level.
+
+    Differs: torchvision sums in float32, whose last bit depends on the number of threads; sums of whole numbers
+    in float64 are exact.
+    """
+    grey = F.rgb_to_grayscale(image).to(torch.float64).mean().item()
+    return (image * factor + grey * (1.0 - factor)).clamp_(0.0, 255.0).to(torch.uint8)
 
 
 # RandAugment's operations: (image, strength in [0, 1], sign, fill colour) -> image.
@@ -355,7 +363,7 @@ _OPERATIONS: Final[dict[str, Callable[[Tensor, float, float, list[float]], Tenso
     "rotate": lambda x, m, s, fill: F.rotate(x, s * 30.0 * m, fill=fill),
     "brightness": lambda x, m, s, fill: F.adjust_brightness(x, 1.0 + s * 0.9 * m),
     "color": lambda x, m, s, fill: F.adjust_saturation(x, 1.0 + s * 0.9 * m),
-    "contrast": lambda x, m, s, fill: F.adjust_contrast(x, 1.0 + s * 0.9 * m),
+    "contrast": lambda x, m, s, fill: _adjust_contrast(x, 1.0 + s * 0.9 * m),
     "sharpness": lambda x, m, s, fill: F.adjust_sharpness(x, 1.0 + s * 0.9 * m),
     "posterize": lambda x, m, s, fill: F.posterize(x, 8 - round(4 * m)),
     "solarize": lambda x, m, s, fill: F.solarize(x, 255.0 * (1.0 - m)),

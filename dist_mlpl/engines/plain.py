@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
 from dist_mlpl.methods.base import Method
+from dist_mlpl.optimizer import clip_gradients, make_moments
 
 
 class PlainEngine:
     """Data parallel training with whole parameters on every rank.
 
     Args:
-        method: on its device; its parameters are made equal to rank 0's.
-        optimizer: over the method's parameters.
+        method: on its device; its parameters and buffers are made equal to rank 0's.
+        optimizer: over the method's trainable parameters.
         clip_norm: largest gradient norm, 0 for none.
         use_bfloat16: autocast the forward.
+
+    Collective: all ranks, one broadcast of each tensor.
     """
 
     def __init__(
@@ -27,27 +30,26 @@ class PlainEngine:
     ) -> None:
         self.method, self.optimizer = method, optimizer
         self._clip_norm, self._use_bfloat16 = clip_norm, use_bfloat16
-        for tensor in method.state_dict().values():
-            comm.broadcast_tensor(tensor)
+        broadcast_tensors(method)
+        make_moments(optimizer, self._trained())
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         """The method's forward under the engine's precision."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._use_bfloat16):
             return self.method(batch, recalled)
 
-    def backward(self, loss: Tensor, *, num_micro_batches: int, is_last: bool) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add this micro-batch's gradients.
 
         Args:
             loss: () this micro-batch's additive share of the global batch's loss.
-            num_micro_batches: of the step.
             is_last: whether the step's gradients are then complete.
 
         Collective: with is_last, all ranks, one all-reduce of the gradients.
         """
         loss.backward()
         if is_last and comm.world_size() > 1:
-            gradients = [p.grad for p in self._trained() if p.grad is not None]
+            gradients = self._gradients()
             flat = comm.reduce_sum(torch.cat([g.flatten() for g in gradients]))
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -58,35 +60,39 @@ class PlainEngine:
         Returns:
             The norm before clipping, the same on every rank; NaN or infinity when nothing moved.
         """
-        gradients = [p.grad for p in self._trained() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if norm < float("inf"):  # False for NaN
-            if self._clip_norm > 0.0:
-                for gradient in gradients:
-                    gradient.mul_(min(1.0, self._clip_norm / (norm + 1e-6)))
+        norm = clip_gradients(self._gradients(), self._clip_norm)
+        if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.method.parameters() if p.requires_grad)
 
     def read_parameter(self, parameter: nn.Parameter) -> Tensor:
         """The whole value, float32."""
         return parameter.detach()
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The whole of one optimiser tensor of a parameter."""
+        """The whole of one optimiser tensor of a trainable parameter."""
         return self.optimizer.state[parameter][name]
 
     def write_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a parameter to a whole value that every rank holds."""
-        with torch.no_grad():
-            parameter.copy_(value)
+        parameter.detach().copy_(value)
 
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor], *, num_updates: int) -> None:
-        """Set a parameter's optimiser tensors to whole values that every rank holds."""
-        state = self.optimizer.state[parameter]
-        state.update({name: value.to(parameter.device, copy=True) for name, value in moments.items()})
-        if "exp_avg" in moments:
-            state["step"] = torch.tensor(float(num_updates))
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Set one optimiser tensor of a trainable parameter to a whole value that every rank holds."""
+        self.optimizer.state[parameter][name].copy_(value)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.method.parameters() if p.requires_grad]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained() if p.grad is not None]
+
+
+def broadcast_tensors(method: Method) -> None:
+    """Make every parameter and buffer equal to rank 0's.
+
+    Collective: all ranks, one broadcast of each tensor.
+    """
+    for tensor in [*method.parameters(), *method.buffers()]:
+        comm.broadcast_tensor(tensor.detach())

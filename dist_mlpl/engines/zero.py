@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
+from dist_mlpl.engines.plain import broadcast_tensors
 from dist_mlpl.methods.base import Method
+from dist_mlpl.optimizer import clip_gradients, make_moments
+
+# DeepSpeed allocates a buffer of this many gradient elements (its default takes 2 GB for any model).
+_BUCKET_ELEMENTS = 1 << 25
 
 
 def derive_config(
@@ -37,11 +43,12 @@ def derive_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": _BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": use_bfloat16, "dtype": "bfloat16"},
+        # Without the empty list, gradients (and stage 3's parameters) would travel between ranks in bfloat16.
+        "torch_autocast": {"enabled": use_bfloat16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
     }
 
 
@@ -67,55 +74,60 @@ class ZeroEngine:
     """A method under DeepSpeed. Same verbs as `PlainEngine`.
 
     Args:
-        method: on its device. DeepSpeed sees one entry, its forward.
-        optimizer: over the method's parameters.
+        method: on its device; its parameters and buffers are made equal to rank 0's. DeepSpeed sees one entry, its
+            forward.
+        optimizer: over the method's trainable parameters.
         config: from `derive_config`.
+
+    Collective: all ranks, one broadcast of each tensor.
     """
 
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        broadcast_tensors(method)  # DeepSpeed would leave out the buffers
         self._deepspeed = _import_deepspeed()
-        for name, buffer in method.named_buffers():  # start-up broadcasts parameters only
-            del name
-            comm.broadcast_tensor(buffer)
         self.method, self.optimizer = method, optimizer
         self._stage = int(config["zero_optimization"]["stage"])
         self._clip_norm = float(config["gradient_clipping"])
+        if self._stage == 0:  # clipped here: the norm is needed before DeepSpeed's step, which has no way to refuse one
+            config = config | {"gradient_clipping": 0.0}
         self._engine, self._zero, _, _ = self._deepspeed.initialize(model=method, optimizer=optimizer, config=config)
+        make_moments(optimizer, self._updated_tensors())
+        if self._stage in (1, 2):  # links parameters to their slices; by itself it would link one group of several
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         """The method's forward through DeepSpeed's hooks."""
         return self._engine(batch, recalled)
 
-    def backward(self, loss: Tensor, *, num_micro_batches: int, is_last: bool) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add this micro-batch's gradients.
 
         Args:
-            loss: () this micro-batch's additive share of the global batch's loss. DeepSpeed averages over ranks
-                and micro-batches, so the share is scaled up to make that average its sum.
-            num_micro_batches: of the step.
+            loss: () this micro-batch's additive share of the global batch's loss. DeepSpeed averages over ranks, so
+                the share is scaled up to make that average its sum.
             is_last: whether the step's gradients are then complete.
 
         Collective: all ranks; what moves depends on the stage.
         """
-        self._engine.backward(loss * (comm.world_size() * num_micro_batches))
-        if not is_last:
-            self._engine.step()  # counts the micro-batch; no update before the boundary
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
 
     def update(self) -> float:
-        """Clip and step unless the gradient norm is not finite.
+        """Clip and step unless the gradient norm is not finite, then forget the gradients.
 
         Returns:
             The norm before clipping, the same on every rank; NaN or infinity when nothing moved.
 
-        Collective: all ranks.
+        Collective: above stage 0, all ranks; the norm, then the updated parameters.
         """
         if self._stage > 0:  # DeepSpeed leaves out a step whose norm is not finite and says so
             self._engine.step()
-            return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if norm < float("inf"):
+            return math.inf if self._zero.overflow else float(self._engine.get_global_grad_norm())
+        norm = clip_gradients([p.grad for p in self.method.parameters() if p.grad is not None], self._clip_norm)
+        if math.isfinite(norm):
             self._engine.step()
+        else:
+            self._engine.zero_grad()
         return norm
 
     def read_parameter(self, parameter: nn.Parameter) -> Tensor:
@@ -129,7 +141,7 @@ class ZeroEngine:
             return parameter.detach().clone()
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The whole of one optimiser tensor of a parameter.
+        """The whole of one optimiser tensor of a trainable parameter.
 
         Collective: above stage 0, all ranks, one all-reduce or all-gather of the parameter's size.
         """
@@ -138,54 +150,35 @@ class ZeroEngine:
         return self._deepspeed.utils.safe_get_full_optimizer_state(parameter, name)
 
     def write_parameter(self, parameter: Any, value: Tensor) -> None:
-        """Set a parameter to a whole value that every rank holds, in every copy that DeepSpeed keeps of it.
-
-        Collective: none.
-        """
-        with torch.no_grad():
-            if self._stage == 3:
-                part = self._own_part(parameter, value)
-                parameter.ds_tensor.data.copy_(part)  # the copy that forward gathers
-                if parameter.requires_grad:
-                    self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)  # the copy that is updated
-                return
-            parameter.copy_(value)
+        """Set a parameter to a whole value that every rank holds, in every copy that DeepSpeed keeps of it."""
+        if self._stage < 3:
+            parameter.detach().copy_(value)
             if self._stage > 0 and parameter.requires_grad:
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device))
-
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor], *, num_updates: int) -> None:
-        """Set a parameter's optimiser tensors to whole values that every rank holds.
-
-        Collective: none.
-        """
-        if self._stage == 0:
-            state = self.optimizer.state[parameter]
-            state.update({name: value.to(parameter.device, copy=True) for name, value in moments.items()})
-            if "exp_avg" in moments:
-                state["step"] = torch.tensor(float(num_updates))
             return
-        self._make_states(tuple(moments), num_updates)
-        for name, value in moments.items():
-            if self._stage == 3:
-                part = self._own_part(parameter, value)
-                self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
-            else:
-                self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+        part = self._own_part(parameter, value)
+        parameter.ds_tensor.copy_(part)  # the copy that forward gathers
+        parameter.partition()  # drops the gathered copy, which small parameters keep between steps
+        if parameter.requires_grad:
+            self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)  # the copy that is updated
 
-    def _make_states(self, names: tuple[str, ...], num_updates: int) -> None:
-        """Give the flat partitions the optimiser tensors that torch would make at the first step."""
-        flats = (
-            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
-        )
-        for flat in flats:
-            state = self.optimizer.state[flat]
-            if "exp_avg" in names:
-                state["step"] = torch.tensor(float(num_updates))
-            for name in names:
-                if name not in state:
-                    state[name] = torch.zeros_like(flat)
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Set one optimiser tensor of a trainable parameter to a whole value that every rank holds."""
+        if self._stage == 0:
+            self.optimizer.state[parameter][name].copy_(value)
+        elif self._stage < 3:
+            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+        else:
+            part = self._own_part(parameter, value)
+            self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
+
+    def _updated_tensors(self) -> list[Tensor]:
+        """What the optimiser updates: whole parameters at stage 0, above it this rank's parts of flat groups."""
+        if self._stage == 0:
+            return [p for p in self.method.parameters() if p.requires_grad]
         if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()  # links parameters to their slices of the tensors
+            return list(self._zero.single_partition_of_fp32_groups)
+        return list(self._zero.fp32_partitioned_groups_flat)
 
     def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a whole value at stage 3; the last slices are padded."""

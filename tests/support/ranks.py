@@ -36,6 +36,7 @@ _ONE_THREAD = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 _HUNG = "Timeout ("  # how faulthandler begins the stacks that it prints when time is up
+_ALARM_SECONDS = 5.0  # for the alarms of hung children to arrive
 _GRACE_SECONDS = 1.0  # after the first failure
 _LOG_TAIL = 4000  # characters of a rank's output in the message of a failure
 
@@ -77,8 +78,8 @@ def run_ranks(
     try:
         for rank in range(world_size):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(_start(payload, variables | place, str(folder), timeout_seconds, use_group))
-        _collect(children, folder, deadline)
+            children.append(_start(payload, variables | place, str(folder), deadline, use_group))
+        _collect(children, folder, deadline + _ALARM_SECONDS)
     finally:
         for child in children:
             child.end()  # these processes and what they started, nothing else
@@ -131,11 +132,11 @@ def _rendezvous(world_size: int) -> dict[str, str]:
     }
 
 
-def _start(payload: bytes, variables: dict[str, str], folder: str, timeout_seconds: float, use_group: bool) -> _Child:
+def _start(payload: bytes, variables: dict[str, str], folder: str, deadline: float, use_group: bool) -> _Child:
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe()
-    arguments = (theirs, payload, variables, folder, timeout_seconds, use_group)
+    arguments = (theirs, payload, variables, folder, deadline, use_group)
     process = context.Process(target=_child_main, args=arguments, name=f"rank-{variables['RANK']}")
     # The server is started with the first process and keeps the environment it finds: libraries that it imports size
     # their thread pools then, and a forked child must not inherit running threads.
@@ -151,7 +152,7 @@ def _start(payload: bytes, variables: dict[str, str], folder: str, timeout_secon
 
 
 def _collect(children: list[_Child], folder: Path, deadline: float) -> None:
-    """Wait for every result. A failure is raised when its peers have had a moment to fail too: the cause comes first."""
+    """Wait for every result. After a failure its peers get a moment to fail too: the cause is raised."""
     waiting = dict(enumerate(children))
     failures: list[tuple[float, int, BaseException]] = []  # when, rank, what
     while waiting:
@@ -204,7 +205,7 @@ def _read_log(folder: Path, rank: int) -> str:
 
 
 def _child_main(
-    pipe: Connection, payload: bytes, variables: dict[str, str], folder: str, timeout_seconds: float, use_group: bool
+    pipe: Connection, payload: bytes, variables: dict[str, str], folder: str, deadline: float, use_group: bool
 ) -> None:
     os.setsid()  # its own process group, so that processes it starts (loader workers) can be ended with it
     os.environ.clear()
@@ -215,10 +216,11 @@ def _child_main(
         os.dup2(log.fileno(), descriptor)
     sys.stdout = sys.stderr = log
     faulthandler.enable(log)
-    # An alarm a little before the parent gives up: it prints the stacks, and ends an orphan too.
-    faulthandler.dump_traceback_later(timeout_seconds * 0.95, exit=True, file=log)
+    # At the deadline (the clock is the machine's) an alarm prints the stacks and ends the process, parent or not.
+    remaining_seconds = max(0.1, deadline - time.monotonic())
+    faulthandler.dump_traceback_later(remaining_seconds, exit=True, file=log)
     try:
-        content = _call(payload, rank, world_size, folder, timeout_seconds, use_group)
+        content = _call(payload, rank, world_size, folder, remaining_seconds, use_group)
         message = cloudpickle.dumps((time.monotonic(), None, content))
     except BaseException as error:
         message = cloudpickle.dumps((time.monotonic(), traceback.format_exc(), _pickled_error(error)))
@@ -230,7 +232,7 @@ def _child_main(
     os._exit(1)  # the parent is gone
 
 
-def _call(payload: bytes, rank: int, world_size: int, folder: str, timeout_seconds: float, use_group: bool) -> bytes:
+def _call(payload: bytes, rank: int, world_size: int, folder: str, remaining_seconds: float, use_group: bool) -> bytes:
     import torch
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -239,7 +241,7 @@ def _call(payload: bytes, rank: int, world_size: int, folder: str, timeout_secon
     if use_group:
         # A file, not a port: nothing else can take it in between.
         store = FileStore(f"{folder}/store", world_size)
-        limit = timedelta(seconds=timeout_seconds)
+        limit = timedelta(seconds=remaining_seconds + _ALARM_SECONDS)  # so that the alarm comes first
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     function, args = cloudpickle.loads(payload)
     return cloudpickle.dumps(function(rank, world_size, *args))

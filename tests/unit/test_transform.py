@@ -79,6 +79,18 @@ def test_a_view_depends_on_its_key_alone_not_on_order_or_threads(crop: str) -> N
     assert all(same(one_by_one[n], jobs[n].result()) for n in range(24))
 
 
+def test_a_view_does_not_depend_on_how_many_threads_torch_uses() -> None:
+    content, transform = jpeg(picture(300, 400)), make(size=256, **EVERYTHING)
+    before, views = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            views.append([transform(content, epoch=0, position=position) for position in range(20)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(one, other) for one, other in zip(*views, strict=True))
+
+
 def test_torchs_generator_is_neither_read_nor_moved() -> None:
     content, transform = jpeg(picture()), make(**EVERYTHING)
     torch.manual_seed(1)
@@ -304,6 +316,14 @@ def test_full_colour_jitter_changes_colours_and_no_geometry() -> None:
         assert before.flipped == after.flipped
         changed += not torch.equal(before.image, after.image)
     assert changed == 10
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.7])
+def test_contrast_is_torchvisions_to_one_grey_level(factor: float) -> None:
+    image = picture()
+    difference = module._adjust_contrast(image, factor).int() - F.adjust_contrast(image, factor).int()
+    assert difference.abs().max() <= 1
+    assert (difference != 0).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("magnitude", [0, 9, 30])

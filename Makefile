@@ -1,0 +1,31 @@
+# `make demo` and `make test` work as the first command after a clone: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+# Waiting threads sleep: two ranks whose threads spin on each other's cores run ten times slower.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo test test-long check bench
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/dist-mlpl demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not long and not gpu" --durations=15
+
+test-long: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.bench.bench_stream

@@ -1,0 +1,309 @@
+"""Owns Ray: the recipe on N workers, restarted when one is lost, shown and stopped from the driver.
+
+Ray starts, watches and restarts workers. It is handed no checkpoint and no metrics: where a run stands is in the
+commit chain alone, so a restarted worker group, a resubmitted job and a second call of the command are one thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from dist_mlpl import storage
+from dist_mlpl.config import Config
+from dist_mlpl.data.manifest import load_manifest
+from dist_mlpl.data.order import check_global_batch
+from dist_mlpl.errors import ConfigError, MlplError, RunError, StorageError
+from dist_mlpl.local import LastEpoch, StopRequest, run_sinks
+from dist_mlpl.progress import Action, Display, Report, Row, Sink, metrics_table
+from dist_mlpl.threads import set_thread_environment
+from dist_mlpl.train import train
+
+_POLL_SECONDS = 0.3
+
+
+class Board:
+    """An actor between rank 0 and the driver: rows go one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._action = Action.GO_ON
+        self._fatal: MlplError | None = None
+
+    def push(self, rows: list[Row]) -> Action:
+        """Rank 0 hands over rows and learns what the driver wants."""
+        self._rows.extend(rows)
+        return self._action
+
+    def take(self) -> list[Row]:
+        """The driver takes the rows."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def ask_stop(self) -> None:
+        """The driver wants a commit and an end."""
+        self._action = Action.STOP
+
+    def give_up(self, error: MlplError) -> None:
+        """A worker met an error that a restart would only repeat; the first one is kept."""
+        self._fatal = self._fatal or error
+
+    def fatal(self) -> MlplError | None:
+        """That error, if there is one."""
+        return self._fatal
+
+
+class BoardSink:
+    """Rank 0's side of the board; never waits for it."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._rows: list[Row] = []
+        self._answer: Any = None
+        self._pushed = 0.0
+        self.action = Action.GO_ON
+
+    def row(self, row: Row) -> None:
+        self._rows.append(row)
+        if row["event"] != "step" or time.monotonic() - self._pushed > _POLL_SECONDS:
+            self._push()
+
+    def ask(self) -> Action:
+        """What the driver wanted when it was last heard of."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self.action = Action(ray.get(self._answer))
+            self._answer = None
+        return self.action
+
+    def _push(self) -> None:
+        self._answer = self._board.push.remote(self._rows)
+        self._rows, self._pushed = [], time.monotonic()
+
+    def flush(self) -> None:
+        self._push()
+
+    def close(self) -> None:
+        self._push()
+
+
+def train_on_ray(
+    config: Config,
+    *,
+    address: str | None = None,
+    allow_change: bool = False,
+    max_steps: int | None = None,
+    observer: Sink | None = None,
+) -> bool:
+    """Run the recipe on Ray workers and show it here until it ends.
+
+    A lost worker costs the steps since the last commit: Ray starts the group again, up to
+    `cluster.max_failures` times, and the recipe goes on from the chain.
+
+    Args:
+        config: of the run.
+        address: of a running cluster; None for the config's, then RAY_ADDRESS, then a local cluster of this
+            machine that ends with the call.
+        allow_change: as in `train`.
+        max_steps: as in `train`.
+        observer: takes the rows too.
+
+    Returns:
+        True when a signal stopped the run before its end.
+
+    Raises:
+        MlplError: what stopped the workers, or RunError when they failed too often.
+    """
+    stop = StopRequest()
+    stop.listen()
+    config = with_absolute_paths(config)
+    check_before_start(config)
+    last: dict[str, float] = {}
+    shown: list[Sink] = [Display(), LastEpoch(last), *([observer] if observer else [])]
+    with cluster_at(address or config.cluster.address, config):
+        board = ray.remote(Board).options(num_cpus=0).remote()
+        arguments = {"config": config.model_dump(mode="json"), "board": board, "allow_change": allow_change,
+                     "max_steps": max_steps}  # fmt: skip
+        trainer = _trainer(config, arguments)
+        failure: list[BaseException] = []
+        fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
+        fit.start()
+        is_told = False
+        try:
+            while fit.is_alive():
+                fit.join(_POLL_SECONDS)
+                if stop.is_asked and not is_told:
+                    is_told = True
+                    ray.get(board.ask_stop.remote())
+                _show(board, shown)
+            fatal = ray.get(board.fatal.remote())
+        finally:
+            for sink in shown:
+                sink.close()
+    if fatal is not None:
+        raise fatal
+    if failure:
+        raise _failed(failure[0], config)
+    if last:
+        Console(stderr=True).print(metrics_table(last, title=f"{config.run_folder}, last evaluation"))
+    return stop.is_asked
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute: workers start in folders of their own."""
+    data = config.data.model_copy(update={"manifest": storage.absolute(config.data.manifest)})
+    return config.model_copy(update={"out": storage.absolute(config.run_folder), "data": data})
+
+
+def check_before_start(config: Config) -> None:
+    """Find out on the driver what would stop every worker: shards, batch and run folder.
+
+    Raises:
+        MlplError: see `errors`.
+    """
+    storage.configure_storage(config.data.storage_options)
+    manifest = load_manifest(config.data.manifest)
+    manifest.split(config.data.eval_split)
+    num_samples = manifest.split(config.data.train_split).num_samples
+    num_workers = config.cluster.num_workers
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
+    storage.check_exclusive_create(config.run_folder)
+
+
+def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:
+    cluster = config.cluster
+    environment: dict[str, str] = {
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+    }
+    set_thread_environment(environment, num_ranks=1)
+    filesystem, path = storage.arrow_filesystem(storage.join(config.run_folder, "ray"))
+    return TorchTrainer(
+        _work,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=f"run-{secrets.token_hex(4)}",  # never the same: Ray must not go on from a snapshot of its own
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except Exception as error:
+        failure.append(error)
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """One worker: the recipe, with the board as rank 0's display."""
+    board = arguments["board"]
+    if ray.get(board.fatal.remote()) is not None:
+        return  # all workers of a restarted group see the same, and the driver raises it
+    config = Config.model_validate(arguments["config"])
+    sink = BoardSink(board)
+    report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
+    try:
+        train(config, report, allow_change=arguments["allow_change"], max_steps=arguments["max_steps"])
+    except MlplError as error:
+        if not isinstance(error, StorageError):
+            ray.get(board.give_up.remote(error))
+        raise
+    finally:
+        report.close()
+
+
+def _show(board: Any, shown: list[Sink]) -> None:
+    for row in ray.get(board.take.remote()):
+        for sink in shown:
+            sink.row(row)
+
+
+def _failed(error: BaseException, config: Config) -> MlplError:
+    """The typed error inside Ray's, or one that says where to look."""
+    inner = error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else [error]
+    for failure in inner:
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, MlplError):
+            return cause
+    text = str(error).strip().splitlines()
+    return (
+        RunError(
+            f"the workers failed: {text[-1] if text else type(error).__name__}",
+            expected=f"at most {config.cluster.max_failures} lost worker groups (cluster.max_failures)",
+            where=storage.join(config.run_folder, "logs"),
+            next_step="read the logs; the same command goes on from the last commit",
+        )
+        if isinstance(error, TrainingFailedError)
+        else RunError(
+            f"Ray failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected="a cluster that runs the workers",
+            where="ray",
+            next_step="check `ray status`; the same command goes on from the last commit",
+        )
+    )
+
+
+@contextlib.contextmanager
+def cluster_at(address: str | None, config: Config) -> Iterator[None]:
+    """Join a running cluster, or start one on this machine for as long as the block runs.
+
+    A cluster of our own gets its own temporary folder: a stale address file of another one costs every run 12 s.
+
+    Raises:
+        ConfigError: the machine, as a local cluster, has too few CPUs for the workers.
+    """
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield
+        return
+    if address not in (None, "local"):
+        ray.init(address=address, **quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    num_workers = config.cluster.num_workers
+    fewest = num_workers if isinstance(num_workers, int) else num_workers[0]
+    num_cores = len(os.sched_getaffinity(0))
+    if fewest * config.cluster.cpus_per_worker > num_cores:
+        raise ConfigError(
+            f"{fewest} workers of {config.cluster.cpus_per_worker:g} CPUs",
+            expected=f"at most {num_cores} CPUs, which this machine has",
+            where="cluster.num_workers, cluster.cpus_per_worker",
+            next_step="lower one of them, or join a larger cluster with --address",
+        )
+    folder = tempfile.mkdtemp(prefix="mlpl-ray-")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # this cluster listens on this machine alone
+    try:
+        ray.init(address="local", include_dashboard=False, _temp_dir=folder, num_cpus=num_cores, **quiet)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""Owns the state of a training as a whole: parameters, buffers and moments by name, whatever engine holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_mlpl.engines.plain import PlainEngine
+from dist_mlpl.engines.zero import ZeroEngine
+from dist_mlpl.errors import CheckpointError
+from dist_mlpl.optimizer import moment_names, set_num_updates
+
+
+class EngineState(NamedTuple):
+    """Everything that training changes, whole and on the CPU: nothing in it knows of stages or ranks."""
+
+    model: dict[str, Tensor]  # parameters and buffers by name
+    moments: dict[str, Tensor]  # `parameter/moment`
+    num_updates: int
+
+
+def read_state(engine: PlainEngine | ZeroEngine, *, num_updates: int, keep: bool) -> EngineState | None:
+    """Gather everything, one tensor at a time.
+
+    Args:
+        engine: what holds it.
+        num_updates: since training began.
+        keep: whether this rank wants it; the others take part and get None.
+
+    Collective: all ranks; above stage 0 each parameter and moment is gathered in turn.
+    """
+    model: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in engine.method.named_parameters():
+        value = engine.read_parameter(parameter)
+        if keep:
+            model[name] = _own_copy(value)
+        for moment in moment_names(engine.optimizer) if parameter.requires_grad else ():
+            value = engine.read_moment(parameter, moment)
+            if keep:
+                moments[f"{name}/{moment}"] = _own_copy(value)
+    model |= {name: _own_copy(buffer) for name, buffer in engine.method.named_buffers() if keep}
+    return EngineState(model, moments, num_updates) if keep else None
+
+
+def write_state(engine: PlainEngine | ZeroEngine, state: EngineState) -> None:
+    """Take over a state that every rank holds whole, made at any stage on any number of ranks.
+
+    Raises:
+        CheckpointError: names or shapes differ from this method's; nothing was written.
+    """
+    shapes = tensor_shapes(engine)
+    parameters = {name: p for name, p in engine.method.named_parameters() if p.requires_grad}
+    names = [(name, moment) for name in parameters for moment in moment_names(engine.optimizer)]
+    _check_same({f"{name}/{moment}": shapes[name] for name, moment in names}, state.moments, "optimizer.safetensors")
+    write_model(engine, state.model)
+    for name, moment in names:
+        engine.write_moment(parameters[name], moment, state.moments[f"{name}/{moment}"])
+    set_num_updates(engine.optimizer, state.num_updates)
+
+
+def write_model(engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor]) -> None:
+    """Take over parameters and buffers that every rank holds whole.
+
+    Raises:
+        CheckpointError: names or shapes differ from this method's; nothing was written.
+    """
+    _check_same(tensor_shapes(engine), model, "model.safetensors")
+    write_tensors(engine, model)
+
+
+def write_tensors(engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor]) -> None:
+    """Take over the parameters and buffers in `model`, whose shapes fit, and leave the others."""
+    for name, parameter in engine.method.named_parameters():
+        if name in model:
+            engine.write_parameter(parameter, model[name])
+    for name, buffer in engine.method.named_buffers():
+        if name in model:
+            buffer.copy_(model[name])
+
+
+def tensor_shapes(engine: PlainEngine | ZeroEngine) -> dict[str, torch.Size]:
+    """Whole shapes of parameters and buffers by name."""
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.method.named_parameters()}  # stage 3 cuts p
+    return shapes | {name: buffer.shape for name, buffer in engine.method.named_buffers()}
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _check_same(own: Mapping[str, torch.Size], found: Mapping[str, Tensor], where: str) -> None:
+    other = {name: tensor.shape for name, tensor in found.items()}
+    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    if differing:
+        first = differing[0]
+        raise CheckpointError(
+            f"{len(differing)} tensors differ, first {first!r}: {_shape(other.get(first))} in the file",
+            expected=f"{_shape(own.get(first))}, as this config's model and optimizer have it",
+            where=where,
+            next_step="use the run's own config.yaml, or start a new run folder",
+        )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "no such tensor" if shape is None else f"shape {tuple(shape)}"
