@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_mlpl import comm, keyed
 from dist_mlpl.batch import Batch, Progress, RunLength, StepOutput
+from dist_mlpl.engines.faults import not_finite, watched_gradients
 from dist_mlpl.engines.plain import PlainEngine
+from dist_mlpl.engines.state import EngineState as EngineState  # what callers save and load
+from dist_mlpl.engines.state import read_state, tensor_shapes, write_model, write_state, write_tensors
 from dist_mlpl.engines.zero import ZeroEngine, derive_config
-from dist_mlpl.errors import CheckpointError, ConfigError, RunError
+from dist_mlpl.errors import ConfigError
 from dist_mlpl.methods.base import Method
 from dist_mlpl.optimizer import (
     OptimizerSettings,
     ScheduleSettings,
     build_optimizer,
     learning_rate_factor,
-    moment_names,
 )
 from dist_mlpl.settings import Settings
 from dist_mlpl.world import World
@@ -40,14 +42,6 @@ class EngineSettings(Settings):
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
     compile: bool = False
-
-
-class EngineState(NamedTuple):
-    """Everything that training changes, whole and on the CPU: nothing in it knows of stages or ranks."""
-
-    model: dict[str, Tensor]  # parameters and buffers by name
-    moments: dict[str, Tensor]  # `parameter/moment`
-    num_updates: int
 
 
 def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World:
@@ -97,6 +91,9 @@ class Engine:
         group_size: positions that are never cut apart.
         seed: of the run; the torch generator is reseeded from (seed, step, rank) before each step.
 
+    Raises:
+        ConfigError: a micro-batch that holds no whole group.
+
     Collective: all ranks; weights are broadcast.
     """
 
@@ -116,13 +113,19 @@ class Engine:
         has_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
         self.settings, self.world = settings, world
-        self._schedule, self._length, self._seed = schedule, length, seed
+        self._optimizer_settings, self._schedule, self._length, self._seed = optimizer, schedule, length, seed
         self._group_size = group_size
-        self._moment_names = moment_names(optimizer)
         self._num_updates = 0
 
         share_groups = -(-(global_batch // group_size) // world.size)  # of the longest share; others are padded to it
-        micro_groups = share_groups if settings.micro_batch is None else max(1, settings.micro_batch // group_size)
+        micro_groups = share_groups if settings.micro_batch is None else settings.micro_batch // group_size
+        if micro_groups == 0:
+            raise ConfigError(
+                f"engine.micro_batch {settings.micro_batch} with group_size {group_size}",
+                expected="at least one whole group in a micro-batch",
+                where="engine.micro_batch",
+                next_step=f"set engine.micro_batch to {group_size} or more, or lower group_size",
+            )
         self._num_micro_batches = -(-share_groups // micro_groups)
 
         method.to(self.device)
@@ -131,7 +134,9 @@ class Engine:
         if settings.compile:
             method.compile()
         self.method = method
+        self._train_mode()
         torch_optimizer = build_optimizer(optimizer, method.parameter_groups())
+        self._param_groups = torch_optimizer.param_groups
         use_bfloat16 = settings.precision == "bf16"
         self._backend: PlainEngine | ZeroEngine
         if settings.kind == "plain":
@@ -147,55 +152,48 @@ class Engine:
                 num_micro_batches=self._num_micro_batches,
             )
             self._backend = ZeroEngine(method, torch_optimizer, config)
-        self._optimizer = torch_optimizer
 
     def train_step(self, batch: Batch, recalled: dict[str, Tensor], progress: Progress) -> StepOutput:
         """Forward and backward over this rank's share in micro-batches, then one update.
 
         Args:
             batch: this rank's share of the global batch.
-            recalled: what the method recalled for the whole step.
+            recalled: what the method recalled for the whole step; every micro-batch gets it whole.
             progress: where the run stands before this step; keys the learning rate and the random generator.
 
         Returns:
-            `loss` and `terms` of the global batch, the same on every rank; `logits` of this rank's rows;
-            `extras` of the last micro-batch with `grad_norm`, `learning_rate` and `num_bad` (undecodable samples
-            over all ranks).
+            `loss` and `terms` of the global batch, the same on every rank; `logits` of this rank's rows; `extras` of
+            the method, whose tensors have a row per image and are joined like the logits, with `grad_norm` (before
+            clipping), `learning_rate` (of the backbone) and `num_bad` (undecodable samples over all ranks).
 
         Raises:
-            RunError: loss or gradient is not finite; nothing moved on any rank.
+            RunError: loss or gradient is not finite. No parameter or moment moved on any rank; the engine is spent.
 
         Collective: all ranks; gradients, and one all-reduce of the loss terms.
         """
-        factor = self._set_learning_rate(progress)
-        torch.manual_seed(keyed.key("step", self._seed, progress.step, self.world.rank) & (2**63 - 1))
-        self._train_mode()
-        parts = list(self._micro_batches(batch))
-        outputs = []
-        for number, part in enumerate(parts):
-            output = self._backend.forward(part, recalled)
-            is_last = number == len(parts) - 1
-            self._backend.backward(output.loss, num_micro_batches=len(parts), is_last=is_last)
-            outputs.append(output._replace(loss=output.loss.detach(), logits=output.logits.detach()))
-
-        names = sorted(outputs[0].terms)
+        learning_rate = self._set_learning_rate(progress)
+        outputs = self._accumulate(batch, recalled, progress)
+        names = ["loss", *sorted(outputs[0].terms)]
+        shares = torch.stack([torch.stack([o.loss, *(o.terms[name] for name in names[1:])]) for o in outputs])
         num_bad = ((batch.index >= 0) & ~batch.valid).sum()
-        parts_of = [[o.loss for o in outputs], *([o.terms[name] for o in outputs] for name in names)]
-        own = torch.stack([*(torch.stack(shares).sum() for shares in parts_of), num_bad]).float()
-        total = comm.reduce_sum(own.clone()).tolist()
+        own = torch.cat([shares.sum(0), num_bad[None]])
+        total = comm.reduce_sum(own.clone()).tolist()  # loss and terms of the global batch, then bad samples
         if not math.isfinite(total[0]):
-            raise self._not_finite("the loss", dict(zip(["loss", *names], own.tolist(), strict=False)), progress)
+            raise not_finite("the loss", progress, dict(zip(names, own.tolist(), strict=False)))
         grad_norm = self._backend.update()
         if not math.isfinite(grad_norm):
-            raise self._not_finite("the gradient norm", {"grad_norm": grad_norm}, progress)
+            with watched_gradients(self.method) as bad:  # the sum hides whose NaN it is: run the step again
+                self._accumulate(batch, recalled, progress)
+            raise not_finite("the gradient norm", progress, dict(zip(names, own.tolist(), strict=False)), bad)
         self._num_updates += 1
-        terms = {name: torch.tensor(value) for name, value in zip(names, total[1:-1], strict=True)}
-        extras = dict(outputs[-1].extras) | {
-            "grad_norm": grad_norm,
-            "learning_rate": factor,
-            "num_bad": round(total[-1]),
-        }
-        return StepOutput(torch.tensor(total[0]), terms, torch.cat([o.logits for o in outputs]), extras)
+        extras = _joined_extras(outputs)
+        extras |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_bad": round(total[-1])}
+        return StepOutput(
+            loss=torch.tensor(total[0]),
+            terms={name: torch.tensor(value) for name, value in zip(names[1:], total[1:-1], strict=True)},
+            logits=torch.cat([o.logits for o in outputs]),
+            extras=extras,
+        )
 
     def predict(self, batch: Batch) -> StepOutput:
         """Inference: no losses, no gradient, evaluation mode.
@@ -209,14 +207,22 @@ class Engine:
     def average_buffers(self) -> None:
         """Make BatchNorm's running statistics the mean over ranks, in place (`engine.batch_norm: averaged`).
 
-        Collective: all ranks, one all-reduce of the floating-point buffers.
+        Summed in float64, so that statistics which are equal already, frozen ones say, keep their bits.
+
+        Collective: all ranks, one all-reduce of the statistics.
         """
-        buffers = [b for b in self.method.buffers() if b.is_floating_point()]
+        buffers = [
+            buffer
+            for module in self.method.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
         if self.settings.batch_norm != "averaged" or comm.world_size() == 1 or not buffers:
             return
-        flat = comm.reduce_sum(torch.cat([b.flatten() for b in buffers])) / comm.world_size()
+        flat = comm.reduce_sum(torch.cat(buffers).double()) / comm.world_size()
         for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+            buffer.copy_(part)
 
     def state(self) -> EngineState | None:
         """Everything that training changes, whole, on rank 0; None elsewhere.
@@ -224,19 +230,7 @@ class Engine:
         Collective: all ranks; above stage 0 each parameter and moment is gathered in turn.
         """
         self.average_buffers()
-        keep = self.world.is_first
-        model: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for name, parameter in self.method.named_parameters():
-            value = self._backend.read_parameter(parameter)
-            if keep:
-                model[name] = value.cpu().clone()
-            for moment in self._moment_names if parameter.requires_grad and self._num_updates else ():
-                value = self._backend.read_moment(parameter, moment)
-                if keep:
-                    moments[f"{name}/{moment}"] = value.cpu().clone()
-        model.update({name: buffer.cpu().clone() for name, buffer in self.method.named_buffers() if keep})
-        return EngineState(model, moments, self._num_updates) if keep else None
+        return read_state(self._backend, num_updates=self._num_updates, keep=self.world.is_first)
 
     def load(self, state: EngineState) -> None:
         """Take over a state that every rank holds whole, made at any stage on any number of ranks.
@@ -244,12 +238,7 @@ class Engine:
         Raises:
             CheckpointError: names or shapes differ from this method's.
         """
-        self.load_model(state.model)
-        for name, parameter in self.method.named_parameters():
-            if parameter.requires_grad and state.num_updates:
-                found = {moment: state.moments[f"{name}/{moment}"] for moment in self._moment_names}
-                if found:
-                    self._backend.write_moments(parameter, found, num_updates=state.num_updates)
+        write_state(self._backend, state)
         self._num_updates = state.num_updates
 
     def load_model(self, model: dict[str, Tensor]) -> None:
@@ -258,22 +247,7 @@ class Engine:
         Raises:
             CheckpointError: names or shapes differ from this method's.
         """
-        own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.method.named_parameters()}
-        own |= {name: tuple(b.shape) for name, b in self.method.named_buffers()}
-        other = {name: tuple(value.shape) for name, value in model.items()}
-        if own != other:
-            differing = sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))
-            first = differing[0]
-            raise CheckpointError(
-                f"{len(differing)} tensors differ, first {first!r} of shape {other.get(first)}",
-                expected=f"shape {own.get(first)}, as this config's model has",
-                where="model.safetensors",
-                next_step="use the run's own config.yaml, or start a new run folder",
-            )
-        for name, parameter in self.method.named_parameters():
-            self._backend.write_parameter(parameter, model[name])
-        for name, buffer in self.method.named_buffers():
-            buffer.copy_(model[name])
+        write_model(self._backend, model)
 
     def load_matching(self, model: dict[str, Tensor]) -> list[str]:
         """Take over the tensors whose name and shape agree with this method's.
@@ -281,48 +255,48 @@ class Engine:
         Returns:
             Their names.
         """
-        taken = []
-        for name, parameter in self.method.named_parameters():
-            if name in model and tuple(model[name].shape) == tuple(getattr(parameter, "ds_shape", parameter.shape)):
-                self._backend.write_parameter(parameter, model[name])
-                taken.append(name)
-        for name, buffer in self.method.named_buffers():
-            if name in model and model[name].shape == buffer.shape:
-                buffer.copy_(model[name])
-                taken.append(name)
-        return taken
+        shapes = tensor_shapes(self._backend)
+        taken = {name: tensor for name, tensor in model.items() if shapes.get(name) == tensor.shape}
+        write_tensors(self._backend, taken)
+        return list(taken)
 
-    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """The share cut between groups into nearly equal parts, the same number on every rank."""
+    def _accumulate(self, batch: Batch, recalled: dict[str, Tensor], progress: Progress) -> list[StepOutput]:
+        """Forward and backward over the micro-batches; a pure function of the arguments and the weights.
+
+        Returns:
+            The micro-batches' outputs, detached.
+        """
+        torch.manual_seed(keyed.key("step", self._seed, progress.step, self.world.rank) & (2**63 - 1))
+        if not self.method.training:
+            self._train_mode()
+        outputs = []
         num_groups, count = batch.num_images // self._group_size, self._num_micro_batches
-        for part in range(count):
-            first, last = part * num_groups // count, (part + 1) * num_groups // count
-            yield batch.rows(first * self._group_size, last * self._group_size)
+        for number in range(count):  # cut between groups into nearly equal parts, the same number on every rank
+            first, last = number * num_groups // count, (number + 1) * num_groups // count
+            output = self._backend.forward(batch.rows(first * self._group_size, last * self._group_size), recalled)
+            self._backend.backward(output.loss, is_last=number == count - 1)
+            outputs.append(output._replace(loss=output.loss.detach()))
+        return outputs
 
     def _set_learning_rate(self, progress: Progress) -> float:
         seen = self._length.samples_seen(progress.epoch, progress.samples_consumed)
         factor = learning_rate_factor(self._schedule, seen, self._length.total_samples)
-        for group in self._optimizer.param_groups:
+        for group in self._param_groups:
             group["lr"] = group["base_learning_rate"] * factor
-        return self._optimizer.param_groups[0]["lr"]
+        return self._optimizer_settings.learning_rate * factor
 
     def _train_mode(self) -> None:
         self.method.train()
         if self.settings.batch_norm == "frozen":
             for module in self.method.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BatchNorm):
                     module.eval()
 
-    def _not_finite(self, what: str, own: dict[str, float], progress: Progress) -> RunError:
-        """The error that all ranks raise together; it names who brought the NaN."""
-        culprits = [
-            f"rank {rank}: " + ", ".join(f"{name}={value:g}" for name, value in values.items())
-            for rank, values in enumerate(comm.gather_objects(own))
-            if not all(math.isfinite(value) for value in values.values())
-        ]
-        return RunError(
-            f"{what} is not finite at step {progress.step}",
-            expected="finite numbers; the optimiser did not move",
-            where="; ".join(culprits) or "every rank's own terms are finite, their sum or gradient is not",
-            next_step="lower optimizer.learning_rate or set engine.clip_norm; resume goes on from the last commit",
-        )
+
+def _joined_extras(outputs: list[StepOutput]) -> dict[str, Any]:
+    """The extras of a step from those of its micro-batches."""
+    extras = dict(outputs[-1].extras)
+    for name, last in extras.items():
+        if isinstance(last, Tensor) and last.dim() > 0:
+            extras[name] = torch.cat([o.extras[name] for o in outputs])
+    return extras

@@ -6,7 +6,9 @@ import logging
 import os
 import socket
 
-from dist_mlpl import comm, storage
+import torch
+
+from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.checkpoint import Checkpoint, RunIdentity, begin_attempt, read_head, read_model
 from dist_mlpl.config import Config, check_config, check_resume, parse_yaml
@@ -20,6 +22,7 @@ from dist_mlpl.data.transform import Transform
 from dist_mlpl.data.views import View
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.evaluate import evaluate
+from dist_mlpl.methods.base import Method
 from dist_mlpl.progress import Action, Report, keep_log
 from dist_mlpl.world import World
 
@@ -56,7 +59,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
     attempt = begin_attempt(out)
     copy_log = keep_log(out, attempt.name, world.rank)
 
-    method = config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
+    method = build_method(config, manifest)
     engine = Engine(
         method, config.engine, config.optimizer, config.schedule,
         length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
@@ -145,6 +148,12 @@ def open_run_folder(config: Config, *, allow_change: bool) -> list[str]:
     except FileNotFoundError:
         storage.write_bytes(url, config.to_yaml().encode())
     return comm.broadcast_object([f"changed since the run began: {line}" for line in changes])
+
+
+def build_method(config: Config, manifest: Manifest) -> Method:
+    """The run's method; its random weights are drawn under the run's seed."""
+    torch.manual_seed(keyed.key("weights", config.seed) & (2**63 - 1))
+    return config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
 
 
 def build_view(data: DataSettings, index: SplitIndex) -> View | None:

@@ -65,8 +65,8 @@ def _import_deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if is_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if is_cpu:  # set whole: reading it would try the compiler on every operator there is
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 

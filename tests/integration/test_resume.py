@@ -1,0 +1,173 @@
+"""Claims about a run that is stopped: killed, asked, resumed, resumed wrongly."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from dist_mlpl.checkpoint import read_chain
+from dist_mlpl.progress import read_rows
+from tests.support.runs import assert_same_end, rows_reach, run, run_until, tiny_config, tiny_shards, write_config
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_shards(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain run on one rank, from start to end without a break."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder / "run.yaml", tiny_config(shards))
+    run("train", config, "--local", "--out", str(folder / "run"))
+    return folder / "run"
+
+
+def test_two_runs_of_one_seed_end_in_bit_equal_weights(undisturbed: Path, shards: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(shards))
+    run("train", config, "--local", "--out", str(tmp_path / "run"))
+    assert_same_end(str(undisturbed), str(tmp_path / "run"))
+
+
+def test_a_run_killed_between_commits_and_started_again_ends_bit_equal(
+    undisturbed: Path, shards: str, tmp_path: Path
+) -> None:
+    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
+    run_until(rows_reach(out, 3), "train", config, "--local", "--out", str(out))
+    run_until(rows_reach(out, 9), "train", config, "--local", "--out", str(out))
+    run("train", config, "--local", "--out", str(out))
+    assert_same_end(str(undisturbed), str(out))
+    chain = read_chain(str(out))
+    assert len({commit.attempt for commit in chain}) >= 2
+    assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
+
+
+def test_rows_thrown_away_by_a_kill_are_not_read(undisturbed: Path, shards: str, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
+    run_until(rows_reach(out, 5), "train", config, "--local", "--out", str(out))
+    run("train", config, "--local", "--out", str(out))
+    losses = [
+        [(row["step"], row["loss"]) for row in read_rows(str(folder)) if row["event"] == "step"]
+        for folder in (undisturbed, out)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_ranks"),
+    [(0, 2), pytest.param(1, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (3, 2)],
+)
+def test_deepspeed_on_two_ranks_resumes_bit_equal_after_a_kill(
+    stage: int, num_ranks: int, shards: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(shards, engine={"kind": "deepspeed", "zero_stage": stage}))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train", config, "--local", "--out", str(whole), num_ranks=num_ranks)
+    run_until(rows_reach(broken, 5), "train", config, "--local", "--out", str(broken), num_ranks=num_ranks)
+    run("train", config, "--local", "--out", str(broken), num_ranks=num_ranks)
+    assert_same_end(str(whole), str(broken))
+    assert json.loads(run("audit", str(broken), "--json").stdout)["is_exact"]
+
+
+def test_sigterm_commits_and_the_same_command_goes_on(shards: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(shards, save_every_steps=None))
+    out = tmp_path / "run"
+    child = run_until(
+        rows_reach(out, 2), "train", config, "--local", "--out", str(out), with_signal=signal.SIGTERM
+    )
+    assert child.returncode == 130
+    stopped = read_chain(str(out))[-1]
+    assert 2 <= stopped.step < 12
+    run("train", config, "--local", "--out", str(out))
+    chain = read_chain(str(out))
+    assert chain[-1].epoch == 2
+    assert stopped in chain
+    assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
+
+
+def test_the_batch_may_change_in_the_middle_of_an_epoch_when_allowed(shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = write_config(tmp_path / "first.yaml", tiny_config(shards))
+    second = write_config(tmp_path / "second.yaml", tiny_config(shards, global_batch=24))
+    run("train", first, "--local", "--out", str(out), "--max-steps", "3")
+    refused = run("train", second, "--local", "--out", str(out), check=False)
+    assert refused.returncode == 4
+    assert "global_batch" in refused.stderr
+    assert "--allow-change" in refused.stderr
+    run("train", second, "--local", "--out", str(out), "--allow-change", num_ranks=2)
+    proof = json.loads(run("audit", str(out), "--json").stdout)
+    assert proof["is_exact"]
+    assert proof["epochs"][0]["num_planned"] == 48 + 48  # 3 x 16, then 2 x 24 of the 56 left
+    assert proof["epochs"][0]["num_dropped"] == 8
+
+
+@pytest.mark.parametrize(
+    ("sections", "word"),
+    [({"seed": 1}, "seed"), ({"data": {"known_fraction": 0.5}}, "known_fraction"), ({"group_size": 4}, "group_size")],
+)
+def test_what_would_make_another_run_of_it_is_refused(
+    sections: dict, word: str, undisturbed: Path, shards: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(shards, **sections))
+    refused = run("train", config, "--local", "--out", str(undisturbed), "--allow-change", check=False)
+    assert refused.returncode == 4
+    assert word in refused.stderr
+
+
+def test_resuming_on_another_class_list_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    other = tiny_shards(tmp_path / "other", num_classes=6)
+    config = write_config(tmp_path / "run.yaml", tiny_config(other))
+    refused = run("train", config, "--local", "--out", str(undisturbed), check=False)
+    assert refused.returncode == 4
+    assert "classes" in refused.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
+    run("train", config, "--local", "--out", str(out), "--max-steps", "2")
+    model = next(out.glob("checkpoints/*/model.safetensors"))
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    refused = run("train", config, "--local", "--out", str(out), check=False)
+    assert refused.returncode == 4
+    assert "model.safetensors" in refused.stderr
+    assert "commits/00000002.json" in refused.stderr
+
+
+def test_audit_finds_a_sample_that_was_not_the_planned_one(undisturbed: Path, tmp_path: Path) -> None:
+    import hashlib
+    import shutil
+
+    import numpy as np
+
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    record = json.loads((out / "commits" / "00000004.json").read_text())
+    entry = next(file for file in record["files"] if file["path"].endswith("consumed.npy"))
+    indices = np.load(out / entry["path"])
+    indices[3] = indices[2]
+    np.save(out / entry["path"], indices)
+    entry["sha256"] = hashlib.sha256((out / entry["path"]).read_bytes()).hexdigest()
+    (out / "commits" / "00000004.json").write_text(json.dumps(record))
+    audited = run("audit", str(out), "--json", check=False)
+    assert audited.returncode == 4
+    proof = json.loads(audited.stdout)
+    assert not proof["is_exact"]
+    assert "position 35" in proof["faults"][0]
+    assert "consumed twice" in proof["faults"][1]
+
+
+def test_evaluate_prints_one_json_object_with_the_metrics_of_the_last_epoch(undisturbed: Path) -> None:
+    judged = json.loads(run("evaluate", str(undisturbed), "--json").stdout)
+    last = [row for row in read_rows(str(undisturbed)) if row["event"] == "epoch"][-1]
+    assert judged["mAP"] == pytest.approx(last["mAP"], abs=1e-6)
+    assert judged["num_images"] == 40
+    assert judged["step"] == 12
+    assert judged["split"] == "test"
