@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from dist_mlpl import storage
+from dist_mlpl import comm, storage
 from dist_mlpl.config import Config
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
@@ -228,9 +228,12 @@ def _work(arguments: dict[str, Any]) -> None:
     report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
     try:
         train(config, report, allow_change=arguments["allow_change"], max_steps=arguments["max_steps"])
-    except MlplError as error:
-        if not isinstance(error, StorageError):
+    except Exception as error:
+        if isinstance(error, MlplError) and not isinstance(error, StorageError):
             ray.get(board.give_up.remote(error))
+        else:  # a lost peer, usually; the group starts again
+            text = f"rank {comm.rank()} stopped: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            ray.get(board.push.remote([{"event": "note", "text": text}]))
         raise
     finally:
         report.close()

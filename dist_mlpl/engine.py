@@ -131,8 +131,9 @@ class Engine:
         method.to(self.device)
         if settings.batch_norm == "sync":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        if settings.compile:
-            method.compile()
+        if settings.compile:  # part by part: DeepSpeed hangs hooks on the whole, which cannot be compiled with it
+            for part in method.children():
+                part.compile()
         self.method = method
         self._train_mode()
         torch_optimizer = build_optimizer(optimizer, method.parameter_groups())

@@ -286,17 +286,21 @@ class Display:
         elif event == "step" and self._task is not None:
             self._step(row)
         elif event == "epoch":
-            self.console.print(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
+            self._say(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
         elif event == "stopped":
-            self.console.print(f"stopped and saved at step {row['step']}; the same command goes on from there")
+            self._say(f"stopped and saved at step {row['step']}; the same command goes on from there")
         elif event == "note":
-            self.console.print(row["text"], highlight=False)
+            self._say(row["text"])
+
+    def _say(self, text: str) -> None:
+        """A line of plain text: brackets in it are no markup, and a narrow log breaks nothing."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _start(self, row: Row) -> None:
         self._about = row
         if row["step"] or int(row["attempt"]) > 1:
             where = f"epoch {row['epoch']}, {row['samples_consumed']} samples in, step {row['step']}"
-            self.console.print(f"attempt {int(row['attempt'])} resumes at {where}", highlight=False)
+            self._say(f"attempt {int(row['attempt'])} resumes at {where}")
         if self._task is None:
             self._task = self._bar.add_task(
                 "", total=row["num_steps"], epoch=row["epoch"] + 1, epochs=row["num_epochs"], numbers="", left="?"

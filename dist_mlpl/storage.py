@@ -11,6 +11,7 @@ import contextlib
 import copy
 import errno
 import hashlib
+import math
 import os
 import random
 import secrets
@@ -23,7 +24,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 import pyarrow.fs
 
-from dist_mlpl.errors import ConfigError, StorageError
+from dist_mlpl.errors import ConfigError, MlplError, StorageError
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def configure_storage(options: dict[str, Any] | None = None, *, deadline_seconds
     Args:
         options: keyword arguments of the fsspec filesystem of remote URLs (say `anon`, `endpoint_url`). The
             standard AWS variables, AWS_ENDPOINT_URL among them, work without any.
-        deadline_seconds: how long one call keeps retrying faults that may pass.
+        deadline_seconds: how long one call keeps retrying faults that may pass, from the first one on.
     """
     global _deadline_seconds
     _options.clear()
@@ -132,21 +133,22 @@ def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
         doing: a verb phrase for the message ("reading").
 
     Raises:
-        FileNotFoundError, FileExistsError: as they are; callers give them meaning.
+        FileNotFoundError, FileExistsError, MlplError: as they are; callers give them meaning.
         StorageError: anything else, after the last try.
     """
-    started, attempt = time.monotonic(), 0
+    began, first_fault, attempt = time.monotonic(), math.inf, 0
     while True:
         try:
             return action()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, MlplError):
             raise
         except Exception as error:
             attempt += 1
-            waited = time.monotonic() - started
+            now = time.monotonic()
+            first_fault = min(first_fault, now)  # not from the beginning: a long transfer may break late
             pause = min(0.1 * 2**attempt, 5.0) * (0.5 + random.random())  # jitter: many ranks fail together
-            if not is_transient(error) or waited + pause > _deadline_seconds:
-                raise _storage_error(error, url=url, doing=doing, attempts=attempt, waited=waited) from error
+            if not is_transient(error) or now + pause - first_fault > _deadline_seconds:
+                raise _storage_error(error, url=url, doing=doing, attempts=attempt, waited=now - began) from error
             time.sleep(pause)
 
 

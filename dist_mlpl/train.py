@@ -84,6 +84,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
 
     last_step = None if max_steps is None else progress.step + max_steps
     action = Action.GO_ON
+    log.info("attempt %s on rank %d of %d begins at %s", attempt.name, world.rank, world.size, progress)
     try:
         for epoch in range(progress.epoch, config.num_epochs):
             if progress.samples_consumed == 0:  # never again after a resume in the middle of an epoch
@@ -122,7 +123,12 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
                 report.stopped(progress)
                 return progress
         return progress
+    except Exception:
+        log.exception("the run stops at %s", progress)
+        raise
     finally:
+        log.info("this rank ends at %s", progress)
+        copy_log()
         stream.close()
         judged_stream.close()
 

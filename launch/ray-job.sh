@@ -50,7 +50,7 @@ find_tool() {
 }
 
 check_arguments() {
-    [[ $out == /* || $out =~ ^[A-Za-z][A-Za-z0-9+.-]*://[^/] ]] || refuse "OUT is '$out'" \
+    [[ $out =~ ^/[^/] || $out =~ ^[A-Za-z][A-Za-z0-9+.-]*://. ]] || refuse "OUT is '$out'" \
         "give a URL, or an absolute path on storage that all nodes share"
     local argument
     for argument in "$@"; do
@@ -131,7 +131,7 @@ follow() {
         if ((unanswered > 5)); then
             printf '%s\n' "$state" >&2
             say "lost sight of the job; it may still run. Look with: ray job status $id"
-            return 1
+            exit 1
         fi
         say "the connection ended before the job; following it again, from the start of its log"
         sleep 5
@@ -161,7 +161,7 @@ write_runtime_env >"$stage/runtime-env.yaml" # a file: an argument would show in
 stage_working_directory
 
 # OUT without its scheme, so s3://bucket/runs/ucm is bucket-runs-ucm in every attempt; Ray refuses a used submission id.
-run_name=$(printf '%s' "${out#*://}" | tr -cs 'A-Za-z0-9._' '-' | sed 's/^-*//; s/-*$//')
+run_name=$(printf '%s' "${out#*://}" | tr -cs 'A-Za-z0-9._' '-' | tail -c 80 | sed 's/^-*//; s/-*$//')
 id=$run_name-$(date -u +%Y%m%dT%H%M%SZ)-$(od -An -N3 -tx1 /dev/urandom | tr -d ' \n')
 say "submitting $id to $address"
 if ! "$ray" job submit --no-wait --submission-id "$id" \
@@ -181,7 +181,7 @@ status=0
 follow || status=$?
 case $status in
     0) say "$id returned; \`dist-mlpl audit $out\` proves what it trained on" ;;
-    1) ;;
-    *) say "$id ended with $status; the same command goes on from the last commit in $out" ;;
+    130) say "$id was stopped; the same command goes on from the last commit in $out" ;;
+    *) say "$id ended with $status; its log above says why. The same command goes on from the last commit in $out" ;;
 esac
 exit "$status"

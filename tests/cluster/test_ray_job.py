@@ -1,0 +1,234 @@
+"""Claims about launch/ray-job.sh: a run submitted to a cluster, resumed by the same command, stopped, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from shards.build import build
+from shards.sources.table import read_table
+from tests.support.images import write_images
+
+pytestmark = pytest.mark.cluster
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "ray-job.sh"
+BIN = Path(sys.executable).parent
+NUM_TRAIN, GLOBAL_BATCH, NUM_EPOCHS = 32, 8, 2  # 4 steps an epoch
+
+
+class Cluster(NamedTuple):
+    """A Ray head on this machine that knows one token."""
+
+    address: str
+    environment: dict[str, str]  # for commands that may use it
+    log: Path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody uses now, outside 10002-19999, where Ray puts its workers, all different."""
+    ports: list[int] = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        candidate = probe.getsockname()[1]
+    while len(ports) < count:
+        candidate = candidate + 1 if 20_000 <= candidate < 60_000 else 20_000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", candidate)) != 0:
+                ports.append(candidate)
+    return ports
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """This process's environment without a word about any cluster; no token lies in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLPL_"))}
+    return kept | {"HOME": str(home), "MLPL_BIN": str(BIN), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def answers(cluster: Cluster, path: str) -> bool:
+    """Whether the dashboard, and behind it the job server, takes requests."""
+    token = cluster.environment["RAY_AUTH_TOKEN"]
+    request = urllib.request.Request(cluster.address + path, headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def wait_until(is_so: Callable[[], bool], *, what: str, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(number) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Its own temporary folder, token and process group; all of it ends with the module."""
+    home = tmp_path_factory.mktemp("home")
+    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: the paths of sockets are limited
+    gcs, dashboard, client, agent, agent_grpc, runtime_env = free_ports(6)
+    environment = bare_environment(home) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
+        "--num-cpus=2", f"--object-store-memory={256 << 20}", f"--temp-dir={folder}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = home / "ray-start.log"
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    cluster = Cluster(address, environment | {"RAY_API_SERVER_ADDRESS": address}, log)
+    try:
+        wait_until(lambda: head.poll() is not None or answers(cluster, "/api/jobs/"), what="the cluster")
+        assert head.poll() is None, log.read_text()
+        yield cluster
+    finally:
+        head.terminate()  # ends its children
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            pass
+        if members(head.pid):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files, one extending the other; shards of small images beside them."""
+    folder = tmp_path_factory.mktemp("input")
+    names = [f"{i:03d}.jpg" for i in range(NUM_TRAIN + 8)]
+    write_images(folder / "images", names)
+    labels = [f"{name},{'|'.join(c for bit, c in enumerate('abc') if i + 1 >> bit & 1)}" for i, name in enumerate(names)]
+    (folder / "labels.csv").write_text("image,labels\n" + "\n".join(labels) + "\n")
+    (folder / "classes.csv").write_text("class\na\nb\nc\n")
+    splits = [f"{name},{'train' if i < NUM_TRAIN else 'test'}" for i, name in enumerate(names)]
+    (folder / "splits.csv").write_text("image,split\n" + "\n".join(splits) + "\n")
+    table = read_table(
+        str(folder / "images"), str(folder / "labels.csv"), classes=str(folder / "classes.csv"),
+        splits=str(folder / "splits.csv"),
+    )  # fmt: skip
+    build(table, str(folder / "shards"), target_shard_bytes=20_000, workers=1, decode=False)
+    base: dict[str, Any] = {
+        "num_epochs": NUM_EPOCHS,
+        "global_batch": GLOBAL_BATCH,
+        "save_every_steps": 2,
+        "data": {"manifest": str(folder / "shards"), "num_workers": 0},
+        "transform": {"size": 32},
+        "method": {"name": "partial_bce", "backbone": {"name": "resnet_small"}},
+        "engine": {"kind": "plain"},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"extends": "base.yaml", "cluster": {"num_workers": 1}}))
+    return path
+
+
+def submit(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def commits(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((out / "commits").glob("*.json"))]
+
+
+def proves_exact(out: Path) -> bool:
+    audit = subprocess.run([BIN / "dist-mlpl", "audit", out, "--json"], capture_output=True, text=True, check=False)
+    return audit.returncode == 0 and json.loads(audit.stdout)["is_exact"]
+
+
+def test_the_same_command_again_goes_on_from_the_commit_and_ends_exact(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    environment = cluster.environment | {"MLPL_PYTHON": sys.executable, "TMPDIR": str(staging)}
+
+    first = submit(config, out, "--max-steps", "3", environment=environment)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert [path.name for path in (out / "attempts").iterdir()] == ["0001.json"]
+    assert commits(out)[-1]["step"] == 3
+    assert not list(staging.iterdir())
+    assert re.search(r"ray job logs -f \S*run-\d{8}T\d{6}Z-[0-9a-f]{6}\n", first.stderr)
+
+    second = submit(config, out, environment=environment)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "attempt 2 resumes at epoch 0, 24 samples in, step 3" in second.stdout
+    written = commits(out)
+    assert [c["attempt"] for c in written] == ["0001"] * 2 + ["0002"] * (len(written) - 2)
+    assert [c["parent"] for c in written] == [None, *(c["step"] for c in written[:-1])]
+    assert written[1]["step"] == 3
+    assert written[-1]["epoch"] == NUM_EPOCHS
+    assert proves_exact(out)
+
+
+def test_a_wrong_token_is_refused_and_the_message_names_it(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    environment = cluster.environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    result = submit(config, tmp_path / "run", environment=environment)
+    assert result.returncode == 1
+    assert "token" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_job_commits_first_and_the_script_exits_130(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    environment = cluster.environment | {"MLPL_PYTHON": sys.executable}
+    command = [str(SCRIPT), str(config), str(out), "--set", "num_epochs=100000"]
+    with (tmp_path / "log").open("w+") as log:
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until(lambda: job.poll() is not None or bool(list(out.glob("commits/*"))), what="a commit")
+            log.seek(0)
+            text = log.read()
+            assert job.poll() is None, text
+            stop = re.search(r"ray (job stop \S+)", text)
+            assert stop is not None
+            subprocess.run([BIN / "ray", *stop[1].split()], env=environment, capture_output=True, check=True)
+            job.wait(timeout=120)
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+        log.seek(0)
+        assert job.returncode == 130, log.read()
+    rows = [json.loads(line) for path in (out / "metrics").iterdir() for line in path.read_text().splitlines()]
+    assert rows[-1]["event"] == "stopped"
+    assert commits(out)[-1]["step"] == rows[-1]["step"]
+    assert proves_exact(out)

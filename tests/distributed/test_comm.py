@@ -1,0 +1,86 @@
+"""Claims about communication on several gloo ranks, each verb against lists computed in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_mlpl import comm
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool]
+NUM_CASES = 6
+
+
+def rows_of(rank: int, case: int, dtype: torch.dtype, width: tuple[int, ...] = (3,)) -> Tensor:
+    """A rank's rows: their number differs from rank to rank, some ranks have none, in one case all have none."""
+    generator = torch.Generator().manual_seed(100 * case + rank)
+    num_rows = 0 if case == 0 else int(torch.randint(0, 5, (), generator=generator))
+    return torch.randint(0, 100, (num_rows, *width), generator=generator).to(dtype)
+
+
+def counts_of(rank: int, world_size: int, case: int) -> list[int]:
+    """How many of its rows a rank sends to each rank."""
+    num_rows = len(rows_of(rank, case, torch.int64))
+    generator = torch.Generator().manual_seed(7 * case + rank)
+    to = torch.randint(0, world_size, (num_rows,), generator=generator)
+    return torch.bincount(to, minlength=world_size).tolist()
+
+
+def speak(rank: int, world_size: int) -> dict[str, Any]:
+    """Everything a rank hears, by verb and case."""
+    heard: dict[str, Any] = {"place": (comm.rank(), comm.world_size())}
+    for dtype in DTYPES:
+        for case in range(NUM_CASES):
+            rows = rows_of(rank, case, dtype)
+            heard[f"gather {dtype} {case}"] = comm.gather_rows(rows)
+            received, counts = comm.exchange(rows, counts_of(rank, world_size, case))
+            back, back_counts = comm.exchange(received, counts)
+            heard[f"exchange {dtype} {case}"] = (received, counts)
+            heard[f"back {dtype} {case}"] = (back, back_counts)
+    heard["strided"] = comm.gather_rows(rows_of(rank, 3, torch.float32, (2, 4)).transpose(1, 2))
+    heard["flat"] = comm.gather_rows(torch.full((rank,), float(rank)))
+    heard["objects"] = comm.gather_objects({"rank": rank, "text": "x" * 1000 * rank})
+    for source in range(world_size):
+        heard[f"object of {source}"] = comm.broadcast_object(("said by", rank), source=source)
+        heard[f"tensor of {source}"] = comm.broadcast_tensor(torch.full((2, 3), rank), source=source)
+    values = torch.arange(6.0).reshape(2, 3) * (rank + 1)
+    heard["sum is in place"] = comm.reduce_sum(values) is values
+    heard["sum"] = values
+    heard["max"] = comm.reduce_max(torch.tensor([rank, -rank, 5]))
+    comm.barrier()
+    return heard
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_hears_what_the_lists_say(world_size: int) -> None:
+    ranks = range(world_size)
+    for rank, heard in enumerate(run_ranks(speak, world_size)):
+        assert heard["place"] == (rank, world_size)
+        for dtype in DTYPES:
+            for case in range(NUM_CASES):
+                rows = [rows_of(r, case, dtype) for r in ranks]
+                assert torch.equal(heard[f"gather {dtype} {case}"], torch.cat(rows))
+                parts = [torch.split(rows[r], counts_of(r, world_size, case))[rank] for r in ranks]
+                received, counts = heard[f"exchange {dtype} {case}"]
+                assert counts == [len(part) for part in parts]
+                assert received.dtype == dtype
+                assert torch.equal(received, torch.cat(parts))
+                back, back_counts = heard[f"back {dtype} {case}"]
+                assert torch.equal(back, rows[rank])
+                assert back_counts == counts_of(rank, world_size, case)
+        strided = [rows_of(r, 3, torch.float32, (2, 4)).transpose(1, 2) for r in ranks]
+        assert torch.equal(heard["strided"], torch.cat(strided))
+        assert heard["flat"].tolist() == [float(r) for r in ranks for _ in range(r)]
+        assert heard["objects"] == [{"rank": r, "text": "x" * 1000 * r} for r in ranks]
+        for source in ranks:
+            assert heard[f"object of {source}"] == ("said by", source)
+            assert heard[f"tensor of {source}"].tolist() == [[source] * 3] * 2
+        assert heard["sum is in place"]
+        assert torch.equal(heard["sum"], torch.arange(6.0).reshape(2, 3) * sum(r + 1 for r in ranks))
+        assert heard["max"].tolist() == [world_size - 1, 0, 5]

@@ -1,0 +1,198 @@
+"""Claims about bytes in an object store: the embedded S3 server, straight and through a proxy that breaks things."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_mlpl import storage
+from dist_mlpl.errors import StorageError
+from dist_mlpl.tools.object_store import EmbeddedS3
+from tests.support.processes import call_forked
+from tests.support.proxy import Fault, FaultyProxy
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _usual_storage() -> Iterator[None]:
+    yield
+    storage.configure_storage()
+
+
+@pytest.fixture
+def proxy(embedded_s3: EmbeddedS3) -> Iterator[FaultyProxy]:
+    """This process's requests pass through it."""
+    with FaultyProxy(embedded_s3.endpoint) as proxy:
+        storage.configure_storage({"endpoint_url": proxy.url})
+        yield proxy
+
+
+def test_the_endpoint_in_the_environment_is_honoured(embedded_s3: EmbeddedS3, s3_bucket: str) -> None:
+    with FaultyProxy(embedded_s3.endpoint) as proxy:
+
+        def write() -> None:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            storage.write_bytes(f"{s3_bucket}/x", b"content")
+
+        call_forked(write)
+        assert proxy.requests == [f"PUT /{s3_bucket.removeprefix('s3://')}/x"]
+    assert storage.read_bytes(f"{s3_bucket}/x") == b"content"
+
+
+def test_a_range_of_an_object_is_a_slice(s3_bucket: str) -> None:
+    url, random = f"{s3_bucket}/folder/x", np.random.default_rng(0)
+    content = random.bytes(1000)
+    storage.write_bytes(url, content)
+    assert storage.read_bytes(url) == content
+    assert storage.size(url) == 1000
+    for _ in range(10):
+        start = int(random.integers(0, 999))
+        end = int(random.integers(start + 1, 1001))
+        assert storage.read_bytes(url, start, end) == content[start:end]
+        assert storage.read_bytes(url, start) == content[start:]
+    with pytest.raises(StorageError, match="bytes came back"):
+        storage.read_bytes(url, 990, 1010)
+    with pytest.raises(StorageError):
+        storage.read_bytes(url, 2000, 2010)
+    with storage.open_read(url) as stream:
+        assert stream.read() == content
+
+
+def test_objects_of_other_processes_are_seen_at_once(s3_bucket: str) -> None:
+    folder = f"{s3_bucket}/run/commits"
+    assert storage.list_names(folder) == []
+    assert not storage.exists(f"{folder}/1")
+    for number in range(1, 4):
+        call_forked(lambda number=number: storage.write_bytes(f"{folder}/{number}", b"x" * number))
+        assert storage.list_names(folder) == [str(n) for n in range(1, number + 1)]
+        assert storage.exists(f"{folder}/{number}")
+        assert list(storage.list_files(f"{s3_bucket}/run")) == [f"commits/{n}" for n in range(1, number + 1)]
+    call_forked(lambda: storage.write_bytes(f"{folder}/3", b"longer"))
+    assert storage.size(f"{folder}/3") == 6
+    assert storage.read_bytes(f"{folder}/3") == b"longer"
+    call_forked(lambda: storage.remove(f"{folder}/1"))
+    assert storage.list_names(folder) == ["2", "3"]
+    assert not storage.exists(f"{folder}/1")
+    storage.remove(f"{folder}/1")
+    storage.write_bytes(f"{folder}/.probe", b"x")
+    assert storage.list_names(folder) == ["2", "3"]
+
+
+def test_files_go_up_and_come_down_whole(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 1 << 20)
+    content = np.random.default_rng(1).bytes(2_500_000)
+    (tmp_path / "up").write_bytes(content)
+    storage.upload(tmp_path / "up", f"{s3_bucket}/x")
+    digest = storage.download(f"{s3_bucket}/x", tmp_path / "down")
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "down").read_bytes() == content
+    storage.write_bytes(f"{s3_bucket}/empty", b"")
+    storage.download(f"{s3_bucket}/empty", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == b""
+
+
+def test_of_racing_processes_one_creates_an_object(s3_bucket: str) -> None:
+    names = [f"{s3_bucket}/commits/{number}" for number in range(10)]
+
+    def create_all(writer: int) -> list[bool]:
+        return [storage.create_exclusive(name, f"writer {writer}".encode()) for name in names]
+
+    won = call_forked(*[lambda writer=writer: create_all(writer) for writer in range(4)])
+    for row, name in enumerate(names):
+        winners = [writer for writer in range(4) if won[writer][row]]
+        assert [f"writer {writer}".encode() for writer in winners] == [storage.read_bytes(name)]
+
+
+def test_exclusive_create_is_proven_and_leaves_nothing(s3_bucket: str) -> None:
+    storage.check_exclusive_create(f"{s3_bucket}/run")
+    assert storage.list_names(s3_bucket) == []
+
+
+def test_a_forked_child_uses_storage_after_its_parent_did(s3_bucket: str) -> None:
+    storage.write_bytes(f"{s3_bucket}/x", b"content")
+    read = [lambda: storage.read_bytes(f"{s3_bucket}/x")] * 3
+    assert call_forked(*read) == [b"content"] * 3
+    assert storage.read_bytes(f"{s3_bucket}/x") == b"content"
+
+
+def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
+    url = f"{s3_bucket}-not/x"
+    with pytest.raises(StorageError, match="bucket") as caught:
+        storage.write_bytes(url, b"x")
+    assert caught.value.where == url
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)
+
+
+WORK: dict[str, Callable[[str, Path], object]] = {
+    "read": lambda url, path: storage.read_bytes(url),
+    "range": lambda url, path: storage.read_bytes(url, 1, 3),
+    "size": lambda url, path: storage.size(url),
+    "list": lambda url, path: storage.list_names(url.rsplit("/", 1)[0]),
+    "write": lambda url, path: storage.write_bytes(url, b"content"),
+    "create": lambda url, path: storage.create_exclusive(url + "-new", b"mine"),
+    "download": lambda url, path: storage.download(url, path),
+    "upload": lambda url, path: storage.upload(path, url),
+    "remove": lambda url, path: storage.remove(url),
+}
+
+
+@pytest.mark.parametrize("fault", ["refuse", "busy", "broken", "cut"])
+def test_faults_that_pass_do_not_show(fault: Fault, s3_bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
+    works = ["read", "range", "list", "download"] if fault == "cut" else list(WORK)  # a body is what can be cut
+
+    def outcomes(num_faults: int) -> list[object]:
+        storage.write_bytes(f"{s3_bucket}/folder/x", b"content")
+        found = []
+        for work in works:
+            (tmp_path / "file").write_bytes(b"content")
+            proxy.fail(fault, times=num_faults, method="GET" if fault == "cut" else "")
+            found.append(WORK[work](f"{s3_bucket}/folder/x", tmp_path / "file"))
+            assert proxy.num_faults_left == 0
+        storage.remove(f"{s3_bucket}/folder/x-new")
+        return found
+
+    assert outcomes(num_faults=2) == outcomes(num_faults=0)
+
+
+@pytest.mark.parametrize("work", ["read", "write", "create"])
+@pytest.mark.parametrize("fault", ["deny", "unsupported"])
+def test_faults_that_stay_fail_at_the_first_answer(
+    work: str, fault: Fault, s3_bucket: str, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    proxy.fail(fault, times=100)
+    with pytest.raises(StorageError) as caught:
+        WORK[work](f"{s3_bucket}/x", tmp_path / "file")
+    assert len(proxy.requests) == 1
+    assert s3_bucket in caught.value.where
+    assert ("not allowed" in caught.value.found) == (fault == "deny")
+
+
+@pytest.mark.parametrize("num_losses", [1, 3, 7])
+def test_a_conditional_put_whose_answer_was_lost_is_still_ours(
+    num_losses: int, s3_bucket: str, proxy: FaultyProxy
+) -> None:
+    proxy.fail("lose", times=num_losses, method="PUT")
+    assert storage.create_exclusive(f"{s3_bucket}/x", b"mine")
+    assert proxy.num_faults_left == 0
+    proxy.fail("lose", times=num_losses, method="PUT")
+    assert not storage.create_exclusive(f"{s3_bucket}/x", b"another's")
+    assert storage.read_bytes(f"{s3_bucket}/x") == b"mine"
+
+
+def test_an_endpoint_that_nobody_serves_is_given_up_at_the_deadline() -> None:
+    with socket.socket() as unused:  # bound, never listening: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        options = {"endpoint_url": f"http://127.0.0.1:{unused.getsockname()[1]}", "key": "a", "secret": "b"}
+        storage.configure_storage(options, deadline_seconds=0.5)
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes("s3://bucket/x")
+    assert "Could not connect" in caught.value.found
+    assert "AWS_ENDPOINT_URL" in caught.value.next_step
