@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,7 +41,13 @@ class EngineSettings(Settings):
     micro_batch: int | None = Field(None, gt=0)  # rows of a rank at once at most; null: the rank's whole share
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
-    compile: bool = False
+    compile: bool = False  # takes a minute at the first step; not at stage 3, whose hooks sit inside every layer
+
+    @model_validator(mode="after")
+    def _refuse_compiled_stage_3(self) -> EngineSettings:
+        if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("engine.compile does not work with engine.zero_stage 3; choose stage 2, or no compilation")
+        return self
 
 
 def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World:

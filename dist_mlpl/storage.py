@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 # One process-wide setting, made once at start-up from `data.storage_options`.
 _options: dict[str, Any] = {}
-_deadline_seconds = 60.0
+DEADLINE_SECONDS = 60.0  # how long one call keeps retrying, unless configured
+_deadline_seconds = DEADLINE_SECONDS
 
 _TRANSIENT_ERRNO = {
     errno.EIO, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
@@ -43,18 +44,19 @@ _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 412, 501
 _BLOCK_BYTES = 16 << 20
 
 
-def configure_storage(options: dict[str, Any] | None = None, *, deadline_seconds: float = 60.0) -> None:
+def configure_storage(options: dict[str, Any] | None = None, *, deadline_seconds: float | None = None) -> None:
     """Set what every later call in this process uses.
 
     Args:
         options: keyword arguments of the fsspec filesystem of remote URLs (say `anon`, `endpoint_url`). The
             standard AWS variables, AWS_ENDPOINT_URL among them, work without any.
-        deadline_seconds: how long one call keeps retrying faults that may pass, from the first one on.
+        deadline_seconds: how long one call keeps retrying faults that may pass, from the first one on;
+            None for DEADLINE_SECONDS.
     """
     global _deadline_seconds
     _options.clear()
     _options.update(options or {})
-    _deadline_seconds = deadline_seconds
+    _deadline_seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
 
 
 def is_remote(url: str) -> bool:

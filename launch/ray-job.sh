@@ -21,8 +21,8 @@ environment:
   RAY_AUTH_MODE                         token (default) or disabled
   RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH   the cluster's token, or a file that holds it; else ~/.ray/auth_token
   MLPL_PYTHON                           interpreter on the cluster (default python3)
-  MLPL_FORWARD                          names of variables to set for the run, separated by spaces; none otherwise.
-                                        Their values are readable on the dashboard: rather give the nodes a role
+  MLPL_FORWARD                          names of variables to hand to the run, separated by spaces; none otherwise.
+                                        Whoever may use the dashboard can read them: no credentials, if you can
   MLPL_BIN                              folder of `ray` and `dist-mlpl` here; else PATH, else .venv/bin
 
 exit: as `dist-mlpl train` (0 done, 2 config, 3 data, 4 run), 130 stopped, 2 wrong usage, 1 not submitted or lost sight of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -99,6 +100,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: the paths of sockets are limited
     gcs, dashboard, client, agent, agent_grpc, runtime_env = free_ports(6)
     environment = bare_environment(home) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # else the end of the cluster takes 30 s
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -118,11 +120,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         assert head.poll() is None, log.read_text()
         yield cluster
     finally:
-        head.terminate()  # ends its children
-        try:
+        head.terminate()  # ends its children, those in process groups of their own too
+        with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            pass
         if members(head.pid):
             os.killpg(head.pid, signal.SIGKILL)
         head.wait()
@@ -135,7 +135,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("input")
     names = [f"{i:03d}.jpg" for i in range(NUM_TRAIN + 8)]
     write_images(folder / "images", names)
-    labels = [f"{name},{'|'.join(c for bit, c in enumerate('abc') if i + 1 >> bit & 1)}" for i, name in enumerate(names)]
+    labels = [
+        f"{name},{'|'.join(c for bit, c in enumerate('abc') if i + 1 >> bit & 1)}" for i, name in enumerate(names)
+    ]
     (folder / "labels.csv").write_text("image,labels\n" + "\n".join(labels) + "\n")
     (folder / "classes.csv").write_text("class\na\nb\nc\n")
     splits = [f"{name},{'train' if i < NUM_TRAIN else 'test'}" for i, name in enumerate(names)]
@@ -163,6 +165,42 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def submit(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+# Stands in for `ray`: keeps what it was given, answers `ray job status` from a list.
+FAKE_RAY = """#!{python}
+import json, os, pathlib, sys
+kept = pathlib.Path(__file__).parent
+arguments = sys.argv[1:]
+if arguments[:2] == ["job", "submit"]:
+    option = dict(zip(arguments, arguments[1:]))
+    folder = pathlib.Path(option["--working-dir"])
+    (kept / "submitted.json").write_text(json.dumps({{
+        "arguments": arguments,
+        "runtime_env": json.loads(pathlib.Path(option["--runtime-env"]).read_text()),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+        "config": (folder / "run.yaml").read_text(),
+        "auth_mode": os.environ["RAY_AUTH_MODE"],
+        "address": os.environ["RAY_API_SERVER_ADDRESS"],
+    }}))
+elif arguments[:2] == ["job", "status"]:
+    first, *rest = json.loads((kept / "answers.json").read_text())
+    (kept / "answers.json").write_text(json.dumps(rest))
+    print(first.replace("ID", arguments[2]))
+"""
+
+
+@pytest.fixture
+def fake_bin(tmp_path: Path) -> Path:
+    """A folder with a `ray` that succeeds and a `dist-mlpl` that resolves every config to `resolved: true`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ray").write_text(FAKE_RAY.format(python=sys.executable))
+    (folder / "dist-mlpl").write_text("#!/bin/sh\necho resolved: true\n")
+    (folder / "answers.json").write_text(json.dumps(["Job 'ID' succeeded"]))
+    for name in ("ray", "dist-mlpl"):
+        (folder / name).chmod(0o755)
+    return folder
 
 
 def commits(out: Path) -> list[dict[str, Any]]:
@@ -208,6 +246,7 @@ def test_a_wrong_token_is_refused_and_the_message_names_it(cluster: Cluster, con
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_stopped_job_commits_first_and_the_script_exits_130(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     environment = cluster.environment | {"MLPL_PYTHON": sys.executable}
@@ -232,3 +271,73 @@ def test_a_stopped_job_commits_first_and_the_script_exits_130(cluster: Cluster, 
     assert rows[-1]["event"] == "stopped"
     assert commits(out)[-1]["step"] == rows[-1]["step"]
     assert proves_exact(out)
+
+
+def test_the_job_is_given_this_code_the_resolved_config_and_the_named_variables_alone(
+    fake_bin: Path, tmp_path: Path
+) -> None:
+    value = 'line one\nwith "quotes", \\backslash\\, & and $HOME'
+    environment = bare_environment(tmp_path) | {
+        "MLPL_BIN": str(fake_bin), "RAY_AUTH_TOKEN": "secret", "MLPL_FORWARD": "KEPT ALSO_KEPT", "KEPT": value,
+        "ALSO_KEPT": "1", "NOT_KEPT": "2", "RAY_ADDRESS": "https://cluster:8265", "MLPL_PYTHON": "/opt/python",
+    }  # fmt: skip
+    result = submit("run.yaml", "s3://bucket/runs/a b", "--set", "method.name=x y", environment=environment)
+    assert result.returncode == 0, result.stderr
+    given = json.loads((fake_bin / "submitted.json").read_text())
+    entry = given["arguments"][given["arguments"].index("--") + 1 :]
+    assert entry == ["/opt/python", "-m", "dist_mlpl.cli", "train", "run.yaml", "--out", "s3://bucket/runs/a b",
+                     "--address", "auto", "--set", "method.name=x y"]  # fmt: skip
+    option = dict(zip(given["arguments"], given["arguments"][1:], strict=False))
+    metadata = json.loads(option["--metadata-json"])
+    assert metadata == {"job_name": "bucket-runs-a-b", "out": "s3://bucket/runs/a b"}
+    assert option["--submission-id"].startswith("bucket-runs-a-b-")
+    variables = given["runtime_env"]["env_vars"]
+    assert variables == {"KEPT": value, "ALSO_KEPT": "1", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
+    assert {"run.yaml", "dist_mlpl/cli.py", "shards/build.py"} <= set(given["files"])
+    assert not [name for name in given["files"] if "__pycache__" in name]
+    assert given["config"] == "resolved: true\n"
+    assert (given["auth_mode"], given["address"]) == ("token", "https://cluster:8265")
+    assert "secret" not in json.dumps(given)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        (["Job 'ID' succeeded"], 0),
+        (["Job 'ID' was stopped"], 130),
+        (["Job 'ID' failed\nStatus message: Job entrypoint command failed with exit code 3, last logs:\n..."], 3),
+        (["Job 'ID' failed\nStatus message: the node died"], 4),
+        (["Status for job 'ID': RUNNING", "Job 'ID' failed\nfailed with exit code 2"], 2),
+    ],
+    ids=["succeeded", "stopped", "failed with a code", "failed without", "connection lost on the way"],
+)
+def test_the_script_exits_as_the_run_did(fake_bin: Path, tmp_path: Path, answers: list[str], status: int) -> None:
+    (fake_bin / "answers.json").write_text(json.dumps(answers))
+    environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled"}
+    assert submit("run.yaml", "/shared/run", environment=environment).returncode == status
+    assert json.loads((fake_bin / "answers.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "message"),
+    [
+        ([], {}, "usage:"),
+        (["run.yaml"], {}, "usage:"),
+        (["run.yaml", "runs/relative"], {}, "OUT is 'runs/relative'"),
+        (["run.yaml", "/shared/run", "--out", "/other"], {}, "--out among the extra arguments"),
+        (["run.yaml", "/shared/run"], {"RAY_AUTH_TOKEN": ""}, "no token"),
+        (["run.yaml", "/shared/run"], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/missing"}, "RAY_AUTH_TOKEN_PATH"),
+        (["run.yaml", "/shared/run"], {"RAY_AUTH_MODE": "maybe"}, "RAY_AUTH_MODE is 'maybe'"),
+        (["run.yaml", "/shared/run"], {"RAY_ADDRESS": "10.0.0.1:6379"}, "the cluster's address is '10.0.0.1:6379'"),
+        (["run.yaml", "/shared/run"], {"MLPL_FORWARD": "UNSET_NAME"}, "UNSET_NAME, which is not set"),
+        (["run.yaml", "/shared/run"], {"MLPL_BIN": "/missing"}, "no ray in MLPL_BIN"),
+    ],
+)
+def test_wrong_usage_exits_2_before_anything_is_submitted(
+    fake_bin: Path, tmp_path: Path, arguments: list[str], changed: dict[str, str], message: str
+) -> None:
+    environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_TOKEN": "secret"}
+    result = submit(*arguments, environment=environment | changed)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (fake_bin / "submitted.json").exists()

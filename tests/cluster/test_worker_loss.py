@@ -1,0 +1,106 @@
+"""Claims about runs on Ray: with shards and run folder in object storage, a lost worker or driver changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_mlpl import storage
+from dist_mlpl.checkpoint import read_chain, read_head
+from dist_mlpl.progress import read_rows
+from tests.support.runs import assert_same_end, command, environment, run, tiny_config, tiny_shards, write_config
+
+pytestmark = pytest.mark.cluster
+
+
+def ray_config(folder: Path, shards: str) -> str:
+    sections = {"engine": {"kind": "deepspeed", "zero_stage": 1}, "cluster": {"num_workers": 2}, "num_epochs": 3}
+    return write_config(folder / "run.yaml", tiny_config(shards, **sections))
+
+
+@pytest.fixture(scope="module")
+def bucket(embedded_s3: object) -> str:
+    return embedded_s3.make_bucket("bucket-worker-loss")  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(config, run) of two Ray workers that nothing happened to."""
+    folder = tmp_path_factory.mktemp("ray")
+    shards = tiny_shards(folder, out=storage.join(bucket, "shards"))
+    config, out = ray_config(folder, shards), storage.join(bucket, "undisturbed")
+    run("train", config, "--out", out)
+    return config, out
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_commit(out: str, step: int, child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while (head := read_head(out)) is None or head.step < step:
+        if child.poll() is not None or time.monotonic() > deadline:
+            child.kill()
+            raise AssertionError(f"no commit at step {step}: {child.communicate()[0]}")
+        time.sleep(0.02)  # between looks at the condition
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_bit_equal(undisturbed: tuple[str, str], bucket: str) -> None:
+    config, whole = undisturbed
+    out = storage.join(bucket, "lost-worker")
+    child = start("train", config, "--out", out)
+    wait_for_commit(out, 4, child)
+    begun = next(row for row in read_rows(out) if row["event"] == "start")
+    os.kill(begun["processes"][1][1], signal.SIGKILL)
+    printed = child.communicate(timeout=240)[0]
+    assert child.returncode == 0, printed
+    assert "resumes at" in printed
+    assert len({commit.attempt for commit in read_chain(out)}) == 2
+    assert_same_end(whole, out)
+    assert json.loads(run("audit", out, "--json").stdout)["is_exact"]
+
+
+def test_a_killed_driver_takes_its_cluster_along_and_the_same_command_ends_bit_equal(
+    undisturbed: tuple[str, str], bucket: str
+) -> None:
+    config, whole = undisturbed
+    out = storage.join(bucket, "lost-driver")
+    child = start("train", config, "--out", out)
+    wait_for_commit(out, 4, child)
+    child.kill()
+    child.communicate()
+    run("train", config, "--out", out)
+    assert_same_end(whole, out)
+    assert json.loads(run("audit", out, "--json").stdout)["is_exact"]
+
+
+def test_sigterm_to_the_driver_commits_and_stops_the_workers(undisturbed: tuple[str, str], bucket: str) -> None:
+    config, _ = undisturbed
+    out = storage.join(bucket, "stopped")
+    child = start("train", config, "--out", out, "--set", "num_epochs=400")
+    wait_for_commit(out, 2, child)
+    child.send_signal(signal.SIGTERM)
+    printed = child.communicate(timeout=120)[0]
+    assert child.returncode == 130, printed
+    assert "stopped and saved" in printed
+    stopped = [row for row in read_rows(out) if row["event"] == "stopped"][-1]
+    assert read_chain(out)[-1].step == stopped["step"]
+
+
+def test_an_error_that_a_restart_would_repeat_is_raised_as_it_is(
+    undisturbed: tuple[str, str], bucket: str, tmp_path: Path
+) -> None:
+    config, whole = undisturbed
+    refused = run("train", config, "--out", whole, "--set", "seed=7", check=False)
+    assert refused.returncode == 4
+    assert "CheckpointError" in refused.stderr
+    assert "seed: 0 -> 7" in refused.stderr

@@ -1,0 +1,336 @@
+"""Claims about the engine on several ranks. One start of processes runs many cases; the tests read what came back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_mlpl import comm
+from dist_mlpl.batch import StepOutput
+from dist_mlpl.engine import Engine, EngineState
+from dist_mlpl.engines.state import read_state
+from dist_mlpl.errors import RunError
+from dist_mlpl.methods.base import Method
+from tests.support.methods import random_batch, tiny_method
+from tests.support.ranks import run_ranks
+from tests.support.training import (
+    BATCH_NORM,
+    GROUP_NORM,
+    STAGES,
+    Step,
+    is_equal,
+    is_same,
+    largest_difference,
+    make_engine,
+    train,
+    train_on,
+    whole_state,
+)
+
+pytestmark = pytest.mark.distributed
+
+KINDS = ("plain", *STAGES)
+SGD = {"name": "sgd", "learning_rate": 1e-3}
+
+
+def assert_steps_close(found: list[Step], expected: list[Step], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=tolerance, abs=tolerance)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance, abs=tolerance)
+
+
+# Against the plain engine --------------------------------------------------------------------------------------------
+
+
+def steps_of_every_kind(rank: int, world_size: int) -> dict[str, dict[str | int, Any]]:
+    found: dict[str, dict[str | int, Any]] = {"batch_norm": {}, "bf16": {}, "ten": {}, "first_rank": {}, "average": {}}
+    schedule = {"name": "cosine", "warmup_samples": 64}
+    for kind in KINDS:
+        keys = {"head_multiplier": 3.0, "weight_decay": 0.05}
+        found["batch_norm"][kind] = train(make_engine(kind, backbone=BATCH_NORM, optimizer=keys), 2)
+        found["bf16"][kind] = train(make_engine(kind, backbone=BATCH_NORM, precision="bf16"), 2)
+        engine = make_engine(kind, optimizer=SGD | keys, schedule=schedule)
+        found["ten"][kind] = train(engine, 10), whole_state(engine).model
+        found["first_rank"][kind] = starts_with_the_first_ranks_tensors(kind, rank)
+        found["average"][kind] = averages_statistics(kind)
+    return found
+
+
+def starts_with_the_first_ranks_tensors(kind: str | int, rank: int) -> bool:
+    method = tiny_method("partial_bce", backbone=BATCH_NORM)
+    expected = {name: tensor.clone() for name, tensor in [*method.named_parameters(), *method.named_buffers()]}
+    with torch.no_grad():
+        for tensor in [*method.parameters(), *method.buffers()]:
+            tensor.add_(rank)
+    engine = make_engine(kind, method=method)
+    state = read_state(engine._backend, num_updates=0, keep=True)
+    return state is not None and is_equal(state.model, expected)
+
+
+def averages_statistics(kind: str | int) -> bool:
+    engine = make_engine(kind, backbone=BATCH_NORM | {"freeze": ("conv1", "bn1")})
+    train(engine, 1)
+    statistics = {n: b for n, b in engine.method.named_buffers() if b.is_floating_point()}
+    every = comm.gather_objects({name: buffer.clone() for name, buffer in statistics.items()})
+    engine.average_buffers()
+    for name, buffer in statistics.items():
+        values = [rank[name].double() for rank in every]
+        if name.startswith("backbone.bn1.") != torch.equal(values[0], values[-1]):
+            return False  # frozen statistics are alike on all ranks, others are not
+        if not torch.equal(buffer, torch.stack(values).mean(0).float()):
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, dict[str | int, Any]]:
+    return run_ranks(steps_of_every_kind, 2)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_steps_equal_the_plain_engines(steps, stage):
+    assert_steps_close(steps["batch_norm"][stage], steps["batch_norm"]["plain"], 1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_under_autocast_too_gradients_are_summed_in_float32(steps, stage):
+    assert_steps_close(steps["bf16"][stage], steps["bf16"]["plain"], 1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_with_group_norm_and_sgd_equal_the_plain_engines(steps, stage):
+    (losses, model), (expected_losses, expected_model) = steps["ten"][stage], steps["ten"]["plain"]
+    assert_steps_close(losses, expected_losses, 1e-5)
+    assert largest_difference(model, expected_model) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_starts_with_the_first_ranks_parameters_and_buffers(steps, kind):
+    assert steps["first_rank"][kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaged_statistics_are_the_mean_over_ranks_and_frozen_ones_keep_their_bits(steps, kind):
+    assert steps["average"][kind]
+
+
+def one_step_from_plain_states(rank: int, world_size: int) -> dict[tuple[int, int], tuple[float, float]]:
+    """Ten states of a plain run, each handed to every stage for one step; every second one clips."""
+    keys = {"backbone": BATCH_NORM, "micro_batch": 4}  # two micro-batches a rank
+    plain = [make_engine("plain", clip_norm=clip_norm, **keys) for clip_norm in (0.0, 0.3)]
+    states = [whole_state(plain[0])]
+    for number in range(10):
+        engine = plain[number % 2]
+        engine.load(states[-1])
+        step = train(engine, 1, start=number)
+        assert step[0].grad_norm > 0.3, "nothing to clip"
+        states.append(whole_state(engine))
+    found = {}
+    for stage in STAGES:
+        engines = [make_engine(stage, clip_norm=clip_norm, **keys) for clip_norm in (0.0, 0.3)]
+        for number in range(10):
+            engine = engines[number % 2]
+            engine.load(states[number])
+            train(engine, 1, start=number)
+            after, expected = whole_state(engine), states[number + 1]
+            assert after.num_updates == expected.num_updates == number + 1
+            found[stage, number] = (
+                largest_difference(after.model, expected.model),
+                largest_difference(after.moments, expected.moments),
+            )
+    return found
+
+
+def test_one_step_from_any_plain_state_ends_where_the_plain_engine_does():
+    for found in run_ranks(one_step_from_plain_states, 2):
+        assert len(found) == 40
+        for case, (of_model, of_moments) in found.items():
+            assert of_model < 1e-5, case
+            assert of_moments < 1e-5, case
+
+
+# Numbers that are not finite -----------------------------------------------------------------------------------------
+
+POISONED = 13  # an index of the last group, which rank 1 of 2 owns
+
+
+class Poisoned(type(tiny_method("partial_bce"))):  # type: ignore[misc]
+    """A method in which one image makes the loss, or only its gradient, NaN."""
+
+    fault = "loss"
+
+    def forward(self, batch: Any, recalled: Any) -> StepOutput:
+        output = super().forward(batch, recalled)
+        if recalled is None or not bool((batch.index == POISONED).any()):
+            return output
+        if self.fault == "loss":
+            return output._replace(loss=output.loss * torch.nan, terms={"bce": output.terms["bce"] * torch.nan})
+        return output._replace(
+            loss=output.loss + (output.loss * 0.0).sqrt()
+        )  # adds 0; its gradient is infinity times 0
+
+
+def poison(rank: int, world_size: int) -> dict[tuple[str | int, str], tuple[str, str, bool]]:
+    found = {}
+    for kind in KINDS:
+        for fault in ("loss", "gradient"):
+            method: Method = tiny_method("partial_bce", backbone=GROUP_NORM)
+            method.__class__ = type("Poisoned", (Poisoned,), {"fault": fault})
+            engine = make_engine(kind, method=method, micro_batch=4)
+            healthy = random_batch(16, seed=0)
+            train_on(engine, healthy._replace(index=healthy.index + 100), 0)
+            before = whole_state(engine)
+            with pytest.raises(RunError) as caught:
+                train_on(engine, random_batch(16, seed=1), 7)
+            found[kind, fault] = str(caught.value.found), str(caught.value.where), is_same(whole_state(engine), before)
+    return found
+
+
+@pytest.fixture(scope="module")
+def faults() -> list[dict[tuple[str | int, str], tuple[str, str, bool]]]:
+    return run_ranks(poison, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_one_ranks_loss_stops_all_before_anything_moves(faults, kind):
+    for found, where, is_unmoved in (rank[kind, "loss"] for rank in faults):
+        assert found == "the loss is not finite at step 7"
+        assert where == "rank 1: loss=nan, bce=nan"
+        assert is_unmoved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_one_ranks_gradient_alone_stops_all_before_anything_moves(faults, kind):
+    for found, where, is_unmoved in (rank[kind, "gradient"] for rank in faults):
+        assert found == "the gradient norm is not finite at step 7"
+        assert where.startswith("rank 1: loss=0.")
+        assert "bce=0." in where
+        assert "gradient of head.linear." in where
+        assert "rank 0" not in where
+        assert is_unmoved
+
+
+# Saving and loading --------------------------------------------------------------------------------------------------
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "adamw": {"backbone": BATCH_NORM, "clip_norm": 0.5, "micro_batch": 4},
+    "sgd": {"backbone": BATCH_NORM, "optimizer": {"name": "sgd", "learning_rate": 0.05}},
+    "frozen": {"backbone": BATCH_NORM | {"freeze": ("conv1", "bn1", "layer1")}, "dropout": 0.3},
+    "bf16": {"backbone": BATCH_NORM, "precision": "bf16"},
+}
+
+
+def resume(rank: int, world_size: int, stage: int) -> dict[str, tuple[bool, bool]]:
+    """For each case: whether five steps after a load equal five steps without, and whether the end does."""
+    found = {}
+    for name, keys in RESUMED.items():
+
+        def make(keys: dict[str, Any] = keys) -> Engine:
+            rest = {key: value for key, value in keys.items() if key not in ("backbone", "dropout")}
+            method = tiny_method("partial_bce", backbone=keys["backbone"], dropout=keys.get("dropout", 0.0))
+            return make_engine(stage, method=method, **rest)
+
+        engine, other = make(), make()
+        train(engine, 3)
+        train(other, 1)  # a load replaces everything, even after other steps
+        other.load(whole_state(engine))
+        steps = [train(e, 5, start=3) for e in (other, engine)]
+        found[name] = steps[0] == steps[1], is_same(whole_state(other), whole_state(engine))
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed() -> dict[int, dict[str, tuple[bool, bool]]]:
+    def all_stages(rank: int, world_size: int) -> dict[int, dict[str, tuple[bool, bool]]]:
+        return {stage: resume(rank, world_size, stage) for stage in STAGES}
+
+    return run_ranks(all_stages, 2)[0]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(resumed, stage, name):
+    assert resumed[stage][name] == (True, True)
+
+
+NUM_GROUPS_BATCH = 20  # five groups: no even share on 2 or 3 ranks, nor in micro-batches
+NEXT_STEPS = 2
+
+
+def save_and_load(rank: int, world_size: int, folder: str) -> dict[str, dict[Any, Any]]:
+    """Load what other numbers of ranks saved, then train and save for them, at every stage."""
+    found: dict[str, dict[Any, Any]] = {"loaded": {}, "micro": {}}
+    others = sorted(path for path in Path(folder).iterdir() if not path.name.startswith(f"{world_size}-"))
+    comm.barrier()  # before anybody adds to the folder
+    keys = {"global_batch": NUM_GROUPS_BATCH, "optimizer": {"name": "sgd", "learning_rate": 0.01}}
+    for stage in STAGES:
+        loader = make_engine(stage, **keys)
+        for path in others:
+            state, expected = torch.load(path, weights_only=False)
+            loader.load(EngineState(*state))
+            is_whole = is_same(whole_state(loader), EngineState(*state))
+            steps = train(loader, NEXT_STEPS, start=state[2], global_batch=NUM_GROUPS_BATCH)
+            difference = max(abs(a.loss - b) for a, b in zip(steps, expected, strict=True))
+            found["loaded"][path.name, stage] = is_whole, difference
+        for num_steps in (0, 3):
+            engine = make_engine(stage, **keys)
+            train(engine, num_steps, global_batch=NUM_GROUPS_BATCH)
+            saved = whole_state(engine)
+            steps = train(engine, NEXT_STEPS, start=num_steps, global_batch=NUM_GROUPS_BATCH)
+            if rank == 0:
+                torch.save((tuple(saved), [s.loss for s in steps]), f"{folder}/{world_size}-{stage}-{num_steps}")
+    for kind in ("plain", 0, 2):
+        for micro_batch in (None, 8, 4):
+            engine = make_engine(kind, micro_batch=micro_batch, **keys)
+            steps = train(engine, 2, global_batch=NUM_GROUPS_BATCH)
+            found["micro"][kind, micro_batch] = steps, whole_state(engine).model
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_world_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[Any, Any]]]:
+    folder = str(tmp_path_factory.mktemp("states"))
+    order = {"two": 2, "three": 3, "one": 1, "two again": 2}  # each finds the states of those before it
+    return {name: run_ranks(save_and_load, size, folder)[0] for name, size in order.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_found"), [("three", 1), ("one", 2), ("two again", 2)], ids=lambda value: str(value)
+)
+def test_a_state_of_any_stage_and_rank_count_loads_at_any_other(by_world_size, name, num_found):
+    loaded = by_world_size[name]["loaded"]
+    assert len(loaded) == num_found * len(STAGES) * 2 * len(STAGES)
+    for case, (is_whole, difference) in loaded.items():
+        assert is_whole, case
+        assert difference < 1e-6, case
+
+
+def test_neither_ranks_nor_micro_batches_change_a_step(by_world_size):
+    expected_steps, expected_model = by_world_size["one"]["micro"]["plain", None]
+    for name in ("one", "two", "three"):
+        for case, (steps, model) in by_world_size[name]["micro"].items():
+            assert_steps_close(steps, expected_steps, 1e-6)
+            assert largest_difference(model, expected_model) < 1e-6, (name, case)
+
+
+# Compilation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_compiled_method_trains_as_it_does_without():
+    def compiled(rank: int, world_size: int) -> dict[str | int, tuple[list[Step], bool]]:
+        found = {}
+        for kind in ("plain", 0, 1, 2):
+            engine = make_engine(kind, compile=True)
+            steps = train(engine, 3)
+            prediction = engine.predict(random_batch(8, seed=0))
+            found[kind] = steps, bool(torch.isfinite(prediction.logits).all())
+        return found | {"eager": (train(make_engine("plain"), 3), True)}
+
+    found = run_ranks(compiled, 1, timeout_seconds=500.0)[0]
+    for steps, is_finite in found.values():
+        assert_steps_close(steps, found["eager"][0], 1e-4)
+        assert is_finite
