@@ -1,4 +1,4 @@
-"""Claims about the one label code: each converter against a loop over its convention, each stranger refused by place."""
+"""Claims about the one label code: each converter against a loop over its convention, strangers refused by place."""
 
 from __future__ import annotations
 
