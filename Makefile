@@ -28,4 +28,4 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m tests.bench.bench_stream
+	$(BIN)/python -m tests.bench.bench_metrics

@@ -127,13 +127,13 @@ def train_on_ray(
     Raises:
         MlplError: what stopped the workers, or RunError when they failed too often.
     """
-    stop = StopRequest()
-    stop.listen()
     config = with_absolute_paths(config)
     check_before_start(config)
     last: dict[str, float] = {}
     shown: list[Sink] = [Display(), LastEpoch(last), *([observer] if observer else [])]
+    stop = StopRequest()
     with cluster_at(address or config.cluster.address, config):
+        stop.listen()  # not before: ray.init takes SIGTERM for itself
         board = ray.remote(Board).options(num_cpus=0).remote()
         arguments = {"config": config.model_dump(mode="json"), "board": board, "allow_change": allow_change,
                      "max_steps": max_steps}  # fmt: skip

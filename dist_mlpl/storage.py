@@ -2,7 +2,7 @@
 
 Every verb takes a URL (`s3://bucket/key`, `gs://...`, `/local/path`) and nothing else that knows of a store.
 The filesystem object is looked up at each call: fsspec keeps one instance per process and options, so a forked
-or spawned child gets its own and never touches its parent's event loop.
+or spawned child gets its own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ T = TypeVar("T")
 _options: dict[str, Any] = {}
 DEADLINE_SECONDS = 60.0  # how long one call keeps retrying, unless configured
 _deadline_seconds = DEADLINE_SECONDS
+
+# Keeps filesystems alive for the sake of forked children: one that collected its parent's would close the inherited
+# connections, and so take sockets out of the parent's event loop too (both poll the same epoll instance).
+_used: dict[tuple[int, Any], Any] = {}
 
 _TRANSIENT_ERRNO = {
     errno.EIO, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
@@ -97,6 +101,7 @@ def _remote(url: str) -> tuple[Any, str]:
             where="URL",
             next_step="check the scheme; `pip install 'dist-mlpl[gcs]'` or `[azure]` adds gs:// and abfs://",
         ) from error
+    _used[os.getpid(), filesystem] = filesystem
     return filesystem, path
 
 

@@ -122,6 +122,24 @@ def test_a_forked_child_uses_storage_after_its_parent_did(s3_bucket: str) -> Non
     assert storage.read_bytes(f"{s3_bucket}/x") == b"content"
 
 
+def test_a_forked_child_leaves_the_connections_of_its_parent_alone(embedded_s3: EmbeddedS3, s3_bucket: str) -> None:
+    def use() -> None:
+        storage.write_bytes(f"{s3_bucket}/x", b"content")
+        storage.read_bytes(f"{s3_bucket}/x")
+
+    with FaultyProxy(embedded_s3.endpoint) as earlier:  # its sockets close, and their numbers are used again
+        storage.configure_storage({"endpoint_url": earlier.url})
+        use()
+    for _ in range(2):
+        with FaultyProxy(embedded_s3.endpoint) as proxy:
+            storage.configure_storage({"endpoint_url": proxy.url})
+            use()
+            call_forked(use)
+            proxy.requests.clear()
+            assert storage.size(f"{s3_bucket}/x") == 7
+            assert len(proxy.requests) == 1  # one whose answer is never noticed is repeated when its time is up
+
+
 def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
     url = f"{s3_bucket}-not/x"
     with pytest.raises(StorageError, match="bucket") as caught:
