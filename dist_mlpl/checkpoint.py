@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import secrets
 import socket
 from importlib.metadata import version
 from typing import NamedTuple
@@ -99,7 +100,12 @@ def begin_attempt(out: str) -> Attempt:
         return Attempt(*comm.broadcast_object(("", None)))
     storage.check_exclusive_create(out)
     head = read_head(out)
-    started = {"parent": head.step if head else None, "world_size": comm.world_size(), "host": socket.gethostname()}
+    started = {
+        "parent": head.step if head else None,
+        "world_size": comm.world_size(),
+        "host": socket.gethostname(),
+        "token": secrets.token_hex(8),
+    }  # no two starts write the same bytes, so one of them sees that it lost
     number = len(storage.list_names(storage.join(out, "attempts"))) + 1
     while not storage.create_exclusive(
         storage.join(out, "attempts", f"{number:04d}.json"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import MlplError
 
 app = typer.Typer(
@@ -67,9 +68,7 @@ def train(
     ] = False,
 ) -> None:
     """Train, or go on where the run folder stands."""
-    from dist_mlpl.threads import set_thread_environment
-
-    set_thread_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.config import load_config
 
     loaded = load_config(config, overrides=overrides, out=out)
@@ -93,9 +92,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge the newest commit of a run."""
-    from dist_mlpl.threads import set_thread_environment
-
-    set_thread_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.progress import metrics_table
     from dist_mlpl.tools.judge import judge
 
@@ -106,7 +103,9 @@ def evaluate(
         _print_json(metrics)
         return
     numbers = {name: value for name, value in metrics.items() if name not in ("split", "step")}
-    Console().print(metrics_table(numbers, title=f"{run}, step {metrics['step']}, split {metrics['split']}"))
+    console = Console()
+    console.print(f"{run}, step {metrics['step']}, split {metrics['split']}", highlight=False)
+    console.print(metrics_table(numbers))
 
 
 @app.command()
@@ -147,6 +146,7 @@ def demo(
     epochs: Annotated[int | None, typer.Option(help="Epochs; the config's by default.")] = None,
 ) -> None:
     """The whole system on this machine: S3, shards, two Ray workers, a killed worker, recovery, the result."""
+    prepare_environment(os.environ, num_ranks=2)
     from dist_mlpl.tools.demo import run_demo
 
     run_demo(folder, num_epochs=epochs)
@@ -186,7 +186,7 @@ def shards_build(
         )  # fmt: skip
     manifest = summary.manifest
     splits_found = {
-        name: {"num_samples": s.num_samples, "num_shards": len(s.shards), "num_bytes": s.num_bytes}
+        name: {"num_samples": s.num_samples, "num_shards": len(s.shards), "megabytes": round(s.num_bytes / 1e6, 1)}
         for name, s in manifest.splits.items()
     }
     if as_json:
@@ -198,7 +198,7 @@ def shards_build(
     console = Console()
     for name, counts in splits_found.items():
         console.print(
-            f"{name}: {counts['num_samples']} images, {counts['num_shards']} shards, {counts['num_bytes'] / 1e6:.1f} MB",
+            f"{name}: {counts['num_samples']} images, {counts['num_shards']} shards, {counts['megabytes']} MB",
             highlight=False,
         )
     for reason, count in manifest.skipped.items():

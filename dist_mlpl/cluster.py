@@ -21,16 +21,15 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from rich.console import Console
 
 from dist_mlpl import comm, storage
 from dist_mlpl.config import Config
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
+from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, RunError, StorageError
-from dist_mlpl.local import LastEpoch, StopRequest, run_sinks
-from dist_mlpl.progress import Action, Display, Report, Row, Sink, metrics_table
-from dist_mlpl.threads import set_thread_environment
+from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
+from dist_mlpl.progress import Action, Display, Report, Row, Sink
 from dist_mlpl.train import train
 
 _POLL_SECONDS = 0.3
@@ -107,6 +106,7 @@ def train_on_ray(
     allow_change: bool = False,
     max_steps: int | None = None,
     observer: Sink | None = None,
+    is_result_shown: bool = True,
 ) -> bool:
     """Run the recipe on Ray workers and show it here until it ends.
 
@@ -120,6 +120,7 @@ def train_on_ray(
         allow_change: as in `train`.
         max_steps: as in `train`.
         observer: takes the rows too.
+        is_result_shown: print the last evaluation at the end.
 
     Returns:
         True when a signal stopped the run before its end.
@@ -157,8 +158,8 @@ def train_on_ray(
         raise fatal
     if failure:
         raise _failed(failure[0], config)
-    if last:
-        Console(stderr=True).print(metrics_table(last, title=f"{config.run_folder}, last evaluation"))
+    if last and is_result_shown:
+        show_last(last, config.run_folder)
     return stop.is_asked
 
 
@@ -190,7 +191,7 @@ def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
     }
-    set_thread_environment(environment, num_ranks=1)
+    prepare_environment(environment, num_ranks=1)
     filesystem, path = storage.arrow_filesystem(storage.join(config.run_folder, "ray"))
     return TorchTrainer(
         _work,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dist_mlpl import storage
 from dist_mlpl.data.stream import DataSettings
@@ -15,7 +16,7 @@ from dist_mlpl.data.transform import TransformSettings
 from dist_mlpl.engine import EngineSettings
 from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
 from dist_mlpl.evaluate import EvaluationSettings
-from dist_mlpl.methods.table import AnyMethodSettings
+from dist_mlpl.methods.table import METHODS, AnyMethodSettings
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
 from dist_mlpl.settings import Settings
 
@@ -28,6 +29,13 @@ class ClusterSettings(Settings):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     max_failures: int = Field(3, ge=-1)  # lost workers that the run survives; -1: any number
     address: str | None = None  # of a running Ray cluster; null: `auto` if there is one, else a local one
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> ClusterSettings:
+        fewest, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+        if not 1 <= fewest <= most:
+            raise ValueError(f"num_workers {self.num_workers}: at least 1, or [fewest, most] in this order")
+        return self
 
 
 class Config(Settings):
@@ -85,7 +93,7 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
     Raises:
         ConfigError: the file is missing or no YAML, a key is unknown (nearest names), a value is out of range.
     """
-    document = _read_document(path, seen=())
+    document = _read_document(path if storage.is_remote(path) else os.path.normpath(path), seen=())
     for override in overrides or []:
         name, separator, text = override.partition("=")
         if not separator:
@@ -121,7 +129,7 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
 
 def _explain(finding: Any) -> str:
     place = [str(part) for part in finding["loc"]]
-    name = ".".join(place)
+    name = ".".join(place[:1] + place[2:] if place[0] == "method" and place[1:2] and place[1] in METHODS else place)
     if finding["type"] == "extra_forbidden":
         valid = _fields_at(place[:-1])
         return f"{name}: no such key; {nearest_names(place[-1], valid)}"
@@ -129,6 +137,8 @@ def _explain(finding: Any) -> str:
         context = finding["ctx"]
         valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
         return f"{name}.name: no method {context['tag']!r}; {nearest_names(context['tag'], valid)}"
+    if finding["type"] == "union_tag_not_found":
+        return f"{name}.name: missing; {nearest_names('', METHODS)}"
     given = "" if finding["type"] == "missing" else f" (found {finding['input']!r})"
     return f"{name}: {finding['msg']}{given}"
 
@@ -180,6 +190,8 @@ def _read_document(path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
         return document
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
     base = parent if storage.is_remote(parent) or parent.startswith("/") else storage.join(folder, parent)
+    if not storage.is_remote(base):
+        base = os.path.normpath(base)  # one name for one file, or a circle through `..` would never close
     return _merged(_read_document(base, seen=(*seen, path)), document)
 
 
@@ -198,10 +210,12 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string for want of a dot; people mean a number."""
+    """YAML 1.1 reads 3e-4 as a string for want of a dot, and 1.5e6 for want of a sign; people mean numbers."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -53,13 +53,20 @@ def train_here(config: Config, *, allow_change: bool = False, max_steps: int | N
         if dist.is_initialized():
             dist.destroy_process_group()
     if last:
-        Console(file=sys.stderr).print(metrics_table(last, title=f"{config.run_folder}, last evaluation"))
+        show_last(last, config.run_folder)
     return stop.is_asked
 
 
 def run_sinks(out: str, attempt: str, *others: Sink) -> list[Sink]:
     """Where rank 0's rows go in every run: JSON lines, TensorBoard, and whatever shows them to a person."""
     return [JsonLines(out, attempt), TensorBoard(out, attempt), *others]
+
+
+def show_last(metrics: dict[str, float], out: str) -> None:
+    """The last evaluation as a table, on standard error."""
+    console = Console(file=sys.stderr)
+    console.print(f"last evaluation of {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(metrics_table(metrics))
 
 
 class LastEpoch:

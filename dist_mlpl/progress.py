@@ -213,9 +213,8 @@ def read_rows(out: str) -> list[Row]:
         complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
         by_attempt.setdefault(name.split("-")[0], []).extend(json.loads(line) for line in complete)
     kept: list[Row] = []
-    for rows in by_attempt.values():
-        went_on_from = rows[0]["step"] if rows else 0
-        kept = [row for row in kept if row.get("step", 0) <= went_on_from] + rows
+    for rows in filter(None, by_attempt.values()):  # an attempt may have died before its first row
+        kept = [row for row in kept if row.get("step", 0) <= rows[0]["step"]] + rows
     return kept
 
 
@@ -341,9 +340,9 @@ def epoch_line(row: Row, *, num_epochs: Any) -> str:
     return "  ".join(parts)
 
 
-def metrics_table(metrics: dict[str, float], *, title: str) -> Table:
+def metrics_table(metrics: dict[str, float]) -> Table:
     """Every metric of one evaluation, fractions with four digits, counts as they are."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

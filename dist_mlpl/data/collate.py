@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 
 from dist_mlpl.batch import Batch
-from dist_mlpl.data.transform import View
+from dist_mlpl.data.transform import DecodedImage
 
 
 def collate(
-    views: Sequence[View | None], targets: npt.NDArray[np.int8], indices: npt.NDArray[np.int64], image_size: int
+    views: Sequence[DecodedImage | None], targets: npt.NDArray[np.int8], indices: npt.NDArray[np.int64], image_size: int
 ) -> Batch:
     """Stack one rank's share of a step.
 

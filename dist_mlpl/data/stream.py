@@ -20,7 +20,7 @@ from dist_mlpl.data.collate import collate
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.data.transform import Transform, View, use_one_thread_here
+from dist_mlpl.data.transform import DecodedImage, Transform, use_one_thread_here
 from dist_mlpl.errors import DataError, ShardError
 from dist_mlpl.settings import Settings
 from dist_mlpl.world import World
@@ -181,16 +181,18 @@ class Stream:
                 next_step="run `dist-mlpl shards verify --decode`, or raise data.max_bad_fraction",
             )
 
-    def _batch(self, indices: npt.NDArray[np.int64], views: Sequence[View | None], labels: Labels) -> Batch:
+    def _batch(self, indices: npt.NDArray[np.int64], views: Sequence[DecodedImage | None], labels: Labels) -> Batch:
         real = indices != PADDING
         targets = np.zeros((len(indices), self._index.manifest.num_classes), dtype=np.int8)
         targets[real] = labels.targets(indices[real])
         batch = collate(views, targets, indices, self._transform.settings.size).to(self._device)
         return batch._replace(images=self._transform.normalise(batch.images))
 
-    def _drop_bad(self, indices: npt.NDArray[np.int64], views: Sequence[View | BadSample | None]) -> list[View | None]:
+    def _drop_bad(
+        self, indices: npt.NDArray[np.int64], views: Sequence[DecodedImage | BadSample | None]
+    ) -> list[DecodedImage | None]:
         """Undecodable samples noted and turned into empty places."""
-        kept: list[View | None] = []
+        kept: list[DecodedImage | None] = []
         for view in views:
             if isinstance(view, BadSample):
                 self._consumed.bad.append(view)
@@ -200,7 +202,7 @@ class Stream:
 
     def _ahead(
         self, steps: Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]], *, epoch: int
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[View | BadSample | None]]]:
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[DecodedImage | BadSample | None]]]:
         """Decode steps in order, a few steps before they are asked for."""
         if self._pool is None:
             for positions, indices in steps:
@@ -222,7 +224,7 @@ class Stream:
                 for job in jobs:
                     job.cancel()
 
-    def _load(self, position: int, index: int, epoch: int) -> View | BadSample | None:
+    def _load(self, position: int, index: int, epoch: int) -> DecodedImage | BadSample | None:
         """One sample's bytes, decoded and augmented."""
         if index == PADDING:
             return None
@@ -234,6 +236,6 @@ class Stream:
             return BadSample(index, self._index.name(index), error.found)
 
 
-def _finished(pending: deque) -> tuple[Any, Any, list[View | BadSample | None]]:
+def _finished(pending: deque) -> tuple[Any, Any, list[DecodedImage | BadSample | None]]:
     positions, indices, jobs = pending.popleft()
     return positions, indices, [job.result() for job in jobs]

@@ -108,7 +108,7 @@ def _wrong(name: str, found: str, expected: str, next_step: str) -> ConfigError:
     return ConfigError(f"transform.{name}: {found}", expected=expected, where=f"transform.{name}", next_step=next_step)
 
 
-class View(NamedTuple):
+class DecodedImage(NamedTuple):
     """One image as the model sees it, and what part of the full image that is."""
 
     image: Tensor  # (3, size, size) uint8, contiguous
@@ -117,7 +117,7 @@ class View(NamedTuple):
 
 
 class Transform:
-    """Turns the bytes of a JPEG into a `View`. Holds no state: safe to call from any number of threads.
+    """Turns the bytes of a JPEG into a `DecodedImage`. Holds no state: safe to call from any number of threads.
 
     The recorded crop and flip are those of the crop and the flip alone. RandAugment's five geometric operations
     (shear, translate, rotate) move pixels afterwards and are not recorded: leave it out where the method
@@ -133,7 +133,7 @@ class Transform:
         self.settings, self.seed, self.train = settings, seed, train
         self._crop = {"random_resized": _random_resized, "multi_scale": _multi_scale, "none": _whole}[settings.crop]
 
-    def __call__(self, content: bytes, *, epoch: int, position: int) -> View:
+    def __call__(self, content: bytes, *, epoch: int, position: int) -> DecodedImage:
         """Decode and transform one image.
 
         Args:
@@ -148,7 +148,7 @@ class Transform:
         image = decode_jpeg(content)
         if not self.train:
             image, crop = _evaluation(image, settings)
-            return View(image.contiguous(), torch.tensor(crop, dtype=torch.float32), False)
+            return DecodedImage(image.contiguous(), torch.tensor(crop, dtype=torch.float32), False)
 
         def chance(purpose: str) -> int:
             return key(self.seed, epoch, position, purpose)
@@ -163,7 +163,7 @@ class Transform:
             image = _rand_augment(image, settings.rand_augment, settings.fill, chance("rand_augment"))
         if settings.cutout:
             image = _cutout(image, settings.cutout, settings.fill, chance("cutout"))
-        return View(image.contiguous(), torch.tensor(crop, dtype=torch.float32), flipped)
+        return DecodedImage(image.contiguous(), torch.tensor(crop, dtype=torch.float32), flipped)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bring uint8 images to what the backbone expects, on the device they are on.

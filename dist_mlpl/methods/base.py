@@ -14,6 +14,7 @@ from dist_mlpl import comm
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.models.backbone import BackboneSettings, build_backbone
+from dist_mlpl.models.classifier import Pooling
 from dist_mlpl.settings import Settings
 
 HEATMAPS = "heatmaps"
@@ -25,12 +26,14 @@ class MethodSettings(Settings):
     Args:
         name: the method, a row of the method table.
         backbone: its trunk.
+        pooling: of the feature map over its cells, `average` or `max`.
         dropout: probability of dropping a pooled feature before the classifier, in [0, 1).
         init_from: URL of a run whose model this one starts from.
     """
 
     name: str
     backbone: BackboneSettings
+    pooling: Pooling = "average"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     init_from: str | None = None
 

@@ -63,7 +63,9 @@ class PartialBce(Method):
     def __init__(self, settings: PartialBceSettings, *, num_classes: int, image_size: int) -> None:
         super().__init__(settings, num_classes=num_classes, image_size=image_size)
         self.settings = settings
-        self.head = PooledHead(self.backbone.num_features, num_classes, dropout=settings.dropout)
+        self.head = PooledHead(
+            self.backbone.num_features, num_classes, dropout=settings.dropout, pooling=settings.pooling
+        )
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         head = self.head(self.backbone(batch.images), with_heatmaps=self.is_asked(HEATMAPS))

@@ -23,6 +23,7 @@ from shards.build import build
 from shards.sources.table import read_table
 
 _KILL_AT = 0.45  # of the run
+_SHOWN = ("mAP", "mAP_voc12", "OP", "OR", "OF1", "CP", "CR", "CF1", "exact_match", "num_images", "num_classes_scored")
 
 
 class Assassin:
@@ -30,10 +31,13 @@ class Assassin:
 
     Args:
         say: told what happens.
+        save_every_steps: the kill falls between two commits, so that steps are lost.
     """
 
-    def __init__(self, say: Console) -> None:
+    def __init__(self, say: Console, *, save_every_steps: int) -> None:
         self._say = say
+        self._window = range(save_every_steps // 4, save_every_steps // 2)  # of the steps since a commit
+        self._save_every_steps = save_every_steps
         self._processes: list[tuple[str, int]] = []
         self.killed_at_step: int | None = None
         self.resumed_at_step: int | None = None
@@ -44,6 +48,8 @@ class Assassin:
             if self.killed_at_step is not None:
                 self.resumed_at_step = row["step"]
         elif row["event"] == "step" and row["fraction"] >= _KILL_AT and self.killed_at_step is None:
+            if row["step"] % self._save_every_steps not in self._window:
+                return
             host, pid = self._processes[-1]
             if host != socket.gethostname():
                 raise RunError(
@@ -96,8 +102,8 @@ def run_demo(folder: str, *, num_epochs: int | None = None, config_path: str | N
 
         say.rule("3  training: two Ray workers, a DeepSpeed engine each, 30 % of labels known")
         config = demo_config(bucket, num_epochs=num_epochs, config_path=config_path)
-        assassin = Assassin(say)
-        if train_on_ray(config, observer=assassin):
+        assassin = Assassin(say, save_every_steps=config.save_every_steps or 1)
+        if train_on_ray(config, observer=assassin, is_result_shown=False):
             say.print("interrupted")
             return
         _check_recovery(assassin)
@@ -150,8 +156,8 @@ def _copy_down(url: str, folder: Path) -> None:
 def _show_result(say: Console, root: Path, *, seconds: float) -> None:
     run = root / "run"
     last = [row for row in read_rows(str(run)) if row["event"] == "epoch" and "mAP" in row][-1]
-    names = ("mAP", "mAP_voc12", "OF1", "CF1", "exact_match", "num_images")
-    say.print(metrics_table({name: last[name] for name in names}, title=f"test set, after {seconds:.0f} s in all"))
+    say.rule(f"5  the result, after {seconds:.0f} s in all")
+    say.print(metrics_table({name: last[name] for name in _SHOWN}))
     say.print(
         f"the bucket ended with the demo; its copy:\n"
         f"  {run}/metrics      every step as JSON lines\n"

@@ -27,10 +27,10 @@ CLASS_NAMES: Final = tuple(f"digit {digit}" for digit in range(10))
 
 _NUM_TRAIN_DIGITS: Final = 1400  # of the 1,797; test images are pasted from the other 397
 _CELLS_A_SIDE: Final = 3
-_SMALLEST_DIGIT: Final = 0.75  # side of a digit, as a fraction of its cell's; the largest fills it
+_SMALLEST_DIGIT: Final = 0.875  # side of a digit, as a fraction of its cell's; the largest fills it
 _JITTER: Final = 0.0625  # how far a digit may reach out of its cell, the same
 _FAINTEST: Final = 0.7  # gain of a digit; the brightest has 1
-_NOISE: Final = 24.0  # grey levels, of 255, that a pixel is raised or lowered by at most
+_NOISE: Final = 16.0  # grey levels, of 255, that a pixel is raised or lowered by at most
 _JPEG_QUALITY: Final = 92
 _MIN_SIZE: Final = 24  # cells of 8 pixels, the size the digits were scanned at
 

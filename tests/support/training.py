@@ -94,7 +94,9 @@ def train_on(engine: Engine, batch: Batch, step: int) -> Step:
 
 def whole_state(engine: Engine) -> EngineState:
     """The engine's state, on every rank."""
-    return comm.broadcast_object(engine.state())
+    state = comm.broadcast_object(engine.state())
+    assert state is not None
+    return state
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

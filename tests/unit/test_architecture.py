@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # A module or package and the floor it stands on. A module imports from its own floor or lower ones, never in a circle.
 FLOORS = {
     "dist_mlpl.errors": 0, "dist_mlpl.labels": 0, "dist_mlpl.batch": 0, "dist_mlpl.world": 0,
-    "dist_mlpl.settings": 0, "dist_mlpl.keyed": 0, "dist_mlpl.threads": 0,
+    "dist_mlpl.settings": 0, "dist_mlpl.keyed": 0, "dist_mlpl.environment": 0,
     "dist_mlpl.storage": 1, "dist_mlpl.comm": 1, "dist_mlpl.kernels": 1,
     "dist_mlpl.data": 2, "dist_mlpl.models": 2, "dist_mlpl.losses": 2, "dist_mlpl.banks": 2,
     "dist_mlpl.curriculum": 2, "dist_mlpl.metrics": 2,

@@ -225,6 +225,20 @@ def test_another_optimizer_is_refused_with_a_way_out():
         make_engine("plain", optimizer={"name": "sgd"}).load(state)
 
 
+def test_a_model_taken_over_leaves_the_moments():
+    engine, other = make_engine("plain"), make_engine("plain")
+    train(engine, 1)
+    train(other, 2)
+    before, model = whole_state(other), whole_state(engine).model
+    other.load_model(model)
+    after = whole_state(other)
+    assert is_equal(after.model, model)
+    assert is_equal(after.moments, before.moments)
+    assert after.num_updates == 2
+    with pytest.raises(CheckpointError):
+        other.load_model({})
+
+
 def test_only_tensors_of_the_same_name_and_shape_are_taken_from_another_model():
     engine = make_engine("plain")
     before = whole_state(engine).model

@@ -21,9 +21,9 @@ from torchvision.transforms.v2 import functional as F
 from dist_mlpl.data import transform as module
 from dist_mlpl.data.transform import (
     IMAGENET_MEAN,
+    DecodedImage,
     Transform,
     TransformSettings,
-    View,
     decode_jpeg,
     random_resized_box,
     use_one_thread_here,
@@ -51,11 +51,11 @@ def make(*, train: bool = True, seed: int = 0, **fields: Any) -> Transform:
     return Transform(TransformSettings(**{"size": 64, **fields}), seed=seed, train=train)
 
 
-def same(one: View, other: View) -> bool:
+def same(one: DecodedImage, other: DecodedImage) -> bool:
     return torch.equal(one.image, other.image) and torch.equal(one.crop, other.crop) and one.flipped == other.flipped
 
 
-def recut(full: Tensor, view: View, size: int = 64) -> Tensor:
+def recut(full: Tensor, view: DecodedImage, size: int = 64) -> Tensor:
     """The oracle: cut the recorded box out of the full image, resize it, mirror it."""
     height, width = full.shape[-2:]
     left, top, w, h = (view.crop.double() * torch.tensor([width, height, width, height])).round().int().tolist()

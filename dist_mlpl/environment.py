@@ -1,4 +1,4 @@
-"""Owns how many threads a rank's arithmetic uses; must run before torch loads.
+"""Owns what must stand in the environment before torch and Ray load: threads, and silence.
 
 Two ranks whose OpenMP threads spin on one another's cores run ten times slower, so waiting threads sleep, and the
 ranks of a node share its cores.
@@ -10,8 +10,8 @@ import os
 from collections.abc import MutableMapping
 
 
-def set_thread_environment(environment: MutableMapping[str, str], *, num_ranks: int) -> None:
-    """Set OMP_WAIT_POLICY and OMP_NUM_THREADS unless somebody already did.
+def prepare_environment(environment: MutableMapping[str, str], *, num_ranks: int) -> None:
+    """Set what nobody has set already.
 
     Args:
         environment: of this process, or of one about to start.
@@ -20,3 +20,5 @@ def set_thread_environment(environment: MutableMapping[str, str], *, num_ranks: 
     num_cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // max(1, num_ranks))))
+    # Ray prints a paragraph for a lost worker; the run's own line says it.
+    environment.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
