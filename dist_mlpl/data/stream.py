@@ -132,10 +132,10 @@ class Stream:
             self.waited_seconds += time.perf_counter() - began
             if step is None:
                 return
-            positions, indices, views = step
+            positions, indices, decoded = step
             self._consumed.positions.append(positions)
             self._consumed.indices.append(indices)
-            yield self._batch(indices, self._drop_bad(indices, views), labels)
+            yield self._batch(indices, self._drop_bad(indices, decoded), labels)
 
     def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
         """Every sample of the split once, in manifest order, in fixed blocks of 32 dealt to the ranks.
@@ -154,8 +154,8 @@ class Stream:
                 indices[indices >= num_samples] = PADDING
                 yield indices, indices
 
-        for _, indices, views in self._ahead(shares(), epoch=0):
-            yield self._batch(indices, self._drop_bad(indices, views), labels)
+        for _, indices, decoded in self._ahead(shares(), epoch=0):
+            yield self._batch(indices, self._drop_bad(indices, decoded), labels)
 
     def take_consumed(self) -> Consumed:
         """What was handed out since the last call, and forget it."""
@@ -181,23 +181,23 @@ class Stream:
                 next_step="run `dist-mlpl shards verify --decode`, or raise data.max_bad_fraction",
             )
 
-    def _batch(self, indices: npt.NDArray[np.int64], views: Sequence[DecodedImage | None], labels: Labels) -> Batch:
+    def _batch(self, indices: npt.NDArray[np.int64], decoded: Sequence[DecodedImage | None], labels: Labels) -> Batch:
         real = indices != PADDING
         targets = np.zeros((len(indices), self._index.manifest.num_classes), dtype=np.int8)
         targets[real] = labels.targets(indices[real])
-        batch = collate(views, targets, indices, self._transform.settings.size).to(self._device)
+        batch = collate(decoded, targets, indices, self._transform.settings.size).to(self._device)
         return batch._replace(images=self._transform.normalise(batch.images))
 
     def _drop_bad(
-        self, indices: npt.NDArray[np.int64], views: Sequence[DecodedImage | BadSample | None]
+        self, indices: npt.NDArray[np.int64], decoded: Sequence[DecodedImage | BadSample | None]
     ) -> list[DecodedImage | None]:
         """Undecodable samples noted and turned into empty places."""
         kept: list[DecodedImage | None] = []
-        for view in views:
-            if isinstance(view, BadSample):
-                self._consumed.bad.append(view)
-                view = None
-            kept.append(view)
+        for one in decoded:
+            if isinstance(one, BadSample):
+                self._consumed.bad.append(one)
+                one = None
+            kept.append(one)
         return kept
 
     def _ahead(

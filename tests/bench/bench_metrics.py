@@ -37,7 +37,8 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> None:
-    print(f"{'images x classes':>18} {'ours s':>8} {'loop s':>8} {'sklearn s':>9} {'loop / ours':>11} {'sklearn / ours':>14}")
+    names = ("images x classes", "ours s", "loop s", "sklearn s", "loop / ours", "sklearn / ours")
+    print("".join(f"{name:>18}" for name in names))
     for num_images, num_classes in ((5_000, 80), (40_504, 80)):
         random = np.random.RandomState(0)
         targets = np.where(random.rand(num_images, num_classes) < 0.04, 1, -1).astype(np.int8)
@@ -46,9 +47,8 @@ def main() -> None:
         ours = seconds(lambda pair=pair: average_precision(*pair), 5)
         loop = seconds(lambda s=scores, t=targets: loop_precision(s, t), 1)
         peer = seconds(lambda s=scores, t=targets: average_precision_score(t == 1, s, average=None), 3)
-        print(
-            f"{f'{num_images} x {num_classes}':>18} {ours:8.3f} {loop:8.3f} {peer:9.3f} {loop / ours:11.1f} {peer / ours:14.1f}"
-        )
+        numbers = (f"{ours:.3f}", f"{loop:.3f}", f"{peer:.3f}", f"{loop / ours:.1f}", f"{peer / ours:.1f}")
+        print("".join(f"{text:>18}" for text in (f"{num_images} x {num_classes}", *numbers)))
 
 
 if __name__ == "__main__":

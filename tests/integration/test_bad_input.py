@@ -155,7 +155,7 @@ def test_an_unreachable_store_is_a_storage_error_that_says_what_to_check(
     verb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(storage, "DEADLINE_SECONDS", 0.5)
-    options = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    options = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"}
     data = {"storage_options": options}
     verb(*train_arguments(tmp_path, "s3://bucket/shards", data=data)).assert_is(3, "StorageError", "AWS_ENDPOINT_URL")
 
@@ -167,7 +167,8 @@ def test_a_config_typo_suggests_the_nearest_key(verb, shards: str, tmp_path: Pat
 
 
 def test_a_global_batch_that_cannot_be_split_suggests_one_that_can(verb, shards: str, tmp_path: Path) -> None:
-    verb(*train_arguments(tmp_path, shards, global_batch=20)).assert_is(2, "ConfigError", "global_batch", "set global_batch to 16")
+    outcome = verb(*train_arguments(tmp_path, shards, global_batch=20))
+    outcome.assert_is(2, "ConfigError", "global_batch", "set global_batch to 16")
     assert not (tmp_path / "run").exists()
 
 

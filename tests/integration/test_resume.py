@@ -78,9 +78,7 @@ def test_deepspeed_on_two_ranks_resumes_bit_equal_after_a_kill(
 def test_sigterm_commits_and_the_same_command_goes_on(shards: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(shards, save_every_steps=None))
     out = tmp_path / "run"
-    child = run_until(
-        rows_reach(out, 2), "train", config, "--local", "--out", str(out), with_signal=signal.SIGTERM
-    )
+    child = run_until(rows_reach(out, 2), "train", config, "--local", "--out", str(out), with_signal=signal.SIGTERM)
     assert child.returncode == 130
     stopped = read_chain(str(out))[-1]
     assert 2 <= stopped.step < 12
