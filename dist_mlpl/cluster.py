@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dist_mlpl import comm, storage
-from dist_mlpl.config import Config
+from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
 from dist_mlpl.environment import prepare_environment
@@ -129,7 +129,7 @@ def train_on_ray(
         MlplError: what stopped the workers, or RunError when they failed too often.
     """
     config = with_absolute_paths(config)
-    check_before_start(config)
+    check_before_start(config, allow_change=allow_change)
     last: dict[str, float] = {}
     shown: list[Sink] = [Display(), LastEpoch(last), *([observer] if observer else [])]
     stop = StopRequest()
@@ -169,8 +169,8 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"out": storage.absolute(config.run_folder), "data": data})
 
 
-def check_before_start(config: Config) -> None:
-    """Find out on the driver what would stop every worker: shards, batch and run folder.
+def check_before_start(config: Config, *, allow_change: bool) -> None:
+    """Find out on the driver what would stop every worker: shards, batch, run folder, changed settings.
 
     Raises:
         MlplError: see `errors`.
@@ -183,6 +183,8 @@ def check_before_start(config: Config) -> None:
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
     storage.check_exclusive_create(config.run_folder)
+    if storage.exists(run_config_url(config.run_folder)):
+        check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
 
 
 def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:

@@ -295,6 +295,29 @@ def check_resume(old: Config, new: Config, *, allow_change: bool) -> list[str]:
     return lines
 
 
+def run_config_url(run: str) -> str:
+    """Where a run keeps its config."""
+    return storage.join(run, "config.yaml")
+
+
+def read_run_config(run: str) -> Config:
+    """The config a run began with.
+
+    Raises:
+        CheckpointError: no run there.
+    """
+    url = run_config_url(run)
+    try:
+        return check_config(parse_yaml(storage.read_bytes(url).decode(), where=url), where=url)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "no run folder there",
+            expected="config.yaml and commits/",
+            where=run,
+            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
+        ) from None
+
+
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in document.items():

@@ -11,7 +11,7 @@ import torch
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.checkpoint import Checkpoint, RunIdentity, begin_attempt, read_head, read_model
-from dist_mlpl.config import Config, check_config, check_resume, parse_yaml
+from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.data.cache import ShardCache
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import Manifest, load_manifest
@@ -146,12 +146,11 @@ def open_run_folder(config: Config, *, allow_change: bool) -> list[str]:
     """
     if comm.rank() != 0:
         return comm.broadcast_object([])
-    url = storage.join(config.run_folder, "config.yaml")
+    url = run_config_url(config.run_folder)
     changes: list[str] = []
-    try:
-        old = check_config(parse_yaml(storage.read_bytes(url).decode(), where=url), where=url)
-        changes = check_resume(old, config, allow_change=allow_change)
-    except FileNotFoundError:
+    if storage.exists(url):
+        changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
+    else:
         storage.write_bytes(url, config.to_yaml().encode())
     return comm.broadcast_object([f"changed since the run began: {line}" for line in changes])
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dist_mlpl import storage
 from dist_mlpl.checkpoint import Commit, read_chain, read_file
-from dist_mlpl.config import Config, check_config, parse_yaml
+from dist_mlpl.config import read_run_config
 from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder
 from dist_mlpl.errors import CheckpointError
@@ -48,7 +48,7 @@ def audit(run: str, *, manifest_url: str | None = None) -> AuditReport:
     Raises:
         CheckpointError: no commit, or a damaged one, or another manifest than the run's.
     """
-    config = read_config(run)
+    config = read_run_config(run)
     storage.configure_storage(config.data.storage_options)
     manifest = load_manifest(manifest_url or config.data.manifest)
     chain = read_chain(run)
@@ -108,24 +108,6 @@ def _compare(commit: Commit, order: EpochOrder, indices: np.ndarray, start: int,
             f"{start + first}: {int(indices[first])} for {int(planned[first])}"
         ]
     return []
-
-
-def read_config(run: str) -> Config:
-    """The config a run began with.
-
-    Raises:
-        CheckpointError: no run there.
-    """
-    url = storage.join(run, "config.yaml")
-    try:
-        return check_config(parse_yaml(storage.read_bytes(url).decode(), where=url), where=url)
-    except FileNotFoundError:
-        raise CheckpointError(
-            "no run folder there",
-            expected="config.yaml and commits/",
-            where=run,
-            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
-        ) from None
 
 
 def _check_manifest(manifest: Manifest, head: Commit) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 from dist_mlpl import storage
 from dist_mlpl.batch import RunLength
 from dist_mlpl.checkpoint import read_chain, read_model
+from dist_mlpl.config import read_run_config
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
-from dist_mlpl.tools.audit import read_config
 from dist_mlpl.train import build_stream
 
 
@@ -33,7 +33,7 @@ def judge(run: str, *, split: str | None = None, manifest_url: str | None = None
 
     Collective: all ranks, under torchrun; alone without it.
     """
-    config = read_config(run)
+    config = read_run_config(run)
     settings = config.engine.model_copy(update={"kind": "plain"})
     world = start(settings)
     storage.configure_storage(config.data.storage_options)

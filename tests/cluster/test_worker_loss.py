@@ -96,11 +96,19 @@ def test_sigterm_to_the_driver_commits_and_stops_the_workers(undisturbed: tuple[
     assert read_chain(out)[-1].step == stopped["step"]
 
 
-def test_an_error_that_a_restart_would_repeat_is_raised_as_it_is(
-    undisturbed: tuple[str, str], bucket: str, tmp_path: Path
-) -> None:
+def test_a_change_that_the_run_cannot_take_is_refused_before_any_worker_starts(undisturbed: tuple[str, str]) -> None:
     config, whole = undisturbed
     refused = run("train", config, "--out", whole, "--set", "seed=7", check=False)
     assert refused.returncode == 4
     assert "CheckpointError" in refused.stderr
     assert "seed: 0 -> 7" in refused.stderr
+
+
+@pytest.mark.long
+def test_an_error_that_a_restart_would_repeat_ends_the_run_as_it_is(undisturbed: tuple[str, str], bucket: str) -> None:
+    config, _ = undisturbed
+    out = storage.join(bucket, "not-finite")
+    failed = run("train", config, "--out", out, "--set", "optimizer.learning_rate=1e30", check=False)
+    assert failed.returncode == 4
+    assert "RunError" in failed.stderr
+    assert "not finite at step" in failed.stderr
