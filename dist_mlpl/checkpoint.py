@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 import secrets
 import socket
@@ -156,7 +157,7 @@ class Checkpoint:
 
         Args:
             progress: where the run stands.
-            metrics: goes into the commit.
+            metrics: go into the commit, undefined ones left out.
 
         Returns:
             `progress`.
@@ -229,7 +230,7 @@ class Checkpoint:
             attempt=self._attempt.name,
             world_size=comm.world_size(),
             versions=versions(),
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             bad_samples=bad,
             files=files,
             **self._identity.model_dump(),

@@ -119,8 +119,9 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
         return Config.model_validate(document)
     except ValidationError as error:
         lines = [_explain(finding) for finding in error.errors()]
+        count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
         raise ConfigError(
-            f"{len(lines)} settings are wrong:\n    " + "\n    ".join(lines),
+            f"{count} wrong:\n    " + "\n    ".join(lines),
             expected="keys and values as `dist-mlpl config schema` lists them",
             where=where,
             next_step="correct the lines above",

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_mlpl import comm, keyed
 from dist_mlpl.batch import Batch, Progress, RunLength, StepOutput
+from dist_mlpl.engines.batch_norm import average_statistics, batch_norms
 from dist_mlpl.engines.faults import not_finite, watched_gradients
 from dist_mlpl.engines.plain import PlainEngine
 from dist_mlpl.engines.state import EngineState as EngineState  # what callers save and load
@@ -33,7 +33,7 @@ from dist_mlpl.world import World
 
 
 class EngineSettings(Settings):
-    """How a step is computed. None of it changes what is learned beyond rounding."""
+    """How a step is computed. Beyond rounding, only `clip_norm` and `batch_norm` change what is learned."""
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -214,22 +214,10 @@ class Engine:
     def average_buffers(self) -> None:
         """Make BatchNorm's running statistics the mean over ranks, in place (`engine.batch_norm: averaged`).
 
-        Summed in float64, so that statistics which are equal already, frozen ones say, keep their bits.
-
         Collective: all ranks, one all-reduce of the statistics.
         """
-        buffers = [
-            buffer
-            for module in self.method.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
-        if self.settings.batch_norm != "averaged" or comm.world_size() == 1 or not buffers:
-            return
-        flat = comm.reduce_sum(torch.cat(buffers).double()) / comm.world_size()
-        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(part)
+        if self.settings.batch_norm == "averaged":
+            average_statistics(self.method)
 
     def state(self) -> EngineState | None:
         """Everything that training changes, whole, on rank 0; None elsewhere.
@@ -295,9 +283,8 @@ class Engine:
     def _train_mode(self) -> None:
         self.method.train()
         if self.settings.batch_norm == "frozen":
-            for module in self.method.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            for layer in batch_norms(self.method):
+                layer.eval()
 
 
 def _joined_extras(outputs: list[StepOutput]) -> dict[str, Any]:

@@ -313,8 +313,9 @@ class Display:
         self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
         total = self._about["num_epochs"] * self._about["num_samples"]
         left = (1.0 - row["fraction"]) * total / max(self._rate, 1e-9)
-        terms = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in row.items() if k.startswith("loss/"))
-        numbers = f"{self._rate:.0f} images/s  wait {row['wait_fraction']:.0%}  loss {row['loss']:.4f}  {terms}"
+        terms = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in row.items() if name.startswith("loss/")]
+        parts = [f"{self._rate:.0f} images/s", f"wait {row['wait_fraction']:.0%}", f"loss {row['loss']:.4f}"]
+        numbers = "  ".join(parts + (terms if len(terms) > 1 else []))  # a lone term is the loss
         self._bar.update(
             self._task,
             completed=row["step"],

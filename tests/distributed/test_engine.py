@@ -49,11 +49,19 @@ def assert_steps_close(found: list[Step], expected: list[Step], tolerance: float
 def steps_of_every_kind(rank: int, world_size: int) -> dict[str, dict[str | int, Any]]:
     for _ in range(2):  # the second finds the group already there
         assert start(EngineSettings()).size == dist.get_world_size() == world_size
-    found: dict[str, dict[str | int, Any]] = {"batch_norm": {}, "bf16": {}, "ten": {}, "first_rank": {}, "average": {}}
+    names = ("batch_norm", "predicted", "bf16", "ten", "first_rank", "average")
+    found: dict[str, dict[str | int, Any]] = {name: {} for name in names}
     schedule = {"name": "cosine", "warmup_samples": 64}
     for kind in KINDS:
         keys = {"head_multiplier": 3.0, "weight_decay": 0.05}
-        found["batch_norm"][kind] = train(make_engine(kind, backbone=BATCH_NORM, optimizer=keys), 2)
+        engine = make_engine(kind, backbone=BATCH_NORM, optimizer=keys)
+        images = random_batch(8, seed=99)
+        logits = [engine.predict(images).logits]
+        found["batch_norm"][kind] = []
+        for number in range(2):  # evaluation and training take turns, as epochs do
+            found["batch_norm"][kind] += train(engine, 1, start=number)
+            logits.append(engine.predict(images).logits)
+        found["predicted"][kind] = torch.stack(logits)
         found["bf16"][kind] = train(make_engine(kind, backbone=BATCH_NORM, precision="bf16"), 2)
         engine = make_engine(kind, optimizer=SGD | keys, schedule=schedule)
         found["ten"][kind] = train(engine, 10), whole_state(engine).model
@@ -96,6 +104,11 @@ def steps() -> dict[str, dict[str | int, Any]]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_first_steps_equal_the_plain_engines(steps, stage):
     assert_steps_close(steps["batch_norm"][stage], steps["batch_norm"]["plain"], 1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_predictions_before_between_and_after_steps_equal_the_plain_engines(steps, stage):
+    torch.testing.assert_close(steps["predicted"][stage], steps["predicted"]["plain"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

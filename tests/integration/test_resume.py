@@ -139,6 +139,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) ->
     assert "commits/00000002.json" in refused.stderr
 
 
+def test_a_run_whose_classes_cannot_be_scored_saves_and_resumes(tmp_path: Path) -> None:
+    shards = tiny_shards(tmp_path / "shards", num_classes=1, num_test=1)
+    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
+    run("train", config, "--local", "--out", str(out), "--max-steps", "7")
+    assert "mAP" not in read_chain(str(out))[-2].metrics
+    run("train", config, "--local", "--out", str(out))
+    assert json.loads(run("evaluate", str(out), "--json").stdout)["mAP"] is None
+
+
 def test_audit_finds_a_sample_that_was_not_the_planned_one(undisturbed: Path, tmp_path: Path) -> None:
     import hashlib
     import shutil

@@ -202,7 +202,7 @@ def test_an_unknown_key_is_named_with_the_nearest_at_every_depth(place: list[str
         inner = inner.setdefault(section, {})
     inner[wrong] = 1
     found = refusal(document).found
-    assert found.startswith("1 settings are wrong:")
+    assert found.startswith("1 setting is wrong:")
     assert f" {'.'.join([*place, wrong])}: no such key; " in found, "the key as it stands in the file"
     assert repr(nearest) in found.split("no such key; ")[1]
 
