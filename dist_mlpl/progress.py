@@ -352,28 +352,41 @@ def metrics_table(metrics: dict[str, float]) -> Table:
     return table
 
 
-def keep_log(out: str, attempt: str, rank: int) -> Callable[[], None]:
-    """Send this rank's log records to RUN/logs/ATTEMPT/rank-r.log.
+class LogFile:
+    """This rank's log records, in RUN/logs/ATTEMPT/rank-r.log; copied there at commits when RUN is a URL.
 
-    Returns:
-        A function that copies the log to RUN when RUN is a URL; call it at commits and at the end.
+    Args:
+        out: RUN.
+        attempt: of this start.
+        rank: of this process.
     """
-    url = storage.join(out, "logs", attempt, f"rank-{rank}.log")
-    path = Path(tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")[1]) if storage.is_remote(out) else Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("dist_mlpl"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.getLogger("dist_mlpl").setLevel(logging.INFO)
 
-    def copy() -> None:
-        handler.flush()
-        if storage.is_remote(out):
-            storage.upload(path, url)
+    def __init__(self, out: str, attempt: str, rank: int) -> None:
+        self._url = storage.join(out, "logs", attempt, f"rank-{rank}.log")
+        self._is_remote = storage.is_remote(out)
+        self._path = Path(self._url)
+        if self._is_remote:
+            self._path = Path(tempfile.mkdtemp(prefix="mlpl-log-")) / self._path.name
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(self._path)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("dist_mlpl"))
+        logging.getLogger().addHandler(self._handler)
+        logging.getLogger("dist_mlpl").setLevel(logging.INFO)
 
-    return copy
+    def copy(self) -> None:
+        """Make what was logged so far outlive this machine."""
+        self._handler.flush()
+        if self._is_remote:
+            storage.upload(self._path, self._url)
+
+    def close(self) -> None:
+        """Copy for the last time and let go."""
+        self.copy()
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+        if self._is_remote:
+            shutil.rmtree(self._path.parent, ignore_errors=True)
 
 
 @contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Progress, RunLength
-from dist_mlpl.checkpoint import Checkpoint, RunIdentity, begin_attempt, read_head, read_model
+from dist_mlpl.checkpoint import Attempt, Checkpoint, RunIdentity, begin_attempt, read_chain, read_model
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.data.cache import ShardCache
-from dist_mlpl.data.label_store import LabelStore
+from dist_mlpl.data.label_store import Labels, LabelStore
 from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
 from dist_mlpl.data.split_index import SplitIndex
@@ -23,7 +26,7 @@ from dist_mlpl.data.views import View
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
-from dist_mlpl.progress import Action, Report, keep_log
+from dist_mlpl.progress import Action, LogFile, Report
 from dist_mlpl.world import World
 
 log = logging.getLogger(__name__)
@@ -47,53 +50,22 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
     Collective: all ranks run this function with the same arguments.
     """
     world = start(config.engine)
-    storage.configure_storage(config.data.storage_options)
-    manifest = load_manifest(config.data.manifest)
-    index = SplitIndex(manifest, config.data.train_split)
-    length = RunLength(config.num_epochs, index.num_samples)
-    check_global_batch(
-        config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=index.num_samples
-    )
-    out = config.run_folder
-    notes = open_run_folder(config, allow_change=allow_change)
-    attempt = begin_attempt(out)
-    copy_log = keep_log(out, attempt.name, world.rank)
+    rooms = open_rooms(config, world, allow_change=allow_change)
+    method, engine, stream, length = rooms.method, rooms.engine, rooms.stream, rooms.length
+    with rooms.closing():
+        progress = rooms.saved.restore()  # epoch, samples_consumed, step, round
+        rooms.introduce(report, config, progress)
+        last_step = None if max_steps is None else progress.step + max_steps
+        action = Action.GO_ON
 
-    method = build_method(config, manifest)
-    engine = Engine(
-        method, config.engine, config.optimizer, config.schedule,
-        length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
-    )  # fmt: skip
-    store = LabelStore(index, build_view(config.data, index))
-    judged_store = LabelStore(SplitIndex(manifest, config.data.eval_split))
-    stream = build_stream(config, index, world, engine, train=True)
-    judged_stream = build_stream(config, judged_store.samples, world, engine, train=False)
-    identity = RunIdentity(
-        global_batch=config.global_batch, num_lanes=config.data.num_lanes, window_samples=config.data.window_samples,
-        group_size=config.group_size,
-        digests={"config": config.digest, "classes": manifest.classes_sha256, "manifest": manifest.digest,
-                 "view": store.view_digest},
-    )  # fmt: skip
-    saved = Checkpoint(out, engine, stream, identity=identity, attempt=attempt, length=length)
-    progress = saved.restore()
-    if attempt.parent is None and config.method.init_from:
-        notes += start_from(config.method.init_from, engine)
-    report.begin(out, attempt.name, progress, global_batch=config.global_batch, about=about(config, manifest, length))
-    for note in [str(method.weights_report), *notes]:
-        report.note(note)
-
-    last_step = None if max_steps is None else progress.step + max_steps
-    action = Action.GO_ON
-    log.info("attempt %s on rank %d of %d begins at %s", attempt.name, world.rank, world.size, progress)
-    try:
         for epoch in range(progress.epoch, config.num_epochs):
             if progress.samples_consumed == 0:  # never again after a resume in the middle of an epoch
                 method.begin_epoch(progress)
-            order = epoch_order(config, index, epoch)
-            start_position, labels = progress.samples_consumed, store.at(progress.round)
-            end = last_position(start_position, global_batch=config.global_batch, num_samples=length.num_samples)
+            order = epoch_order(config, rooms.samples, epoch)
+            start_at = progress.samples_consumed
+            end = last_position(start_at, global_batch=config.global_batch, num_samples=length.num_samples)
             for batch in stream.train_batches(
-                order, labels, epoch=epoch, start=start_position, global_batch=config.global_batch
+                order, rooms.store.at(progress.round), epoch=epoch, start=start_at, global_batch=config.global_batch
             ):
                 recalled = method.recall(batch, progress)
                 output = engine.train_step(batch, recalled, progress)  # micro-batches, backward, one update
@@ -103,34 +75,139 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
                 action = report.step(progress, output, waited_seconds=stream.waited_seconds)
                 action = Action.STOP if progress.step == last_step else action
                 if progress.samples_consumed == end:
-                    break  # the epoch's own save follows
+                    break  # the epoch's own commit follows
                 if action or progress.due(config.save_every_steps):
-                    saved.save(progress)
-                    report.saved(progress)
-                    copy_log()
+                    rooms.commit(progress, report)
                 if action is Action.STOP:
                     report.stopped(progress)
                     return progress
 
             is_due = (epoch + 1) % config.evaluation.every_epochs == 0 or epoch + 1 == config.num_epochs
-            judged = evaluate(engine, judged_stream, judged_store.at(0), config.evaluation) if is_due else None
+            metrics = evaluate(engine, rooms.judged, rooms.judged_labels, config.evaluation).metrics if is_due else {}
             progress = progress.next_epoch(length)
-            saved.save(progress, judged.metrics if judged else None)
-            report.epoch(progress, judged.metrics if judged else {})
-            report.saved(progress)
-            copy_log()
+            report.epoch(progress, metrics)
+            rooms.commit(progress, report, metrics)
             if action is Action.STOP and progress.epoch < config.num_epochs:
                 report.stopped(progress)
                 return progress
         return progress
-    except Exception:
-        log.exception("the run stops at %s", progress)
-        raise
-    finally:
-        log.info("this rank ends at %s", progress)
-        copy_log()
-        stream.close()
-        judged_stream.close()
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Everything one rank's run works with, opened in order."""
+
+    manifest: Manifest
+    samples: SplitIndex
+    length: RunLength
+    method: Method
+    engine: Engine
+    store: LabelStore
+    stream: Stream
+    judged: Stream
+    judged_labels: Labels
+    saved: Checkpoint
+    attempt: Attempt
+    notes: list[str]  # what a person should read once
+    log_file: LogFile
+
+    def introduce(self, report: Report, config: Config, progress: Progress) -> None:
+        """Tell the report what begins here.
+
+        Collective: all ranks, one gather of names.
+        """
+        about = {
+            "num_epochs": self.length.num_epochs,
+            "num_samples": self.length.num_samples,
+            "num_steps": self.length.num_epochs * (self.length.num_samples // config.global_batch),
+            "num_classes": self.manifest.num_classes,
+            "world_size": comm.world_size(),
+            "processes": comm.gather_objects((socket.gethostname(), os.getpid())),
+            "method": config.method.name,
+            "backbone": config.method.backbone.name,
+        }
+        out = config.run_folder
+        report.begin(out, self.attempt.name, progress, global_batch=config.global_batch, about=about)
+        for note in self.notes:
+            report.note(note)
+        log.info(
+            "attempt %s on rank %d of %d begins at %s", self.attempt.name, comm.rank(), comm.world_size(), progress
+        )
+
+    def commit(self, progress: Progress, report: Report, metrics: dict[str, float] | None = None) -> None:
+        """Make a checkpoint, and all that was reported so far as durable as it.
+
+        Collective: all ranks.
+        """
+        self.saved.save(progress, metrics)
+        report.saved(progress)
+        self.log_file.copy()
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Log what ends the run; stop the threads and close the log with it."""
+        try:
+            yield
+        except Exception:
+            log.exception("the run stops")
+            raise
+        finally:
+            self.stream.close()
+            self.judged.close()
+            self.log_file.close()
+
+
+def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
+    """Check what can be checked, then build everything from the manifest to the checkpoint.
+
+    Raises:
+        MlplError: before any work is lost.
+
+    Collective: all ranks.
+    """
+    storage.configure_storage(config.data.storage_options)
+    out, data = config.run_folder, config.data
+    manifest = load_manifest(data.manifest)
+    samples = SplitIndex(manifest, data.train_split)
+    judged_samples = SplitIndex(manifest, data.eval_split)
+    length = RunLength(config.num_epochs, samples.num_samples)
+    check_global_batch(
+        config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
+    )
+    notes = open_run_folder(config, allow_change=allow_change)
+    attempt = begin_attempt(out)
+    log_file = LogFile(out, attempt.name, world.rank)
+
+    method = build_method(config, manifest)
+    engine = Engine(
+        method, config.engine, config.optimizer, config.schedule,
+        length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
+    )  # fmt: skip
+    if attempt.parent is None and config.method.init_from:
+        notes.append(start_from(config.method.init_from, engine))
+    store = LabelStore(samples, build_view(data, samples))
+    stream = build_stream(config, samples, world, engine, train=True)
+    identity = RunIdentity(
+        global_batch=config.global_batch, num_lanes=data.num_lanes, window_samples=data.window_samples,
+        group_size=config.group_size,
+        digests={"config": config.digest, "classes": manifest.classes_sha256, "manifest": manifest.digest,
+                 "view": store.view_digest},
+    )  # fmt: skip
+    return Rooms(
+        manifest=manifest,
+        samples=samples,
+        length=length,
+        method=method,
+        engine=engine,
+        store=store,
+        stream=stream,
+        judged=build_stream(config, judged_samples, world, engine, train=False),
+        judged_labels=LabelStore(judged_samples).at(0),
+        saved=Checkpoint(out, engine, stream, identity=identity, attempt=attempt, length=length),
+        attempt=attempt,
+        notes=[str(method.weights_report), *notes],
+        log_file=log_file,
+    )
 
 
 def open_run_folder(config: Config, *, allow_change: bool) -> list[str]:
@@ -201,7 +278,7 @@ def epoch_order(config: Config, index: SplitIndex, epoch: int) -> EpochOrder:
     )
 
 
-def start_from(url: str, engine: Engine) -> list[str]:
+def start_from(url: str, engine: Engine) -> str:
     """Take over the model of another run where names and shapes agree.
 
     Returns:
@@ -210,24 +287,6 @@ def start_from(url: str, engine: Engine) -> list[str]:
     Raises:
         CheckpointError: no such run.
     """
-    head = read_head(url)
-    model = read_model(url, head) if head else {}
+    model = read_model(url, read_chain(url)[-1])
     taken = engine.load_matching(model)
-    return [f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"]
-
-
-def about(config: Config, manifest: Manifest, length: RunLength) -> dict[str, object]:
-    """What a reader of the rows should know first.
-
-    Collective: all ranks, one gather of names.
-    """
-    return {
-        "num_epochs": length.num_epochs,
-        "num_samples": length.num_samples,
-        "num_steps": length.num_epochs * (length.num_samples // config.global_batch),
-        "num_classes": manifest.num_classes,
-        "world_size": comm.world_size(),
-        "processes": comm.gather_objects((socket.gethostname(), os.getpid())),
-        "method": config.method.name,
-        "backbone": config.method.backbone.name,
-    }
+    return f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"
