@@ -1,6 +1,6 @@
 """Owns everything that resumes a run: a chain of commits, each one small file that makes a checkpoint exist.
 
-    RUN/attempts/0002.json             who started when, from which commit
+    RUN/attempts/0002.json             who started, where, under which config
     RUN/checkpoints/00001200-0002/     model.safetensors  optimizer.safetensors  optimizer.json  consumed.npy
     RUN/commits/00001200.json          the record; created exclusively after its files, so all of it is there or none
 
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
-from dist_mlpl.data.order import PADDING
+from dist_mlpl.data.order import PADDING, last_position
 from dist_mlpl.data.stream import BadSample, Consumed, Stream
 from dist_mlpl.engine import Engine, EngineState
-from dist_mlpl.errors import CheckpointError, RankMismatchError
+from dist_mlpl.errors import BankError, CheckpointError, OvertakenError, RankMismatchError
 from dist_mlpl.settings import Settings
 
 FORMAT = 1
@@ -88,8 +88,12 @@ class Attempt(NamedTuple):
     parent: Commit | None  # where it went on from
 
 
-def begin_attempt(out: str) -> Attempt:
+def begin_attempt(out: str, config_digest: str) -> Attempt:
     """Take the next attempt number and the head of the chain; rank 0 decides for all.
+
+    Args:
+        out: RUN.
+        config_digest: of the config in force, for the record.
 
     Raises:
         CheckpointError: a commit that cannot be read.
@@ -100,20 +104,20 @@ def begin_attempt(out: str) -> Attempt:
     if comm.rank() != 0:
         return Attempt(*comm.broadcast_object(("", None)))
     storage.check_exclusive_create(out)
-    head = read_head(out)
     started = {
-        "parent": head.step if head else None,
+        "config": config_digest,
         "world_size": comm.world_size(),
         "host": socket.gethostname(),
-        "token": secrets.token_hex(8),
-    }  # no two starts write the same bytes, so one of them sees that it lost
+        "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
+    }
     number = len(storage.list_names(storage.join(out, "attempts"))) + 1
     while not storage.create_exclusive(
         storage.join(out, "attempts", f"{number:04d}.json"),
         json.dumps(started).encode(),
     ):
         number += 1
-    return Attempt(*comm.broadcast_object((f"{number:04d}", head)))
+    # The record first, then the head: whoever commits after this sees the record and gives way.
+    return Attempt(*comm.broadcast_object((f"{number:04d}", read_head(out))))
 
 
 class Checkpoint:
@@ -126,14 +130,36 @@ class Checkpoint:
         identity: goes into every commit.
         attempt: of this start.
         length: of the run.
+        keep_checkpoints: newest commits whose model and optimiser stay; of older ones the record and the consumed
+            samples stay, which `audit` reads.
+
+    Raises:
+        BankError: the method has banks.
     """
 
     def __init__(
-        self, out: str, engine: Engine, stream: Stream, *, identity: RunIdentity, attempt: Attempt, length: RunLength
+        self,
+        out: str,
+        engine: Engine,
+        stream: Stream,
+        *,
+        identity: RunIdentity,
+        attempt: Attempt,
+        length: RunLength,
+        keep_checkpoints: int,
     ) -> None:
+        if engine.method.banks():
+            raise BankError(
+                f"method with banks {sorted(engine.method.banks())}",
+                expected="a method without memory: banks are not saved yet, and a resumed run would lose them",
+                where="method.name",
+                next_step="use another method",
+            )
         self._out, self._engine, self._stream = out, engine, stream
         self._identity, self._attempt, self._length = identity, attempt, length
         self._head = attempt.parent
+        self._keep_checkpoints = keep_checkpoints
+        self._kept = _newest(out, attempt.parent, keep_checkpoints) if comm.rank() == 0 else []
 
     def restore(self) -> Progress:
         """Take over the head of the chain, if there is one.
@@ -148,6 +174,7 @@ class Checkpoint:
             return Progress()
         check_identity(self._identity, head, out=self._out)
         self._engine.load(read_state(self._out, head))
+        self._stream.remember_bad(_num_bad_in_epoch(self._out, head))
         seen = self._length.samples_seen(head.epoch, head.samples_consumed)
         fraction = min(1.0, seen / self._length.total_samples)
         return Progress(head.epoch, head.samples_consumed, head.step, head.round, fraction)
@@ -163,7 +190,7 @@ class Checkpoint:
             `progress`.
 
         Raises:
-            CheckpointError: another attempt has gone on from the same commit; this one must stop.
+                OvertakenError: another attempt has begun or committed since; this one must stop.
             RankMismatchError: the ranks did not consume the positions that this commit covers.
 
         Collective: all ranks; parameters and moments as the engine gathers them, consumed indices to all.
@@ -174,22 +201,31 @@ class Checkpoint:
         consumed = self._stream.take_consumed()
         positions, indices = _merge_consumed(consumed)
         bad = sorted({bad for part in comm.gather_objects(consumed.bad) for bad in part})
-        first = self._head.samples_consumed if self._head and self._head.epoch == _epoch_of(progress, positions) else 0
-        self._check_consumed(positions, first)
+        self._check_consumed(positions, progress)
         if state is not None:
             commit = self._write(state, progress, indices, bad, metrics or {})
+            self._prune(commit)
         else:
             commit = None
         self._head = comm.broadcast_object(commit)
         return progress
 
-    def _check_consumed(self, positions: npt.NDArray[np.int64], first: int) -> None:
-        expected = np.arange(first, first + len(positions))
+    def _check_consumed(self, positions: npt.NDArray[np.int64], progress: Progress) -> None:
+        """Every position between the last commit and this one, once, to the end of an epoch that ends."""
+        is_end = progress.samples_consumed == 0 and len(positions) > 0
+        epoch = progress.epoch - 1 if is_end else progress.epoch
+        first = self._head.samples_consumed if self._head and self._head.epoch == epoch else 0
+        last = progress.samples_consumed
+        if is_end:
+            last = last_position(first, global_batch=self._identity.global_batch, num_samples=self._length.num_samples)
+        expected = np.arange(first, last)
         if not np.array_equal(positions, expected):
-            wrong = int(positions[np.flatnonzero(positions != expected)[0]])
+            both = min(len(positions), len(expected))
+            wrong = np.flatnonzero(positions[:both] != expected[:both])
+            place = f"position {int(positions[wrong[0]])} out of turn" if len(wrong) else f"{len(positions)} positions"
             raise RankMismatchError(
-                f"position {wrong} out of turn among {len(positions)} consumed since the last commit",
-                expected=f"each of [{first}, {first + len(positions)}) once",
+                f"{place} among those consumed since the last commit",
+                expected=f"each of [{first}, {last}) once",
                 where="the positions that all ranks were handed",
                 next_step="this is a fault of the loader: keep the run folder and report it",
             )
@@ -204,8 +240,9 @@ class Checkpoint:
     ) -> Commit:
         """Files first, then the record. Rank 0 only."""
         newest = read_head(self._out)
-        if (newest and newest.step) != (self._head and self._head.step):
-            raise _overtaken(newest.step if newest else -1, self._attempt.name)
+        attempts = storage.list_names(storage.join(self._out, "attempts"))
+        if (newest and newest.step) != (self._head and self._head.step) or attempts[-1] > f"{self._attempt.name}.json":
+            raise _overtaken(self._attempt.name)
         folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
         buffer = io.BytesIO()
         np.save(buffer, indices)
@@ -236,13 +273,38 @@ class Checkpoint:
             **self._identity.model_dump(),
         )
         if not storage.create_exclusive(_commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
-            raise _overtaken(commit.step, self._attempt.name)
+            raise _overtaken(self._attempt.name)
         return commit
 
+    def _prune(self, commit: Commit) -> None:
+        """Delete model and optimiser of the commits that are no longer among the newest."""
+        self._kept.append(commit)
+        while len(self._kept) > self._keep_checkpoints:
+            for file in self._kept.pop(0).files:
+                if not file.path.endswith("/consumed.npy"):
+                    storage.remove(storage.join(self._out, file.path))
 
-def _epoch_of(progress: Progress, positions: npt.NDArray[np.int64]) -> int:
-    """Epoch that the positions consumed before a save belong to: the one just finished, at an epoch's end."""
-    return progress.epoch - 1 if progress.samples_consumed == 0 and len(positions) else progress.epoch
+
+def _newest(out: str, head: Commit | None, count: int) -> list[Commit]:
+    """The head and the commits before it, oldest first, `count` at most."""
+    found: list[Commit] = []
+    while head is not None and len(found) < count:
+        found.append(head)
+        head = read_commit(out, head.parent) if head.parent is not None else None
+    return found[::-1]
+
+
+def _num_bad_in_epoch(out: str, head: Commit) -> int:
+    """Undecodable samples that the chain holds of the epoch that `head` stands in."""
+    if head.samples_consumed == 0:
+        return 0
+    count, commit = 0, head
+    while commit.epoch == head.epoch and commit.samples_consumed > 0:
+        count += len(commit.bad_samples)
+        if commit.parent is None:
+            break
+        commit = read_commit(out, commit.parent)
+    return count
 
 
 def _merge_consumed(consumed: Consumed) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -260,9 +322,9 @@ def _merge_consumed(consumed: Consumed) -> tuple[npt.NDArray[np.int64], npt.NDAr
     return positions[real][order], indices[real][order]
 
 
-def _overtaken(step: int, attempt: str) -> CheckpointError:
-    return CheckpointError(
-        f"commit {step} was written by another attempt",
+def _overtaken(attempt: str) -> OvertakenError:
+    return OvertakenError(
+        "another attempt has begun or committed on this run folder",
         expected="one attempt at a time on a run folder",
         where=f"attempt {attempt}",
         next_step="let the other attempt go on; stop this one",
@@ -291,7 +353,7 @@ def read_commit(out: str, step: int) -> Commit:
     """
     url = _commit_url(out, step)
     try:
-        return Commit.model_validate_json(storage.read_bytes(url))
+        return Commit.model_validate_json(storage.read_bytes(url))  # another format has other keys
     except (FileNotFoundError, ValidationError) as error:
         raise CheckpointError(
             f"commit {step} cannot be read: {type(error).__name__}",
@@ -338,7 +400,8 @@ def read_file(out: str, commit: Commit, name: str) -> bytes:
             f"{name} of commit {commit.step} is missing or damaged ({len(content)} bytes)",
             expected=f"{entry.num_bytes} bytes of sha256 {entry.sha256[:16]}..." if entry else "a file of that name",
             where=where,
-            next_step=f"move RUN/commits/{commit.name}.json away to go on from the commit before it",
+            next_step="models of old commits are pruned (keep_checkpoints); if this is the newest, move "
+            f"RUN/commits/{commit.name}.json away to go on from the commit before it",
         )
     return content
 

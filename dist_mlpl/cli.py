@@ -6,7 +6,6 @@ Verbs import what they need when they run: threads are set before torch loads, a
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from typing import Annotated, Any
@@ -51,8 +50,9 @@ def main() -> None:
 
 def _print_json(document: dict[str, Any]) -> None:
     """One object; undefined numbers are null, for JSON has no NaN."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in document.items()}
-    print(json.dumps(clean))
+    from dist_mlpl.progress import without_nan
+
+    print(json.dumps(without_nan(document)))
 
 
 @app.command()

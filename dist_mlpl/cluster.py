@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -19,20 +20,24 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
+from dist_mlpl.data.views import check_size
 from dist_mlpl.environment import prepare_environment
-from dist_mlpl.errors import ConfigError, MlplError, RunError, StorageError
+from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Display, Report, Row, Sink
 from dist_mlpl.train import train
 
 _POLL_SECONDS = 0.3
+_PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it
 
 
 class Board:
@@ -66,6 +71,24 @@ class Board:
         return self._fatal
 
 
+class Seen:
+    """Counts rows, and remembers whether the run was stopped before its end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.is_stopped = False
+
+    def row(self, row: Row) -> None:
+        self.count += 1
+        self.is_stopped = row["event"] == "stopped"
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class BoardSink:
     """Rank 0's side of the board; never waits for it."""
 
@@ -84,11 +107,12 @@ class BoardSink:
     def ask(self) -> Action:
         """What the driver wanted when it was last heard of."""
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self.action = Action(ray.get(self._answer))
+            self.action = max(self.action, Action(ray.get(self._answer)))
             self._answer = None
         return self.action
 
     def _push(self) -> None:
+        self.ask()  # the answer to the last push, before its successor takes its place
         self._answer = self._board.push.remote(self._rows)
         self._rows, self._pushed = [], time.monotonic()
 
@@ -131,25 +155,32 @@ def train_on_ray(
     config = with_absolute_paths(config)
     check_before_start(config, allow_change=allow_change)
     last: dict[str, float] = {}
-    shown: list[Sink] = [Display(), LastEpoch(last), *([observer] if observer else [])]
+    seen = Seen()
+    shown: list[Sink] = [Display(), LastEpoch(last), seen, *([observer] if observer else [])]
     stop = StopRequest()
     with cluster_at(address or config.cluster.address, config):
         stop.listen()  # not before: ray.init takes SIGTERM for itself
-        board = ray.remote(Board).options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         arguments = {"config": config.model_dump(mode="json"), "board": board, "allow_change": allow_change,
                      "max_steps": max_steps}  # fmt: skip
         trainer = _trainer(config, arguments)
         failure: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
         fit.start()
-        is_told = False
+        told_at = time.monotonic() + _PATIENCE_SECONDS
         try:
             while fit.is_alive():
                 fit.join(_POLL_SECONDS)
-                if stop.is_asked and not is_told:
-                    is_told = True
+                if stop.is_asked:
                     ray.get(board.ask_stop.remote())
                 _show(board, shown)
+                if seen.count == 0 and time.monotonic() > told_at:
+                    told_at = math.inf  # once is enough
+                    shown[0].row({"event": "note", "text": _waiting(config)})
+                if seen.count == 0 and stop.is_asked:
+                    return True  # nothing has begun, so there is nothing to save
+            _show(board, shown)
             fatal = ray.get(board.fatal.remote())
         finally:
             for sink in shown:
@@ -160,13 +191,30 @@ def train_on_ray(
         raise _failed(failure[0], config)
     if last and is_result_shown:
         show_last(last, config.run_folder)
-    return stop.is_asked
+    return seen.is_stopped
+
+
+def _waiting(config: Config) -> str:
+    """What a person should know who waits for workers that do not come."""
+    have = ray.cluster_resources()
+    cluster = config.cluster
+    need = f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs" + (
+        " and a GPU" if cluster.use_gpu else ""
+    )
+    return f"waiting for {need}; the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all"
 
 
 def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: workers start in folders of their own."""
     data = config.data.model_copy(update={"manifest": storage.absolute(config.data.manifest)})
-    return config.model_copy(update={"out": storage.absolute(config.run_folder), "data": data})
+    method = config.method
+    if method.init_from is not None:
+        method = method.model_copy(update={"init_from": storage.absolute(method.init_from)})
+    weights = method.backbone.weights
+    if weights is not None and "/" in weights:  # a file; names of torchvision's tables have no slash
+        backbone = method.backbone.model_copy(update={"weights": storage.absolute(weights)})
+        method = method.model_copy(update={"backbone": backbone})
+    return config.model_copy(update={"out": storage.absolute(config.run_folder), "data": data, "method": method})
 
 
 def check_before_start(config: Config, *, allow_change: bool) -> None:
@@ -179,6 +227,8 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
     manifest = load_manifest(config.data.manifest)
     manifest.split(config.data.eval_split)
     num_samples = manifest.split(config.data.train_split).num_samples
+    if config.data.is_view_asked:
+        check_size(num_samples, manifest.num_classes)
     num_workers = config.cluster.num_workers
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
@@ -194,6 +244,8 @@ def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:
         "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
     }
     prepare_environment(environment, num_ranks=1)
+    if not cluster.use_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from workers that asked for none
     filesystem, path = storage.arrow_filesystem(storage.join(config.run_folder, "ray"))
     return TorchTrainer(
         _work,
@@ -232,10 +284,11 @@ def _work(arguments: dict[str, Any]) -> None:
     try:
         train(config, report, allow_change=arguments["allow_change"], max_steps=arguments["max_steps"])
     except Exception as error:
-        if isinstance(error, MlplError) and not isinstance(error, StorageError):
+        if isinstance(error, MlplError) and not isinstance(error, (StorageError, OvertakenError)):
             ray.get(board.give_up.remote(error))
         else:  # a lost peer, usually; the group starts again
-            text = f"rank {comm.rank()} stopped: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            first_line = (str(error).splitlines() or [""])[0][:160]
+            text = f"rank {comm.rank()} stopped: {type(error).__name__}: {first_line}"
             ray.get(board.push.remote([{"event": "note", "text": text}]))
         raise
     finally:
@@ -298,6 +351,13 @@ def cluster_at(address: str | None, config: Config) -> Iterator[None]:
     num_workers = config.cluster.num_workers
     fewest = num_workers if isinstance(num_workers, int) else num_workers[0]
     num_cores = len(os.sched_getaffinity(0))
+    if config.cluster.use_gpu and fewest > torch.cuda.device_count():
+        raise ConfigError(
+            f"{fewest} workers of a GPU each",
+            expected=f"at most {torch.cuda.device_count()} GPUs, which this machine has",
+            where="cluster.num_workers, cluster.use_gpu",
+            next_step="lower cluster.num_workers, set cluster.use_gpu to false, or join a cluster with --address",
+        )
     if fewest * config.cluster.cpus_per_worker > num_cores:
         raise ConfigError(
             f"{fewest} workers of {config.cluster.cpus_per_worker:g} CPUs",

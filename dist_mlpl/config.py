@@ -28,7 +28,9 @@ class ClusterSettings(Settings):
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0.0)
     max_failures: int = Field(3, ge=-1)  # lost workers that the run survives; -1: any number
-    address: str | None = None  # of a running Ray cluster; null: `auto` if there is one, else a local one
+    address: str | None = (
+        None  # of a running Ray cluster (`auto` on one of its nodes); null: RAY_ADDRESS, else a local one
+    )
 
     @model_validator(mode="after")
     def _check_workers(self) -> ClusterSettings:
@@ -46,6 +48,7 @@ class Config(Settings):
     num_epochs: int = Field(gt=0)
     global_batch: int = Field(gt=0)  # samples of one update over all ranks
     save_every_steps: int | None = Field(None, gt=0)  # beside the save at each epoch's end
+    keep_checkpoints: int = Field(3, gt=0)  # newest ones whose model and optimiser stay; the chain's records all stay
     group_size: int = Field(8, gt=0)  # consecutive positions that may interact and stay on one rank
     data: DataSettings
     transform: TransformSettings = TransformSettings()
@@ -74,12 +77,15 @@ class Config(Settings):
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved config as canonical JSON."""
-        return storage.sha256_of_bytes(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode())
+        """sha256 of the resolved config as canonical JSON, without `data.storage_options`."""
+        return storage.sha256_of_bytes(json.dumps(self._public(), sort_keys=True).encode())
 
     def to_yaml(self) -> str:
-        """The resolved config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The resolved config without `data.storage_options`, which may hold keys and secrets."""
+        return yaml.safe_dump(self._public(), sort_keys=False)
+
+    def _public(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"data": {"storage_options"}})
 
 
 def load_config(path: str, *, overrides: list[str] | None = None, out: str | None = None) -> Config:
@@ -242,7 +248,7 @@ def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
 # What a resumed run may change: freely, or with --allow-change. Everything else is refused.
 _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
          "data.cache_bytes", "data.num_workers", "data.storage_options", "data.max_bad_fraction",
-         "save_every_steps", "evaluation")  # fmt: skip
+         "save_every_steps", "keep_checkpoints", "evaluation")  # fmt: skip
 _NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
           "data.known_seed", "data.train_split", "method.name")  # fmt: skip
 

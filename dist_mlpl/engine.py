@@ -70,7 +70,7 @@ def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World
             next_step="set engine.batch_norm to averaged (the default)",
         )
     if has_cuda:
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(_own_device(world))
     if dist.is_initialized():
         return world
     backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"  # control data stays on the CPU
@@ -81,6 +81,22 @@ def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     return world
+
+
+def _own_device(world: World) -> int:
+    """One GPU a rank.
+
+    Raises:
+        ConfigError: more ranks on this node than GPUs.
+    """
+    if world.local_rank < torch.cuda.device_count():
+        return world.local_rank
+    raise ConfigError(
+        f"local rank {world.local_rank} on a node that shows {torch.cuda.device_count()} GPUs",
+        expected="a GPU for each rank of the node",
+        where="LOCAL_RANK, CUDA_VISIBLE_DEVICES",
+        next_step="start fewer ranks on a node, show each all GPUs, or hide them all to train on CPUs",
+    )
 
 
 class Engine:

@@ -9,6 +9,7 @@ MlplError
     StorageError        a URL that cannot be read or written
   RunError            a run cannot go on                                   exit 4
     CheckpointError     the commit chain or a file in it
+      OvertakenError      another attempt went on from where this one stood
     BankError           a memory bank
     RankMismatchError   ranks disagree
 """
@@ -74,6 +75,10 @@ class RunError(MlplError):
 
 
 class CheckpointError(RunError):
+    pass
+
+
+class OvertakenError(CheckpointError):
     pass
 
 

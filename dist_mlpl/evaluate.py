@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from dist_mlpl.data.stream import Stream
 from dist_mlpl.engine import Engine
 from dist_mlpl.metrics import Evaluation, Scores
 from dist_mlpl.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class EvaluationSettings(Settings):
@@ -47,6 +50,8 @@ def evaluate(engine: Engine, stream: Stream, labels: Labels, settings: Evaluatio
         output = engine.predict(batch)
         scores.add(output.logits, batch.targets, batch.index, batch.valid)
         num_undecodable += ((batch.index >= 0) & ~batch.valid).sum().cpu()
+    for bad in stream.take_consumed().bad:
+        log.warning("not evaluated: %s: %s", bad.name, bad.reason)
     evaluation = scores.merge()
     metrics = evaluation.metrics()
     metrics["num_undecodable"] = float(comm.reduce_sum(num_undecodable))

@@ -47,14 +47,14 @@ def train_here(config: Config, *, allow_change: bool = False, max_steps: int | N
     last: dict[str, float] = {}
     report = Report(lambda out, attempt: run_sinks(out, attempt, LastEpoch(last), Display()), stop.action)
     try:
-        train(config, report, allow_change=allow_change, max_steps=max_steps)
+        progress = train(config, report, allow_change=allow_change, max_steps=max_steps)
     finally:
         report.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     if last:
         show_last(last, config.run_folder)
-    return stop.is_asked
+    return stop.is_asked and progress.epoch < config.num_epochs
 
 
 def run_sinks(out: str, attempt: str, *others: Sink) -> list[Sink]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +34,7 @@ class Action(IntEnum):
     """What the loop must do after a step; the largest over ranks wins."""
 
     GO_ON = 0
-    SAVE = 1
-    STOP = 2  # save, then return
+    STOP = 1  # save, then return
 
 
 class Sink(Protocol):
@@ -56,7 +55,7 @@ class Report:
 
     Args:
         make_sinks: given the run folder and the attempt, the places that rows go to; called on rank 0 only.
-        ask: whether this rank was asked to save or stop (a signal, a preemption notice); cheap.
+        ask: whether this rank was asked to stop (a signal, the driver); cheap.
     """
 
     def __init__(
@@ -118,15 +117,19 @@ class Report:
         return Action(int(comm.reduce_max(torch.tensor([int(self._ask())], dtype=torch.int32))))
 
     def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """An epoch is done and evaluated; `progress` stands at the start of the next."""
-        num_steps = max(1, len(self._losses))
-        train = {
-            "train_loss": sum(self._losses) / num_steps,
-            "train_images_per_second": self._global_batch * len(self._losses) / max(self._seconds, 1e-9),
-        }
-        self._emit({"event": "epoch", **_position(progress), **train, **metrics})
+        """An epoch is evaluated; `progress` stands at the start of the next. Flushed, like a commit."""
+        self._emit({"event": "epoch", **_position(progress), **self.train_metrics(), **metrics})
         self._losses, self._seconds = [], 0.0
+        for sink in self._sinks:
+            sink.flush()
         self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
+
+    def train_metrics(self) -> dict[str, float]:
+        """Mean loss and rate of the steps since the last evaluation in this attempt; empty before the first step."""
+        if not self._losses:
+            return {}
+        rate = self._global_batch * len(self._losses) / max(self._seconds, 1e-9)
+        return {"train_loss": sum(self._losses) / len(self._losses), "train_images_per_second": rate}
 
     def saved(self, progress: Progress) -> None:
         """A commit exists; what was reported so far is made as durable as it."""
@@ -141,8 +144,9 @@ class Report:
 
     def close(self) -> None:
         """The run has returned, or failed."""
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as closing:  # every sink is closed, whatever one of them raises
+            for sink in self._sinks:
+                closing.callback(sink.close)
         self._sinks = ()
 
     def _emit(self, row: Row) -> None:
@@ -179,7 +183,7 @@ class JsonLines:
             self._file = open(Path(self._folder) / f"{attempt}-0.jsonl", "a")  # noqa: SIM115 - closed in close()
 
     def row(self, row: Row) -> None:
-        line = json.dumps(_finite(row)) + "\n"
+        line = json.dumps(without_nan(row)) + "\n"
         if self._file is not None:
             self._file.write(line)
             self._file.flush()
@@ -198,7 +202,7 @@ class JsonLines:
             self._file.close()
 
 
-def _finite(row: Row) -> Row:
+def without_nan(row: Row) -> Row:
     """JSON has no NaN: an undefined number is null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
@@ -333,11 +337,14 @@ class Display:
 
 def epoch_line(row: Row, *, num_epochs: Any) -> str:
     """One line for one finished epoch."""
-    parts = [f"epoch {row['epoch']:>3}/{num_epochs}", f"step {row['step']}", f"loss {row['train_loss']:.4f}"]
+    parts = [f"epoch {row['epoch']:>3}/{num_epochs}", f"step {row['step']}"]
+    if "train_loss" in row:
+        parts.append(f"loss {row['train_loss']:.4f}")
     parts += [f"{name} {row[name]:.4f}" for name in ("mAP", "OF1", "CF1") if name in row]
-    parts.append(f"{row['train_images_per_second']:.0f} images/s")
-    if row.get("num_bad"):
-        parts.append(f"{row['num_bad']:.0f} undecodable")
+    if "train_loss" in row:
+        parts.append(f"{row['train_images_per_second']:.0f} images/s")
+    if row.get("num_undecodable"):
+        parts.append(f"{row['num_undecodable']:.0f} undecodable")
     return "  ".join(parts)
 
 

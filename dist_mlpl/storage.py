@@ -310,6 +310,7 @@ def write_bytes(url: str, content: bytes) -> None:
         with _temporary_beside(_local(url)) as temporary:
             _write_durably(temporary, content)
             os.replace(temporary, _local(url))
+        _sync_folder(_local(url))
 
     _no_missing(write, url=url)
 
@@ -340,6 +341,7 @@ def create_exclusive(url: str, content: bytes) -> bool:
             with _temporary_beside(_local(url)) as temporary:
                 _write_durably(temporary, content)
                 os.link(temporary, _local(url))
+            _sync_folder(_local(url))
             return
         filesystem, path = _remote(url)
         try:
@@ -481,3 +483,13 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a name as durable as the file it names, and the folder's own name with it."""
+    for folder in (path.parent, path.parent.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -24,9 +25,10 @@ from dist_mlpl.data.stream import DataSettings, Stream
 from dist_mlpl.data.transform import Transform
 from dist_mlpl.data.views import View
 from dist_mlpl.engine import Engine, start
+from dist_mlpl.errors import CheckpointError, StorageError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
-from dist_mlpl.progress import Action, LogFile, Report
+from dist_mlpl.progress import Action, LogFile, Report, without_nan
 from dist_mlpl.world import World
 
 log = logging.getLogger(__name__)
@@ -53,8 +55,9 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
     rooms = open_rooms(config, world, allow_change=allow_change)
     method, engine, stream, length = rooms.method, rooms.engine, rooms.stream, rooms.length
     with rooms.closing():
-        progress = rooms.saved.restore()  # epoch, samples_consumed, step, round
-        rooms.introduce(report, config, progress)
+        progress = rooms.restore()  # epoch, samples_consumed, step, round
+        rooms.introduce(report, progress)
+        rooms.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did
         last_step = None if max_steps is None else progress.step + max_steps
         action = Action.GO_ON
 
@@ -82,14 +85,12 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
                     report.stopped(progress)
                     return progress
 
-            is_due = (epoch + 1) % config.evaluation.every_epochs == 0 or epoch + 1 == config.num_epochs
-            metrics = evaluate(engine, rooms.judged, rooms.judged_labels, config.evaluation).metrics if is_due else {}
             progress = progress.next_epoch(length)
-            report.epoch(progress, metrics)
-            rooms.commit(progress, report, metrics)
+            rooms.commit(progress, report)
             if action is Action.STOP and progress.epoch < config.num_epochs:
                 report.stopped(progress)
                 return progress
+            rooms.judge_if_due(progress, report)
         return progress
 
 
@@ -97,6 +98,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
 class Rooms:
     """Everything one rank's run works with, opened in order."""
 
+    config: Config
     manifest: Manifest
     samples: SplitIndex
     length: RunLength
@@ -111,11 +113,22 @@ class Rooms:
     notes: list[str]  # what a person should read once
     log_file: LogFile
 
-    def introduce(self, report: Report, config: Config, progress: Progress) -> None:
+    def restore(self) -> Progress:
+        """Go on where the run stands, and write down the config in force: `evaluate` and the next resume read it.
+
+        Collective: all ranks.
+        """
+        progress = self.saved.restore()
+        if comm.rank() == 0:
+            storage.write_bytes(run_config_url(self.config.run_folder), self.config.to_yaml().encode())
+        return progress
+
+    def introduce(self, report: Report, progress: Progress) -> None:
         """Tell the report what begins here.
 
         Collective: all ranks, one gather of names.
         """
+        config = self.config
         about = {
             "num_epochs": self.length.num_epochs,
             "num_samples": self.length.num_samples,
@@ -134,14 +147,34 @@ class Rooms:
             "attempt %s on rank %d of %d begins at %s", self.attempt.name, comm.rank(), comm.world_size(), progress
         )
 
-    def commit(self, progress: Progress, report: Report, metrics: dict[str, float] | None = None) -> None:
+    def commit(self, progress: Progress, report: Report) -> None:
         """Make a checkpoint, and all that was reported so far as durable as it.
 
         Collective: all ranks.
         """
-        self.saved.save(progress, metrics)
+        self.saved.save(progress, report.train_metrics())
         report.saved(progress)
         self.log_file.copy()
+
+    def judge_if_due(self, progress: Progress, report: Report) -> None:
+        """Evaluate the epoch that just ended, unless that is done; RUN/evaluations holds one record a step.
+
+        It comes after the epoch's commit, so that nothing is lost if the evaluation fails or is killed.
+
+        Collective: all ranks.
+        """
+        config, epoch = self.config, progress.epoch
+        is_due = epoch % config.evaluation.every_epochs == 0 or epoch == config.num_epochs
+        if progress.samples_consumed > 0 or epoch == 0 or not is_due:
+            return
+        url = storage.join(config.run_folder, "evaluations", f"{progress.step:08d}.json")
+        if comm.broadcast_object(comm.rank() == 0 and storage.exists(url)):
+            return
+        metrics = evaluate(self.engine, self.judged, self.judged_labels, config.evaluation).metrics
+        if comm.rank() == 0:
+            record = {"step": progress.step, "epoch": epoch, "split": config.data.eval_split, **without_nan(metrics)}
+            storage.write_bytes(url, json.dumps(record, indent=1).encode())
+        report.epoch(progress, metrics)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -154,7 +187,10 @@ class Rooms:
         finally:
             self.stream.close()
             self.judged.close()
-            self.log_file.close()
+            try:
+                self.log_file.close()
+            except StorageError as error:  # the log's last lines must not hide what ended the run
+                log.warning("the log could not be copied: %s", error)
 
 
 def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
@@ -174,8 +210,8 @@ def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
     check_global_batch(
         config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
     )
-    notes = open_run_folder(config, allow_change=allow_change)
-    attempt = begin_attempt(out)
+    notes = compare_with_run(config, allow_change=allow_change)
+    attempt = begin_attempt(out, config.digest)
     log_file = LogFile(out, attempt.name, world.rank)
 
     method = build_method(config, manifest)
@@ -194,6 +230,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
                  "view": store.view_digest},
     )  # fmt: skip
     return Rooms(
+        config=config,
         manifest=manifest,
         samples=samples,
         length=length,
@@ -203,33 +240,36 @@ def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
         stream=stream,
         judged=build_stream(config, judged_samples, world, engine, train=False),
         judged_labels=LabelStore(judged_samples).at(0),
-        saved=Checkpoint(out, engine, stream, identity=identity, attempt=attempt, length=length),
+        saved=Checkpoint(
+            out,
+            engine,
+            stream,
+            identity=identity,
+            attempt=attempt,
+            length=length,
+            keep_checkpoints=config.keep_checkpoints,
+        ),
         attempt=attempt,
         notes=[str(method.weights_report), *notes],
         log_file=log_file,
     )
 
 
-def open_run_folder(config: Config, *, allow_change: bool) -> list[str]:
-    """Write RUN/config.yaml in a new run folder; in an old one compare it. Rank 0 decides for all.
+def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
+    """Hold the config against the one in force in the run folder. Rank 0 decides for all.
 
     Returns:
-        Lines that say what changed since the run began.
+        Lines that say what changed.
 
     Raises:
         CheckpointError: a change that is refused, or needs --allow-change.
 
     Collective: all ranks, one broadcast.
     """
-    if comm.rank() != 0:
-        return comm.broadcast_object([])
-    url = run_config_url(config.run_folder)
     changes: list[str] = []
-    if storage.exists(url):
+    if comm.rank() == 0 and storage.exists(run_config_url(config.run_folder)):
         changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
-    else:
-        storage.write_bytes(url, config.to_yaml().encode())
-    return comm.broadcast_object([f"changed since the run began: {line}" for line in changes])
+    return comm.broadcast_object([f"changed since the run was last started: {line}" for line in changes])
 
 
 def build_method(config: Config, manifest: Manifest) -> Method:
@@ -240,7 +280,7 @@ def build_method(config: Config, manifest: Manifest) -> Method:
 
 def build_view(data: DataSettings, index: SplitIndex) -> View | None:
     """The view that hides train labels, or None when every label may be seen."""
-    if data.known_fraction is None and data.known_rule == "bernoulli":
+    if not data.is_view_asked:
         return None
     return View(
         data.known_rule,
@@ -289,4 +329,11 @@ def start_from(url: str, engine: Engine) -> str:
     """
     model = read_model(url, read_chain(url)[-1])
     taken = engine.load_matching(model)
+    if not taken:
+        raise CheckpointError(
+            f"none of {len(model)} tensors has a name and shape of this method's",
+            expected="a run of the same backbone, at least",
+            where=f"method.init_from: {url}",
+            next_step="check the path and the backbone's name",
+        )
     return f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dist_mlpl.batch import Batch
 from dist_mlpl.data.cache import ShardCache
@@ -21,6 +21,7 @@ from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.transform import DecodedImage, Transform, use_one_thread_here
+from dist_mlpl.data.views import check_rule
 from dist_mlpl.errors import DataError, ShardError
 from dist_mlpl.settings import Settings
 from dist_mlpl.world import World
@@ -34,7 +35,7 @@ class DataSettings(Settings):
     manifest: str  # folder or URL of the shards
     train_split: str = "train"
     eval_split: str = "test"
-    known_fraction: float | None = Field(None, ge=0.0, le=1.0)  # of the train labels; null keeps all
+    known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # of the train labels; null keeps all
     known_rule: Literal["bernoulli", "single_positive", "dense_subset", "exact_count"] = "bernoulli"
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
     num_lanes: int = Field(64, ge=1)
@@ -42,7 +43,18 @@ class DataSettings(Settings):
     cache_bytes: int = Field(64 << 30, ge=0)  # of this node's shard cache; remote shards only
     num_workers: int = Field(2, ge=0)  # decoding threads of each rank; 0 decodes in the step itself
     max_bad_fraction: float = Field(1e-4, ge=0.0, le=1.0)  # undecodable samples of an epoch before the run stops
-    storage_options: dict[str, Any] = Field(default_factory=dict)  # fsspec keywords of remote URLs
+    storage_options: dict[str, Any] = Field(default_factory=dict)  # fsspec keywords of remote URLs; never written down
+
+    @property
+    def is_view_asked(self) -> bool:
+        """Whether train labels are hidden."""
+        return self.known_fraction is not None or self.known_rule != "bernoulli"
+
+    @model_validator(mode="after")
+    def _check_view(self) -> DataSettings:
+        if self.is_view_asked:
+            check_rule(self.known_rule, self.known_fraction)
+        return self
 
 
 class BadSample(NamedTuple):
@@ -118,7 +130,8 @@ class Stream:
         Raises:
             ShardError: a shard is missing or damaged.
         """
-        self._num_bad = 0
+        if start == 0:
+            self._num_bad = 0
         stop = last_position(start, global_batch=global_batch, num_samples=order.num_samples)
 
         def shares() -> Iterator[npt.NDArray[np.int64]]:
@@ -161,6 +174,10 @@ class Stream:
         """What was handed out since the last call, and forget it."""
         consumed, self._consumed = self._consumed, Consumed()
         return consumed
+
+    def remember_bad(self, num_bad: int) -> None:
+        """Count undecodable samples of this epoch that an earlier attempt met."""
+        self._num_bad = num_bad
 
     def stop_if_bad(self, num_bad: int) -> None:
         """Count a step's undecodable samples over all ranks, and stop the run above the limit.

@@ -67,8 +67,8 @@ class View:
         targets_of: TargetsOf,
         num_classes: int,
     ) -> None:
-        _check_rule(rule, fraction)
-        _check_size(sum(shard_sizes), num_classes)
+        check_rule(rule, fraction)
+        check_size(sum(shard_sizes), num_classes)
         self.rule, self.fraction = rule, fraction
         self.seed = DEFAULT_SEEDS[rule] if seed is None else seed
         self.num_classes = num_classes
@@ -138,7 +138,12 @@ def view_digest(shard_digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(shard_digests).encode()).hexdigest()
 
 
-def _check_rule(rule: str, fraction: float | None) -> None:
+def check_rule(rule: str, fraction: float | None) -> None:
+    """Refuse a rule that does not exist, or a fraction that it cannot take.
+
+    Raises:
+        ConfigError: naming what the rule takes.
+    """
     if rule not in get_args(KnownRule):
         raise ConfigError(
             f"unknown rule {rule!r}",
@@ -159,13 +164,18 @@ def _check_rule(rule: str, fraction: float | None) -> None:
         )
 
 
-def _check_size(num_samples: int, num_classes: int) -> None:
+def check_size(num_samples: int, num_classes: int) -> None:
+    """Refuse a view too large to draw in memory.
+
+    Raises:
+        ConfigError: more than MAX_ENTRIES entries.
+    """
     if num_samples * num_classes > MAX_ENTRIES:
         raise ConfigError(
             f"a view in memory of {num_samples:,} samples and {num_classes:,} classes",
             expected=f"at most {MAX_ENTRIES:,} entries",
             where="data.known_fraction and data.known_rule",
-            next_step="write the view first with `dist-mlpl shards simulate`, then name it in data.view",
+            next_step="train on all labels, or on a split or class list that is smaller",
         )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from dist_mlpl import storage
 from dist_mlpl.cluster import train_on_ray
 from dist_mlpl.config import Config, load_config
-from dist_mlpl.errors import RunError
+from dist_mlpl.errors import ConfigError, RunError
 from dist_mlpl.progress import Row, metrics_table, read_rows
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.object_store import EmbeddedS3
@@ -22,6 +22,7 @@ from dist_mlpl.tools.scenes import write_scenes
 from shards.build import build
 from shards.sources.table import read_table
 
+_MARKER = ".mlpl-demo"  # in a folder that the demo made and may empty
 _KILL_AT = 0.45  # of the run
 _SHOWN = ("mAP", "mAP_voc12", "OP", "OR", "OF1", "CP", "CR", "CF1", "exact_match", "num_images", "num_classes_scored")
 
@@ -76,17 +77,19 @@ def run_demo(folder: str, *, num_epochs: int | None = None, config_path: str | N
     """Make images, shard them into an S3 bucket, train on two workers, lose one, recover, and show the result.
 
     Args:
-        folder: emptied first; holds the images, and copies of the bucket's shards and run at the end.
+        folder: new, or an earlier demo's, which is emptied; holds the images, and copies of the bucket's shards and
+            run at the end.
         num_epochs: instead of the config's.
         config_path: instead of configs/demo.yaml.
 
     Raises:
+        ConfigError: the folder holds something else.
         RunError: the run ended without having lost and recovered its worker, or is not exact.
     """
     began = time.monotonic()
     say = Console(stderr=True)
     root = Path(folder).absolute()
-    shutil.rmtree(root, ignore_errors=True)
+    _empty(root)
     os.environ.pop("RAY_ADDRESS", None)
     with EmbeddedS3() as server:
         bucket = server.make_bucket("mlpl-demo")
@@ -124,6 +127,25 @@ def run_demo(folder: str, *, num_epochs: int | None = None, config_path: str | N
         raise RunError(
             report.faults[0], expected="an exact chain", where=str(root / "run"), next_step="report this fault"
         )
+
+
+def _empty(root: Path) -> None:
+    """A folder for the demo alone: made, or emptied if an earlier demo made it.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    marker = root / _MARKER
+    if root.exists() and any(root.iterdir()) and not marker.exists():
+        raise ConfigError(
+            f"{root} is not empty",
+            expected="a new folder, or one of an earlier demo",
+            where="--folder",
+            next_step="name another folder",
+        )
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    marker.touch()
 
 
 def demo_config(bucket: str, *, num_epochs: int | None, config_path: str | None) -> Config:

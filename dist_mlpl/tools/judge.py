@@ -34,7 +34,7 @@ def judge(run: str, *, split: str | None = None, manifest_url: str | None = None
     Collective: all ranks, under torchrun; alone without it.
     """
     config = read_run_config(run)
-    settings = config.engine.model_copy(update={"kind": "plain"})
+    settings = config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
     world = start(settings)
     storage.configure_storage(config.data.storage_options)
     commit = read_chain(run)[-1]

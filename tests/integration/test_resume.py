@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_mlpl.checkpoint import read_chain
 from dist_mlpl.progress import read_rows
-from tests.support.runs import assert_same_end, rows_reach, run, run_until, tiny_config, tiny_shards, write_config
+from tests.support.runs import (
+    assert_same_end,
+    command,
+    environment,
+    rows_reach,
+    run,
+    run_until,
+    tiny_config,
+    tiny_shards,
+    write_config,
+)  # fmt: skip
 
 pytestmark = pytest.mark.integration
 
@@ -143,17 +158,55 @@ def test_a_run_whose_classes_cannot_be_scored_saves_and_resumes(tmp_path: Path) 
     shards = tiny_shards(tmp_path / "shards", num_classes=1, num_test=1)
     config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
     run("train", config, "--local", "--out", str(out), "--max-steps", "7")
-    assert "mAP" not in read_chain(str(out))[-2].metrics
+    assert json.loads((out / "evaluations" / "00000006.json").read_text())["mAP"] is None
     run("train", config, "--local", "--out", str(out))
     assert json.loads(run("evaluate", str(out), "--json").stdout)["mAP"] is None
 
 
+def test_only_the_newest_checkpoints_keep_their_models_and_the_audit_still_reads_all(undisturbed: Path) -> None:
+    chain = read_chain(str(undisturbed))
+    kept = [commit.step for commit in chain if (undisturbed / commit.files[0].path).exists()]
+    assert [commit.step for commit in chain] == [2, 4, 6, 8, 10, 12]
+    assert kept == [8, 10, 12]
+    assert json.loads(run("audit", str(undisturbed), "--json").stdout)["is_exact"]
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(undisturbed: Path, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    record = out / "evaluations" / "00000012.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    run("train", write_config(tmp_path / "run.yaml", tiny_config(shards)), "--local", "--out", str(out))
+    assert json.loads(record.read_text()) == before
+
+
+def test_a_chain_that_left_an_epoch_early_is_not_exact(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    later = out / "commits" / "00000008.json"
+    record = json.loads(later.read_text())
+    later.write_text(json.dumps(record | {"parent": 4}))
+    (out / "commits" / "00000006.json").unlink()
+    audited = run("audit", str(out), "--json", check=False)
+    assert audited.returncode == 4
+    assert "epoch 0 was left with 40 samples still to come" in json.loads(audited.stdout)["faults"]
+
+
+def test_a_newer_attempt_makes_an_older_one_give_way(shards: str, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards, num_epochs=200)), tmp_path / "run"
+    older = subprocess.Popen(
+        command("train", config, "--local", "--out", str(out)), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not rows_reach(out, 3)():
+        time.sleep(0.005)  # between looks at the condition
+    run("train", config, "--local", "--out", str(out), "--max-steps", "2")
+    assert "OvertakenError" in older.communicate(timeout=120)[1]
+    assert older.returncode == 4
+    assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
+
+
 def test_audit_finds_a_sample_that_was_not_the_planned_one(undisturbed: Path, tmp_path: Path) -> None:
-    import hashlib
-    import shutil
-
-    import numpy as np
-
     out = tmp_path / "copy"
     shutil.copytree(undisturbed, out)
     record = json.loads((out / "commits" / "00000004.json").read_text())
