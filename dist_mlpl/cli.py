@@ -242,7 +242,7 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print a config as it resolves, defaults included."""
     from dist_mlpl.config import load_config
 
-    print(load_config(config, overrides=overrides).to_yaml(), end="")
+    print(load_config(config, overrides=overrides).to_yaml(is_whole=True), end="")
 
 
 @config_app.command("check")

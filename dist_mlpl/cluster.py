@@ -191,7 +191,7 @@ def train_on_ray(
         raise _failed(failure[0], config)
     if last and is_result_shown:
         show_last(last, config.run_folder)
-    return seen.is_stopped
+    return stop.is_asked and seen.is_stopped
 
 
 def _waiting(config: Config) -> str:

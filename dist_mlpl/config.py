@@ -80,9 +80,9 @@ class Config(Settings):
         """sha256 of the resolved config as canonical JSON, without `data.storage_options`."""
         return storage.sha256_of_bytes(json.dumps(self._public(), sort_keys=True).encode())
 
-    def to_yaml(self) -> str:
-        """The resolved config without `data.storage_options`, which may hold keys and secrets."""
-        return yaml.safe_dump(self._public(), sort_keys=False)
+    def to_yaml(self, *, is_whole: bool = False) -> str:
+        """The resolved config; `data.storage_options`, which may hold keys and secrets, only if asked for."""
+        return yaml.safe_dump(self.model_dump(mode="json") if is_whole else self._public(), sort_keys=False)
 
     def _public(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"data": {"storage_options"}})

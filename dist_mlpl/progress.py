@@ -301,7 +301,9 @@ class Display:
 
     def _start(self, row: Row) -> None:
         self._about = row
-        if row["step"] or int(row["attempt"]) > 1:
+        if row["epoch"] >= row["num_epochs"]:
+            self._say(f"the run is complete at step {row['step']}")
+        elif row["step"] or int(row["attempt"]) > 1:
             where = f"epoch {row['epoch']}, {row['samples_consumed']} samples in, step {row['step']}"
             self._say(f"attempt {int(row['attempt'])} resumes at {where}")
         if self._task is None:

@@ -1,0 +1,139 @@
+"""Claims about what a person sees: rows, the lines for finished epochs, the answer to a wish to stop."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from dist_mlpl import cluster
+from dist_mlpl.batch import Progress, StepOutput
+from dist_mlpl.progress import Action, Display, JsonLines, Report, read_rows
+
+pytestmark = pytest.mark.unit
+
+ABOUT = {"num_epochs": 2, "num_samples": 32, "num_steps": 4, "num_classes": 3}
+
+
+class Rows(list):
+    """A sink that keeps rows."""
+
+    def row(self, row: dict) -> None:
+        self.append(row)
+
+    def flush(self) -> None:
+        self.append({"event": "flushed"})
+
+    def close(self) -> None:
+        self.append({"event": "closed"})
+
+
+def output(loss: float) -> StepOutput:
+    extras = {"grad_norm": 1.0, "learning_rate": 0.1, "num_bad": 0}
+    return StepOutput(torch.tensor(loss), {"bce": torch.tensor(loss)}, torch.zeros(2, 3), extras)
+
+
+def begun(*sinks: object, ask=lambda: Action.GO_ON) -> Report:
+    report = Report(lambda out, attempt: sinks, ask)
+    report.begin("RUN", "0001", Progress(), global_batch=16, about=ABOUT)
+    return report
+
+
+def test_a_step_row_says_position_loss_terms_rate_and_waiting() -> None:
+    rows = Rows()
+    report = begun(rows)
+    report.step(Progress(0, 16, 1, 0, 0.25), output(0.5), waited_seconds=0.0)
+    row = rows[-1]
+    assert (row["event"], row["step"], row["epoch"], row["samples_consumed"]) == ("step", 1, 0, 16)
+    assert row["loss"] == row["loss/bce"] == 0.5
+    assert row["images_per_second"] > 0
+    assert 0.0 <= row["wait_fraction"] <= 1.0
+
+
+def test_an_epoch_row_has_the_mean_loss_of_its_own_steps_and_is_flushed() -> None:
+    rows = Rows()
+    report = begun(rows)
+    for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
+        report.step(Progress(0, 16 * step, step), output(loss), waited_seconds=0.0)
+    report.epoch(Progress(1, 0, 3), {"mAP": 0.5})
+    epoch = next(row for row in rows if row["event"] == "epoch")
+    assert epoch["train_loss"] == 3.0
+    assert epoch["mAP"] == 0.5
+    assert rows[-1]["event"] == "flushed"
+    assert report.train_metrics() == {}
+
+
+def test_the_wish_to_stop_is_the_answer_to_a_step() -> None:
+    report = begun(ask=lambda: Action.STOP)
+    assert report.step(Progress(0, 16, 1), output(1.0), waited_seconds=0.0) is Action.STOP
+
+
+def test_every_sink_is_closed_even_if_one_of_them_fails() -> None:
+    class Failing(Rows):
+        def close(self) -> None:
+            raise OSError("full")
+
+    first, last = Rows(), Rows()
+    report = begun(first, Failing(), last)
+    with pytest.raises(OSError, match="full"):
+        report.close()
+    assert first[-1]["event"] == last[-1]["event"] == "closed"
+
+
+def test_rows_after_the_commit_that_the_next_attempt_went_on_from_are_not_read(tmp_path) -> None:
+    for attempt, start, steps in (("0001", 0, (1, 2, 3)), ("0002", 2, (3, 4))):
+        sink = JsonLines(str(tmp_path), attempt)
+        sink.row({"event": "start", "step": start})
+        for step in steps:
+            sink.row({"event": "step", "step": step, "attempt": attempt, "loss": math.nan})
+        sink.close()
+    JsonLines(str(tmp_path), "0003").close()  # died before its first row
+    steps = [(row["step"], row["attempt"]) for row in read_rows(str(tmp_path)) if row["event"] == "step"]
+    assert steps == [(1, "0001"), (2, "0001"), (3, "0002"), (4, "0002")]
+    assert read_rows(str(tmp_path))[1]["loss"] is None
+
+
+def test_a_note_may_hold_brackets_and_an_epoch_is_one_line() -> None:
+    stream = io.StringIO()
+    display = Display(Console(file=stream, width=60))
+    display.row({"event": "start", "attempt": "0002", "step": 2, "epoch": 1, "samples_consumed": 0, **ABOUT})
+    display.row({"event": "note", "text": "[/gloo/pair.cc:561] lost"})
+    display.row({"event": "epoch", "step": 4, "epoch": 2, "train_loss": 0.5, "train_images_per_second": 100.0,
+                 "mAP": 0.25, "OF1": 0.5, "CF1": 0.5, "num_undecodable": 2.0})  # fmt: skip
+    display.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "attempt 2 resumes at epoch 1, 0 samples in, step 2"
+    assert lines[1] == "[/gloo/pair.cc:561] lost"
+    assert lines[2].endswith("mAP 0.2500  OF1 0.5000  CF1 0.5000  100 images/s  2 undecodable")
+
+
+def test_a_stop_is_heard_when_steps_take_longer_than_the_pushes_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer:
+        """A remote answer that is ready a little after it was asked for."""
+
+        def __init__(self, action: Action) -> None:
+            self.action, self.ready_at = action, clock[0] + 0.001
+
+    class Push:
+        @staticmethod
+        def remote(rows: list) -> Answer:
+            return Answer(Action.STOP)
+
+    class Board:
+        push = Push
+
+    clock = [0.0]
+    monkeypatch.setattr(cluster.ray, "wait", lambda refs, timeout: ([r for r in refs if r.ready_at <= clock[0]], []))
+    monkeypatch.setattr(cluster.ray, "get", lambda ref: ref.action)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    sink = cluster.BoardSink(Board)
+    heard = []
+    for step in range(3):
+        clock[0] += 10.0
+        sink.row({"event": "step", "step": step})
+        heard.append(sink.ask())
+    assert heard == [Action.GO_ON, Action.STOP, Action.STOP]
