@@ -13,72 +13,33 @@ from __future__ import annotations
 import io
 import json
 import math
-import platform
 import secrets
 import socket
-from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
-from pydantic import ValidationError
-from torch import Tensor
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
+from dist_mlpl.chain import (
+    FORMAT,
+    Commit,
+    CommitFile,
+    RunIdentity,
+    check_identity,
+    commit_url,
+    read_commit,
+    read_file,
+    read_head,
+    read_model,
+    versions,
+)
 from dist_mlpl.data.order import PADDING, last_position
 from dist_mlpl.data.stream import BadSample, Consumed, Stream
 from dist_mlpl.engine import Engine, EngineState
-from dist_mlpl.errors import BankError, CheckpointError, OvertakenError, RankMismatchError
-from dist_mlpl.settings import Settings
-
-FORMAT = 1
-
-
-class CommitFile(Settings):
-    """One file of a checkpoint."""
-
-    path: str  # below RUN
-    num_bytes: int
-    sha256: str
-
-
-class RunIdentity(Settings):
-    """What a resumed run must share with the run that it continues."""
-
-    global_batch: int
-    num_lanes: int
-    window_samples: int
-    group_size: int
-    digests: dict[str, str | None]  # config, classes, manifest, view
-
-
-class Commit(Settings):
-    """The record that makes a checkpoint exist."""
-
-    format: int
-    step: int
-    epoch: int
-    samples_consumed: int
-    round: int
-    parent: int | None  # step of the commit before it; None for the first
-    attempt: str
-    global_batch: int
-    num_lanes: int
-    window_samples: int
-    group_size: int
-    world_size: int
-    digests: dict[str, str | None]
-    versions: dict[str, str]
-    metrics: dict[str, float]
-    bad_samples: list[tuple[int, str, str]]  # index, name, reason: undecodable since the parent
-    files: list[CommitFile]
-
-    @property
-    def name(self) -> str:
-        """The step as it stands in file names."""
-        return f"{self.step:08d}"
+from dist_mlpl.errors import BankError, OvertakenError, RankMismatchError
 
 
 class Attempt(NamedTuple):
@@ -272,7 +233,7 @@ class Checkpoint:
             files=files,
             **self._identity.model_dump(),
         )
-        if not storage.create_exclusive(_commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
+        if not storage.create_exclusive(commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
             raise _overtaken(self._attempt.name)
         return commit
 
@@ -331,128 +292,8 @@ def _overtaken(attempt: str) -> OvertakenError:
     )
 
 
-def _commit_url(out: str, step: int) -> str:
-    return storage.join(out, "commits", f"{step:08d}.json")
-
-
-def read_head(out: str) -> Commit | None:
-    """The commit of the highest step, or None in a new run folder.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    names = [name for name in storage.list_names(storage.join(out, "commits")) if name.endswith(".json")]
-    return read_commit(out, int(names[-1].removesuffix(".json"))) if names else None
-
-
-def read_commit(out: str, step: int) -> Commit:
-    """One commit.
-
-    Raises:
-        CheckpointError: missing, not JSON, of another format.
-    """
-    url = _commit_url(out, step)
-    try:
-        return Commit.model_validate_json(storage.read_bytes(url))  # another format has other keys
-    except (FileNotFoundError, ValidationError) as error:
-        raise CheckpointError(
-            f"commit {step} cannot be read: {type(error).__name__}",
-            expected=f"a commit record of format {FORMAT}",
-            where=url,
-            next_step="move the file away to go on from the commit before it",
-        ) from error
-
-
-def read_chain(out: str) -> list[Commit]:
-    """The commits that led to the head, first to last.
-
-    Raises:
-        CheckpointError: no commit at all, or a parent is missing.
-    """
-    commit = read_head(out)
-    if commit is None:
-        raise CheckpointError(
-            "no commit",
-            expected="a run that has saved at least once",
-            where=storage.join(out, "commits"),
-            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
-        )
-    chain = [commit]
-    while chain[-1].parent is not None:
-        chain.append(read_commit(out, chain[-1].parent))
-    return chain[::-1]
-
-
-def read_file(out: str, commit: Commit, name: str) -> bytes:
-    """One file of a checkpoint, its digest verified.
-
-    Raises:
-        CheckpointError: missing, or not the bytes that the commit names.
-    """
-    entry = next((f for f in commit.files if f.path.endswith("/" + name)), None)
-    where = storage.join(out, entry.path if entry else name)
-    try:
-        content = storage.read_bytes(where) if entry else b""
-    except FileNotFoundError:
-        content = b""
-    if entry is None or len(content) != entry.num_bytes or storage.sha256_of_bytes(content) != entry.sha256:
-        raise CheckpointError(
-            f"{name} of commit {commit.step} is missing or damaged ({len(content)} bytes)",
-            expected=f"{entry.num_bytes} bytes of sha256 {entry.sha256[:16]}..." if entry else "a file of that name",
-            where=where,
-            next_step="models of old commits are pruned (keep_checkpoints); if this is the newest, move "
-            f"RUN/commits/{commit.name}.json away to go on from the commit before it",
-        )
-    return content
-
-
-def read_model(out: str, commit: Commit) -> dict[str, Tensor]:
-    """Parameters and buffers by name; all that evaluation and export need."""
-    return safetensors.torch.load(read_file(out, commit, "model.safetensors"))
-
-
 def read_state(out: str, commit: Commit) -> EngineState:
     """Everything that training changes."""
     moments = safetensors.torch.load(read_file(out, commit, "optimizer.safetensors"))
     document = json.loads(read_file(out, commit, "optimizer.json"))
     return EngineState(read_model(out, commit), moments, document["num_updates"])
-
-
-def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
-    """Refuse to resume on other classes, shards, labels or order.
-
-    `global_batch` and the config's other keys are compared by `config.check_resume`, which knows what was allowed.
-
-    Raises:
-        CheckpointError: listing every difference.
-    """
-    differing = [
-        f"{name}: {getattr(commit, name)} in the run, {getattr(identity, name)} now"
-        for name in ("num_lanes", "window_samples", "group_size")
-        if getattr(commit, name) != getattr(identity, name)
-    ]
-    differing += [
-        f"{name}: {commit.digests.get(name)} in the run, {identity.digests.get(name)} now"
-        for name in ("classes", "manifest", "view")
-        if commit.digests.get(name) != identity.digests.get(name)
-    ]
-    if differing:
-        raise CheckpointError(
-            "the data set or its order has changed since the run was saved: " + "; ".join(differing),
-            expected="the classes, manifest, view and order that the run began with",
-            where=storage.join(out, "commits", f"{commit.name}.json"),
-            next_step="resume on the same shards and settings, or start a new run folder",
-        )
-
-
-def versions() -> dict[str, str]:
-    """What the run is made with."""
-    names = ("dist-mlpl", "torch", "torchvision", "deepspeed", "ray", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except ModuleNotFoundError:  # a machine that runs the plain engine alone
-        return "absent"

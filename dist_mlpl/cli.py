@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from dist_mlpl.environment import prepare_environment
-from dist_mlpl.errors import MlplError
+from dist_mlpl.errors import ConfigError, MlplError
 
 app = typer.Typer(
     name="dist-mlpl",
@@ -33,6 +33,9 @@ RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, a path o
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, say data.known_fraction=0.1.")
 ]
+StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -46,6 +49,28 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """`--storage-options` as a dict.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"--storage-options {text!r}",
+            expected="a JSON object",
+            where="--storage-options",
+            next_step="""write it like '{"endpoint_url": "http://127.0.0.1:9000"}'""",
+        )
+    return options
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -89,14 +114,17 @@ def evaluate(
     run: RunUrl,
     split: Annotated[str | None, typer.Option(help="Split of the manifest; the run's own by default.")] = None,
     manifest: Annotated[str | None, typer.Option(help="Other shards of the same classes.")] = None,
-    as_json: AsJson = False,
+    as_json: StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+]
+AsJson = False,
 ) -> None:
     """Judge the newest commit of a run."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.progress import metrics_table
     from dist_mlpl.tools.judge import judge
 
-    metrics = judge(run, split=split, manifest_url=manifest)
+    metrics = judge(run, split=split, manifest_url=manifest, storage_options=_parsed(storage_options))
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -112,12 +140,15 @@ def evaluate(
 def audit(
     run: RunUrl,
     manifest: Annotated[str | None, typer.Option(help="Where the run's shards are now, if they moved.")] = None,
-    as_json: AsJson = False,
+    as_json: StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+]
+AsJson = False,
 ) -> None:
     """Prove from the commits that every planned sample was trained on once."""
     from dist_mlpl.tools.audit import audit as prove
 
-    report = prove(run, manifest_url=manifest)
+    report = prove(run, manifest_url=manifest, storage_options=_parsed(storage_options))
     if as_json:
         epochs = [proof._asdict() for proof in report.epochs]
         _print_json(
@@ -167,10 +198,13 @@ def shards_build(
     decode: Annotated[
         bool, typer.Option("--decode/--no-decode", help="Decode every image, or look at markers.")
     ] = True,
-    as_json: AsJson = False,
+    as_json: StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+]
+AsJson = False,
 ) -> None:
     """Pack images and labels into tars, their indexes and one manifest."""
-    from dist_mlpl.errors import ConfigError, nearest_names
+    from dist_mlpl.errors import nearest_names
     from shards.build import build
     from shards.sources.table import read_table
 
@@ -214,7 +248,10 @@ def shards_verify(
     url: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image too.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each core by default.")] = None,
-    as_json: AsJson = False,
+    as_json: StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+]
+AsJson = False,
 ) -> None:
     """Read everything again and compare it with the manifest."""
     from shards.verify import verify

@@ -14,7 +14,8 @@ import torch
 
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Progress, RunLength
-from dist_mlpl.checkpoint import Attempt, Checkpoint, RunIdentity, begin_attempt, read_chain, read_model
+from dist_mlpl.chain import RunIdentity, read_chain, read_model
+from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.data.cache import ShardCache
 from dist_mlpl.data.label_store import Labels, LabelStore

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_mlpl import storage
-from dist_mlpl.checkpoint import Commit, read_chain, read_file
+from dist_mlpl.chain import Commit, read_chain, read_file
 from dist_mlpl.config import read_run_config
 from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder
@@ -35,7 +35,7 @@ class AuditReport(NamedTuple):
     head: Commit
 
 
-def audit(run: str, *, manifest_url: str | None = None) -> AuditReport:
+def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[str, Any] | None = None) -> AuditReport:
     """Walk the committed chain and hold every consumed index against the planned order.
 
     The order is computed again from seed, epoch and manifest; the consumed indices are what the ranks were handed.
@@ -44,12 +44,13 @@ def audit(run: str, *, manifest_url: str | None = None) -> AuditReport:
     Args:
         run: RUN.
         manifest_url: where the shards are now, if they moved.
+        storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
 
     Raises:
         CheckpointError: no commit, or a damaged one, or another manifest than the run's.
     """
+    storage.configure_storage(storage_options)
     config = read_run_config(run)
-    storage.configure_storage(config.data.storage_options)
     manifest = load_manifest(manifest_url or config.data.manifest)
     chain = read_chain(run)
     _check_manifest(manifest, chain[-1])

@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_mlpl import storage
 from dist_mlpl.batch import RunLength
-from dist_mlpl.checkpoint import read_chain, read_model
+from dist_mlpl.chain import read_chain, read_model
 from dist_mlpl.config import read_run_config
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import load_manifest
@@ -17,13 +17,20 @@ from dist_mlpl.evaluate import evaluate
 from dist_mlpl.train import build_stream
 
 
-def judge(run: str, *, split: str | None = None, manifest_url: str | None = None) -> dict[str, Any]:
+def judge(
+    run: str,
+    *,
+    split: str | None = None,
+    manifest_url: str | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Evaluate the newest commit of a run from its model file alone.
 
     Args:
         run: RUN.
         split: of the manifest; None for the run's own evaluation split.
         manifest_url: shards of the same classes; None for the run's own.
+        storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
 
     Returns:
         The metrics, with `split` and `step`.
@@ -33,10 +40,10 @@ def judge(run: str, *, split: str | None = None, manifest_url: str | None = None
 
     Collective: all ranks, under torchrun; alone without it.
     """
+    storage.configure_storage(storage_options)
     config = read_run_config(run)
     settings = config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
     world = start(settings)
-    storage.configure_storage(config.data.storage_options)
     commit = read_chain(run)[-1]
     manifest = load_manifest(manifest_url or config.data.manifest)
     if manifest.classes_sha256 != commit.digests["classes"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mlpl.checkpoint import read_chain
+from dist_mlpl.chain import read_chain
 from dist_mlpl.progress import read_rows
 from tests.support.runs import (
     assert_same_end,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 
-from dist_mlpl.checkpoint import read_chain, read_model, read_state
+from dist_mlpl.chain import read_chain, read_model
+from dist_mlpl.checkpoint import read_state
 from shards.build import build
 from shards.sources.table import read_table
 from tests.support.images import write_images

@@ -1,0 +1,192 @@
+"""Owns the commit chain as it is read: one small record per checkpoint, each naming its parent and its files.
+
+The chain alone says where a run stands: the record of the highest step, and its parents. `checkpoint.py` writes it.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import safetensors.torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_mlpl import storage
+from dist_mlpl.errors import CheckpointError
+from dist_mlpl.settings import Settings
+
+FORMAT = 1
+
+
+class CommitFile(Settings):
+    """One file of a checkpoint."""
+
+    path: str  # below RUN
+    num_bytes: int
+    sha256: str
+
+
+class RunIdentity(Settings):
+    """What a resumed run must share with the run that it continues."""
+
+    global_batch: int
+    num_lanes: int
+    window_samples: int
+    group_size: int
+    digests: dict[str, str | None]  # config, classes, manifest, view
+
+
+class Commit(Settings):
+    """The record that makes a checkpoint exist."""
+
+    format: int
+    step: int
+    epoch: int
+    samples_consumed: int
+    round: int
+    parent: int | None  # step of the commit before it; None for the first
+    attempt: str
+    global_batch: int
+    num_lanes: int
+    window_samples: int
+    group_size: int
+    world_size: int
+    digests: dict[str, str | None]
+    versions: dict[str, str]
+    metrics: dict[str, float]
+    bad_samples: list[tuple[int, str, str]]  # index, name, reason: undecodable since the parent
+    files: list[CommitFile]
+
+    @property
+    def name(self) -> str:
+        """The step as it stands in file names."""
+        return f"{self.step:08d}"
+
+
+def commit_url(out: str, step: int) -> str:
+    """Where the commit of a step lies."""
+    return storage.join(out, "commits", f"{step:08d}.json")
+
+
+def read_head(out: str) -> Commit | None:
+    """The commit of the highest step, or None in a new run folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    names = [name for name in storage.list_names(storage.join(out, "commits")) if name.endswith(".json")]
+    return read_commit(out, int(names[-1].removesuffix(".json"))) if names else None
+
+
+def read_commit(out: str, step: int) -> Commit:
+    """One commit.
+
+    Raises:
+        CheckpointError: missing, not JSON, of another format.
+    """
+    url = commit_url(out, step)
+    try:
+        commit = Commit.model_validate_json(storage.read_bytes(url))
+    except (FileNotFoundError, ValidationError) as error:
+        raise _unreadable(type(error).__name__, url) from error
+    if commit.format != FORMAT:
+        raise _unreadable(f"format {commit.format}", url)
+    return commit
+
+
+def _unreadable(why: str, url: str) -> CheckpointError:
+    return CheckpointError(
+        f"a commit of the chain cannot be read: {why}",
+        expected=f"a commit record of format {FORMAT}",
+        where=url,
+        next_step="restore the file; if it is the newest commit, move it away to go on from the one before",
+    )
+
+
+def read_chain(out: str) -> list[Commit]:
+    """The commits that led to the head, first to last.
+
+    Raises:
+        CheckpointError: no commit at all, or a parent is missing.
+    """
+    commit = read_head(out)
+    if commit is None:
+        raise CheckpointError(
+            "no commit",
+            expected="a run that has saved at least once",
+            where=storage.join(out, "commits"),
+            next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
+        )
+    chain = [commit]
+    while chain[-1].parent is not None:
+        chain.append(read_commit(out, chain[-1].parent))
+    return chain[::-1]
+
+
+def read_file(out: str, commit: Commit, name: str) -> bytes:
+    """One file of a checkpoint, its digest verified.
+
+    Raises:
+        CheckpointError: missing, or not the bytes that the commit names.
+    """
+    entry = next((f for f in commit.files if f.path.endswith("/" + name)), None)
+    where = storage.join(out, entry.path if entry else name)
+    try:
+        content = storage.read_bytes(where) if entry else b""
+    except FileNotFoundError:
+        content = b""
+    if entry is None or len(content) != entry.num_bytes or storage.sha256_of_bytes(content) != entry.sha256:
+        raise CheckpointError(
+            f"{name} of commit {commit.step} is missing or damaged ({len(content)} bytes)",
+            expected=f"{entry.num_bytes} bytes of sha256 {entry.sha256[:16]}..." if entry else "a file of that name",
+            where=where,
+            next_step="models of old commits are pruned (keep_checkpoints); if this is the newest, move "
+            f"RUN/commits/{commit.name}.json away to go on from the commit before it",
+        )
+    return content
+
+
+def read_model(out: str, commit: Commit) -> dict[str, Tensor]:
+    """Parameters and buffers by name; all that evaluation and export need."""
+    return safetensors.torch.load(read_file(out, commit, "model.safetensors"))
+
+
+def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
+    """Refuse to resume on other classes, shards, labels or order.
+
+    `global_batch` and the config's other keys are compared by `config.check_resume`, which knows what was allowed.
+
+    Raises:
+        CheckpointError: listing every difference.
+    """
+    differing = [
+        f"{name}: {getattr(commit, name)} in the run, {getattr(identity, name)} now"
+        for name in ("num_lanes", "window_samples", "group_size")
+        if getattr(commit, name) != getattr(identity, name)
+    ]
+    differing += [
+        f"{name}: {commit.digests.get(name)} in the run, {identity.digests.get(name)} now"
+        for name in ("classes", "manifest", "view")
+        if commit.digests.get(name) != identity.digests.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            "the data set or its order has changed since the run was saved: " + "; ".join(differing),
+            expected="the classes, manifest, view and order that the run began with",
+            where=storage.join(out, "commits", f"{commit.name}.json"),
+            next_step="resume on the same shards and settings, or start a new run folder",
+        )
+
+
+def versions() -> dict[str, str]:
+    """What the run is made with."""
+    names = ("dist-mlpl", "torch", "torchvision", "deepspeed", "ray", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:  # a machine that runs the plain engine alone
+        return "absent"
