@@ -34,7 +34,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, say data.known_fraction=0.1.")
 ]
 StorageOptions = Annotated[
-    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords; runs write none down.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -114,10 +114,8 @@ def evaluate(
     run: RunUrl,
     split: Annotated[str | None, typer.Option(help="Split of the manifest; the run's own by default.")] = None,
     manifest: Annotated[str | None, typer.Option(help="Other shards of the same classes.")] = None,
-    as_json: StorageOptions = Annotated[
-    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
-]
-AsJson = False,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
 ) -> None:
     """Judge the newest commit of a run."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -140,10 +138,8 @@ AsJson = False,
 def audit(
     run: RunUrl,
     manifest: Annotated[str | None, typer.Option(help="Where the run's shards are now, if they moved.")] = None,
-    as_json: StorageOptions = Annotated[
-    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
-]
-AsJson = False,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
 ) -> None:
     """Prove from the commits that every planned sample was trained on once."""
     from dist_mlpl.tools.audit import audit as prove
@@ -198,10 +194,7 @@ def shards_build(
     decode: Annotated[
         bool, typer.Option("--decode/--no-decode", help="Decode every image, or look at markers.")
     ] = True,
-    as_json: StorageOptions = Annotated[
-    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
-]
-AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pack images and labels into tars, their indexes and one manifest."""
     from dist_mlpl.errors import nearest_names
@@ -248,10 +241,7 @@ def shards_verify(
     url: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image too.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each core by default.")] = None,
-    as_json: StorageOptions = Annotated[
-    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords of remote URLs; runs keep none.")
-]
-AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read everything again and compare it with the manifest."""
     from shards.verify import verify
