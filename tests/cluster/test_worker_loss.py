@@ -83,6 +83,7 @@ def test_a_killed_driver_takes_its_cluster_along_and_the_same_command_ends_bit_e
     assert json.loads(run("audit", out, "--json").stdout)["is_exact"]
 
 
+@pytest.mark.long
 def test_sigterm_to_the_driver_commits_and_stops_the_workers(undisturbed: tuple[str, str], bucket: str) -> None:
     config, _ = undisturbed
     out = storage.join(bucket, "stopped")

@@ -76,7 +76,7 @@ def test_rows_thrown_away_by_a_kill_are_not_read(undisturbed: Path, shards: str,
 
 @pytest.mark.parametrize(
     ("stage", "num_ranks"),
-    [(0, 2), pytest.param(1, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (3, 2)],
+    [*(pytest.param(stage, 2, marks=pytest.mark.long) for stage in (0, 1, 2)), (3, 2)],
 )
 def test_deepspeed_on_two_ranks_resumes_bit_equal_after_a_kill(
     stage: int, num_ranks: int, shards: str, tmp_path: Path
