@@ -61,17 +61,11 @@ def test_a_run_killed_between_commits_and_started_again_ends_bit_equal(
     chain = read_chain(str(out))
     assert len({commit.attempt for commit in chain}) >= 2
     assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
-
-
-def test_rows_thrown_away_by_a_kill_are_not_read(undisturbed: Path, shards: str, tmp_path: Path) -> None:
-    config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"
-    run_until(rows_reach(out, 5), "train", config, "--local", "--out", str(out))
-    run("train", config, "--local", "--out", str(out))
     losses = [
         [(row["step"], row["loss"]) for row in read_rows(str(folder)) if row["event"] == "step"]
         for folder in (undisturbed, out)
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1]  # rows of steps that a kill threw away are not read
 
 
 @pytest.mark.parametrize(
@@ -154,6 +148,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(shards: str, tmp_path: Path) ->
     assert "commits/00000002.json" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_run_whose_classes_cannot_be_scored_saves_and_resumes(tmp_path: Path) -> None:
     shards = tiny_shards(tmp_path / "shards", num_classes=1, num_test=1)
     config, out = write_config(tmp_path / "run.yaml", tiny_config(shards)), tmp_path / "run"

@@ -218,7 +218,7 @@ def test_apply_takes_any_samples_in_any_order_and_leaves_its_input_alone() -> No
 
 
 def test_more_than_a_thousand_million_entries_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ConfigError, match="shards simulate"):
+    with pytest.raises(ConfigError, match="smaller"):
         View(
             "bernoulli",
             0.1,
