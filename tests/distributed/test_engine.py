@@ -25,6 +25,7 @@ from tests.support.training import (
     is_equal,
     is_same,
     largest_difference,
+    layer_norm_method,
     make_engine,
     train,
     train_on,
@@ -49,7 +50,7 @@ def assert_steps_close(found: list[Step], expected: list[Step], tolerance: float
 def steps_of_every_kind(rank: int, world_size: int) -> dict[str, dict[str | int, Any]]:
     for _ in range(2):  # the second finds the group already there
         assert start(EngineSettings()).size == dist.get_world_size() == world_size
-    names = ("batch_norm", "predicted", "bf16", "ten", "first_rank", "average")
+    names = ("batch_norm", "predicted", "bf16", "group_norm", "layer_norm", "first_rank", "average")
     found: dict[str, dict[str | int, Any]] = {name: {} for name in names}
     schedule = {"name": "cosine", "warmup_samples": 64}
     for kind in KINDS:
@@ -64,7 +65,10 @@ def steps_of_every_kind(rank: int, world_size: int) -> dict[str, dict[str | int,
         found["predicted"][kind] = torch.stack(logits)
         found["bf16"][kind] = train(make_engine(kind, backbone=BATCH_NORM, precision="bf16"), 2)
         engine = make_engine(kind, optimizer=SGD | keys, schedule=schedule)
-        found["ten"][kind] = train(engine, 10), whole_state(engine).model
+        found["group_norm"][kind] = train(engine, 10), whole_state(engine).model
+        torch.manual_seed(0)
+        engine = make_engine(kind, method=layer_norm_method(), optimizer=SGD)
+        found["layer_norm"][kind] = train(engine, 10), whole_state(engine).model
         found["first_rank"][kind] = starts_with_the_first_ranks_tensors(kind, rank)
         found["average"][kind] = averages_statistics(kind)
     return found
@@ -116,9 +120,10 @@ def test_under_autocast_too_gradients_are_summed_in_float32(steps, stage):
     assert_steps_close(steps["bf16"][stage], steps["bf16"]["plain"], 1e-5)
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "group_norm"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_steps_with_group_norm_and_sgd_equal_the_plain_engines(steps, stage):
-    (losses, model), (expected_losses, expected_model) = steps["ten"][stage], steps["ten"]["plain"]
+def test_ten_steps_with_layer_or_group_norm_and_sgd_equal_the_plain_engines(steps, stage, norm):
+    (losses, model), (expected_losses, expected_model) = steps[norm][stage], steps[norm]["plain"]
     assert_steps_close(losses, expected_losses, 1e-5)
     assert largest_difference(model, expected_model) < 1e-5
 
@@ -283,7 +288,7 @@ def load_and_save(rank: int, world_size: int, folder: str) -> dict[tuple[str, in
         For each file and stage: whether the load was whole, and how far the next losses are from the saver's.
     """
     files = sorted(path for path in Path(folder).iterdir() if not path.name.startswith(f"{world_size}-"))
-    comm.barrier()  # before anybody adds to the folder
+    dist.barrier()  # before anybody adds to the folder
     found = {}
     for stage in STAGES:
         engine = make_engine(stage, global_batch=UNEVEN_BATCH)

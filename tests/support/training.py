@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch, Progress, RunLength
@@ -19,6 +19,36 @@ GROUP_SIZE = 4
 STAGES = (0, 1, 2, 3)
 BATCH_NORM = {"name": "resnet_small"}
 GROUP_NORM = {"name": "resnet_small_gn"}
+
+
+class LayerNormTrunk(nn.Module):
+    """Patches, then two pre-norm residual MLPs with torch's LayerNorm; as wide as the small residual net."""
+
+    def __init__(self, num_features: int = 128) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, num_features, 8, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(num_features), nn.Linear(num_features, 64), nn.GELU(), nn.Linear(64, num_features)
+            )
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).permute(0, 2, 3, 1)  # (B, h, w, F)
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.norm(tokens).permute(0, 3, 1, 2)
+
+
+def layer_norm_method() -> Method:
+    """A `partial_bce` method on a trunk of LayerNorms."""
+    method = tiny_method("partial_bce", backbone=GROUP_NORM)
+    method.backbone = LayerNormTrunk(method.backbone.num_features)  # type: ignore[assignment]
+    return method
+
+
 LENGTH = RunLength(num_epochs=1, num_samples=10_000)
 
 
