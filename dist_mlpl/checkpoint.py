@@ -71,7 +71,7 @@ def begin_attempt(out: str, config_digest: str) -> Attempt:
         "host": socket.gethostname(),
         "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
     }
-    number = len(storage.list_names(storage.join(out, "attempts"))) + 1
+    number = max(_attempt_numbers(out), default=0) + 1
     while not storage.create_exclusive(
         storage.join(out, "attempts", f"{number:04d}.json"),
         json.dumps(started).encode(),
@@ -79,6 +79,11 @@ def begin_attempt(out: str, config_digest: str) -> Attempt:
         number += 1
     # The record first, then the head: whoever commits after this sees the record and gives way.
     return Attempt(*comm.broadcast_object((f"{number:04d}", read_head(out))))
+
+
+def _attempt_numbers(out: str) -> list[int]:
+    names = storage.list_names(storage.join(out, "attempts"))
+    return [int(name.removesuffix(".json")) for name in names]
 
 
 class Checkpoint:
@@ -151,7 +156,7 @@ class Checkpoint:
             `progress`.
 
         Raises:
-                OvertakenError: another attempt has begun or committed since; this one must stop.
+            OvertakenError: another attempt has begun or committed since; this one must stop.
             RankMismatchError: the ranks did not consume the positions that this commit covers.
 
         Collective: all ranks; parameters and moments as the engine gathers them, consumed indices to all.
@@ -201,8 +206,8 @@ class Checkpoint:
     ) -> Commit:
         """Files first, then the record. Rank 0 only."""
         newest = read_head(self._out)
-        attempts = storage.list_names(storage.join(self._out, "attempts"))
-        if (newest and newest.step) != (self._head and self._head.step) or attempts[-1] > f"{self._attempt.name}.json":
+        is_newest_attempt = max(_attempt_numbers(self._out)) == int(self._attempt.name)
+        if (newest and newest.step) != (self._head and self._head.step) or not is_newest_attempt:
             raise _overtaken(self._attempt.name)
         folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
         buffer = io.BytesIO()

@@ -119,7 +119,7 @@ def evaluate(
 ) -> None:
     """Judge the newest commit of a run."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    from dist_mlpl.progress import metrics_table
+    from dist_mlpl.display import metrics_table
     from dist_mlpl.tools.judge import judge
 
     metrics = judge(run, split=split, manifest_url=manifest, storage_options=_parsed(storage_options))
@@ -290,7 +290,7 @@ def config_schema() -> None:
 
 def _bar() -> Any:
     """A bar on standard error for verbs that report (doing, done, total)."""
-    from dist_mlpl.progress import work_bar
+    from dist_mlpl.display import work_bar
 
     return work_bar()
 

@@ -30,10 +30,11 @@ from dist_mlpl.config import Config, check_resume, read_run_config, run_config_u
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
 from dist_mlpl.data.views import check_size
+from dist_mlpl.display import Display
 from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
-from dist_mlpl.progress import Action, Display, Report, Row, Sink
+from dist_mlpl.progress import Action, Report, Row, Sink
 from dist_mlpl.train import train
 
 _POLL_SECONDS = 0.3
@@ -282,7 +283,13 @@ def _work(arguments: dict[str, Any]) -> None:
     sink = BoardSink(board)
     report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
     try:
-        train(config, report, allow_change=arguments["allow_change"], max_steps=arguments["max_steps"])
+        train(
+            config,
+            report,
+            allow_change=arguments["allow_change"],
+            max_steps=arguments["max_steps"],
+            is_output_logged=True,
+        )
     except Exception as error:
         if isinstance(error, MlplError) and not isinstance(error, (StorageError, OvertakenError)):
             ray.get(board.give_up.remote(error))

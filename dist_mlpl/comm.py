@@ -97,15 +97,6 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for every rank.
-
-    Collective: all ranks.
-    """
-    if world_size() > 1:
-        dist.barrier()
-
-
 def exchange(rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
     """Send each row to one rank and receive the rows meant for this one.
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dist_mlpl.config import Config
-from dist_mlpl.progress import Action, Display, JsonLines, Report, Sink, TensorBoard, metrics_table
+from dist_mlpl.display import Display, metrics_table
+from dist_mlpl.progress import Action, JsonLines, Report, Sink, TensorBoard
 from dist_mlpl.train import train
 
 

@@ -1,28 +1,26 @@
-"""Owns what a person and a dashboard see of a run: rows of numbers, the bar, JSON lines, TensorBoard files.
+"""Owns what a run tells while it goes on: rows of numbers, as JSON lines and TensorBoard files, and its logs.
 
 Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit, stopped or note.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, StepOutput
@@ -259,129 +257,36 @@ class TensorBoard:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class Display:
-    """A bar while steps run, one line per finished epoch. Without a terminal, the lines alone.
-
-    Args:
-        console: where to; the standard error stream by default, which leaves standard output to results.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr)
-        self._bar = Bar(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=24),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left {task.fields[left]}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._about: Row = {}
-        self._rate = 0.0
-
-    def row(self, row: Row) -> None:
-        event = row["event"]
-        if event == "start":
-            self._start(row)
-        elif event == "step" and self._task is not None:
-            self._step(row)
-        elif event == "epoch":
-            self._say(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
-        elif event == "stopped":
-            self._say(f"stopped and saved at step {row['step']}; the same command goes on from there")
-        elif event == "note":
-            self._say(row["text"])
-
-    def _say(self, text: str) -> None:
-        """A line of plain text: brackets in it are no markup, and a narrow log breaks nothing."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _start(self, row: Row) -> None:
-        self._about = row
-        if row["epoch"] >= row["num_epochs"]:
-            self._say(f"the run is complete at step {row['step']}")
-        elif row["step"] or int(row["attempt"]) > 1:
-            where = f"epoch {row['epoch']}, {row['samples_consumed']} samples in, step {row['step']}"
-            self._say(f"attempt {int(row['attempt'])} resumes at {where}")
-        if self._task is None:
-            self._task = self._bar.add_task(
-                "", total=row["num_steps"], epoch=row["epoch"] + 1, epochs=row["num_epochs"], numbers="", left="?"
-            )
-            self._bar.start()
-        self._bar.update(self._task, completed=row["step"])
-
-    def _step(self, row: Row) -> None:
-        assert self._task is not None
-        rate = row["images_per_second"]
-        self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-        total = self._about["num_epochs"] * self._about["num_samples"]
-        left = (1.0 - row["fraction"]) * total / max(self._rate, 1e-9)
-        terms = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in row.items() if name.startswith("loss/")]
-        parts = [f"{self._rate:.0f} images/s", f"wait {row['wait_fraction']:.0%}", f"loss {row['loss']:.4f}"]
-        numbers = "  ".join(parts + (terms if len(terms) > 1 else []))  # a lone term is the loss
-        self._bar.update(
-            self._task,
-            completed=row["step"],
-            epoch=min(row["epoch"] + 1, self._about["num_epochs"]),
-            numbers=numbers,
-            left=f"{int(left // 60)}:{int(left % 60):02d}",
-        )
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-def epoch_line(row: Row, *, num_epochs: Any) -> str:
-    """One line for one finished epoch."""
-    parts = [f"epoch {row['epoch']:>3}/{num_epochs}", f"step {row['step']}"]
-    if "train_loss" in row:
-        parts.append(f"loss {row['train_loss']:.4f}")
-    parts += [f"{name} {row[name]:.4f}" for name in ("mAP", "OF1", "CF1") if name in row]
-    if "train_loss" in row:
-        parts.append(f"{row['train_images_per_second']:.0f} images/s")
-    if row.get("num_undecodable"):
-        parts.append(f"{row['num_undecodable']:.0f} undecodable")
-    return "  ".join(parts)
-
-
-def metrics_table(metrics: dict[str, float]) -> Table:
-    """Every metric of one evaluation, fractions with four digits, counts as they are."""
-    table = Table()
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        is_count = name.startswith("num_") and float(value).is_integer()
-        table.add_row(name, f"{value:.0f}" if is_count else f"{value:.4f}")
-    return table
-
-
 class LogFile:
-    """This rank's log records, in RUN/logs/ATTEMPT/rank-r.log; copied there at commits when RUN is a URL.
+    """This rank's log, RUN/logs/ATTEMPT/rank-r.log; copied there at commits when RUN is a URL.
 
     Args:
         out: RUN.
         attempt: of this start.
         rank: of this process.
+        has_output: all that the process prints too, its libraries' and its last words included, instead of showing
+            it; for workers that nobody watches.
     """
 
-    def __init__(self, out: str, attempt: str, rank: int) -> None:
+    def __init__(self, out: str, attempt: str, rank: int, *, has_output: bool = False) -> None:
         self._url = storage.join(out, "logs", attempt, f"rank-{rank}.log")
         self._is_remote = storage.is_remote(out)
         self._path = Path(self._url)
         if self._is_remote:
             self._path = Path(tempfile.mkdtemp(prefix="mlpl-log-")) / self._path.name
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(self._path)
+        self._file = open(self._path, "a")  # noqa: SIM115 - closed in close()
+        self._handler = logging.StreamHandler(self._file)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("dist_mlpl"))
         logging.getLogger().addHandler(self._handler)
         logging.getLogger("dist_mlpl").setLevel(logging.INFO)
+        self._shown: dict[int, int] = {}  # where standard output and error went before
+        if has_output:
+            faulthandler.enable(self._file)
+            for number in (1, 2):
+                self._shown[number] = os.dup(number)
+                os.dup2(self._file.fileno(), number)
 
     def copy(self) -> None:
         """Make what was logged so far outlive this machine."""
@@ -391,24 +296,17 @@ class LogFile:
 
     def close(self) -> None:
         """Copy for the last time and let go."""
-        self.copy()
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
-        if self._is_remote:
-            shutil.rmtree(self._path.parent, ignore_errors=True)
-
-
-@contextmanager
-def work_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for work that is counted: yields `tell(doing, done, total)`. Silent without a terminal."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(doing: str, done: int, total: int) -> None:
-            if doing not in tasks:
-                tasks[doing] = bar.add_task(doing, total=total)
-            bar.update(tasks[doing], completed=done, total=total)
-
-        yield tell
+        if self._shown:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            faulthandler.disable()
+        for number, shown in self._shown.items():
+            os.dup2(shown, number)
+            os.close(shown)
+        try:
+            self.copy()
+        finally:
+            logging.getLogger().removeHandler(self._handler)
+            self._file.close()
+            if self._is_remote:
+                shutil.rmtree(self._path.parent, ignore_errors=True)

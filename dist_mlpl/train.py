@@ -35,7 +35,14 @@ from dist_mlpl.world import World
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, report: Report, *, allow_change: bool = False, max_steps: int | None = None) -> Progress:
+def train(
+    config: Config,
+    report: Report,
+    *,
+    allow_change: bool = False,
+    max_steps: int | None = None,
+    is_output_logged: bool = False,
+) -> Progress:
     """Run or resume one training, on this rank.
 
     Args:
@@ -43,6 +50,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
         report: what is told, and how the run is asked to stop.
         allow_change: resume under a changed batch, schedule or length.
         max_steps: return after this many steps of this attempt, with a commit.
+        is_output_logged: what this process prints goes to its log in the run folder.
 
     Returns:
         Where the run stands when it returns.
@@ -53,7 +61,7 @@ def train(config: Config, report: Report, *, allow_change: bool = False, max_ste
     Collective: all ranks run this function with the same arguments.
     """
     world = start(config.engine)
-    rooms = open_rooms(config, world, allow_change=allow_change)
+    rooms = open_rooms(config, world, allow_change=allow_change, is_output_logged=is_output_logged)
     method, engine, stream, length = rooms.method, rooms.engine, rooms.stream, rooms.length
     with rooms.closing():
         progress = rooms.restore()  # epoch, samples_consumed, step, round
@@ -194,7 +202,7 @@ class Rooms:
                 log.warning("the log could not be copied: %s", error)
 
 
-def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
+def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_logged: bool) -> Rooms:
     """Check what can be checked, then build everything from the manifest to the checkpoint.
 
     Raises:
@@ -213,7 +221,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool) -> Rooms:
     )
     notes = compare_with_run(config, allow_change=allow_change)
     attempt = begin_attempt(out, config.digest)
-    log_file = LogFile(out, attempt.name, world.rank)
+    log_file = LogFile(out, attempt.name, world.rank, has_output=is_output_logged)
 
     method = build_method(config, manifest)
     engine = Engine(

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import ClassLists, ShardEntry, ShardIndex, encode_index
+from dist_mlpl.data.manifest import ShardEntry
+from dist_mlpl.data.shard_index import ClassLists, ShardIndex, encode_index
 from dist_mlpl.errors import DataError, RunError, ShardError, StorageError
 from shards.sources.base import Record
 

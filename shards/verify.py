@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import Manifest, ShardEntry, ShardIndex, load_manifest, read_index
+from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest
+from dist_mlpl.data.shard_index import ShardIndex, read_index
 from dist_mlpl.errors import ConfigError, ShardError
 from shards.pack import OnProgress, check_image, run_tasks
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dist_mlpl.data.manifest import Manifest, ShardEntry, ShardIndex, read_index
+from dist_mlpl.data.manifest import Manifest, ShardEntry
+from dist_mlpl.data.shard_index import ShardIndex, read_index
 
 
 class Place(NamedTuple):

@@ -137,10 +137,6 @@ class Method(nn.Module):
         Collective: allowed, on all ranks alike.
         """
 
-    def proposals(self) -> dict[str, Tensor]:
-        """What the banks tell a relabelling round, by name; read at the end of a round. Nothing by default."""
-        return {}
-
     def banks(self) -> dict[str, Any]:
         """The method's banks by name, for saving and loading. None by default."""
         return {}

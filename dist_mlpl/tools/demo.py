@@ -14,8 +14,9 @@ from rich.console import Console
 from dist_mlpl import storage
 from dist_mlpl.cluster import train_on_ray
 from dist_mlpl.config import Config, load_config
+from dist_mlpl.display import metrics_table
 from dist_mlpl.errors import ConfigError, RunError
-from dist_mlpl.progress import Row, metrics_table, read_rows
+from dist_mlpl.progress import Row, read_rows
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.object_store import EmbeddedS3
 from dist_mlpl.tools.scenes import write_scenes

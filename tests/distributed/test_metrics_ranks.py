@@ -129,7 +129,7 @@ def test_the_first_exception_reaches_the_caller_while_peers_wait_in_a_collective
         print("about to fail")
         if rank == 1:
             raise RankMismatchError("one", expected="two", where="here", next_step="count")
-        comm.barrier()
+        dist.barrier()
 
     with pytest.raises(RankMismatchError) as caught:
         run_ranks(fail, 3)
@@ -143,7 +143,7 @@ def test_a_rank_that_dies_is_named_with_its_exit_code() -> None:
     def die(rank: int, world_size: int) -> None:
         if rank == 1:
             os._exit(7)
-        comm.barrier()
+        dist.barrier()
 
     with pytest.raises(RuntimeError, match="rank 1 died with exit code 7"):
         run_ranks(die, 2)

@@ -15,7 +15,8 @@ import pytest
 import webdataset as wds
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import ClassLists, ShardIndex, encode_index, load_manifest, read_index, write_manifest
+from dist_mlpl.data.manifest import load_manifest, write_manifest
+from dist_mlpl.data.shard_index import ClassLists, ShardIndex, encode_index, read_index
 from dist_mlpl.errors import ConfigError, DataError, ManifestError
 from dist_mlpl.labels import dense_targets
 from shards.build import BuildSummary, build

@@ -28,7 +28,7 @@ FLOORS = {
     "dist_mlpl.methods": 3, "dist_mlpl.optimizer": 3,
     "dist_mlpl.engine": 4, "dist_mlpl.engines": 4, "dist_mlpl.chain": 4, "dist_mlpl.checkpoint": 4,
     "dist_mlpl.evaluate": 4,
-    "dist_mlpl.relabel": 4, "dist_mlpl.progress": 4,
+    "dist_mlpl.relabel": 4, "dist_mlpl.progress": 4, "dist_mlpl.display": 4,
     "dist_mlpl.config": 5, "shards": 5,
     "dist_mlpl.train": 6,
     "dist_mlpl.local": 7, "dist_mlpl.cluster": 7, "dist_mlpl.tools": 7, "dist_mlpl.cli": 7,

@@ -16,20 +16,16 @@ from hypothesis import strategies as st
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import (
     ClassEntry,
-    ClassLists,
     Manifest,
     Packing,
     ShardEntry,
-    ShardIndex,
     SourceEntry,
     Split,
     classes_digest,
-    decode_index,
-    encode_index,
     load_manifest,
-    read_index,
     write_manifest,
 )
+from dist_mlpl.data.shard_index import ClassLists, ShardIndex, decode_index, encode_index, read_index
 from dist_mlpl.errors import ManifestError, ShardError
 from dist_mlpl.labels import dense_targets
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ from rich.console import Console
 
 from dist_mlpl import cluster
 from dist_mlpl.batch import Progress, StepOutput
-from dist_mlpl.progress import Action, Display, JsonLines, Report, read_rows
+from dist_mlpl.display import Display
+from dist_mlpl.progress import Action, JsonLines, Report, read_rows
+
+REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.unit
 
@@ -137,3 +143,30 @@ def test_a_stop_is_heard_when_steps_take_longer_than_the_pushes_are_apart(monkey
         sink.row({"event": "step", "step": step})
         heard.append(sink.ask())
     assert heard == [Action.GO_ON, Action.STOP, Action.STOP]
+
+
+WORKER = """
+import logging, os, sys
+from dist_mlpl.progress import LogFile
+log = LogFile(sys.argv[1], "0001", 3, has_output=True)
+print("a print")
+os.write(2, b"a library below Python\\n")
+logging.getLogger("dist_mlpl.x").info("a record")
+logging.getLogger("elsewhere").info("chatter")
+if sys.argv[2] == "dies":
+    os.abort()
+log.close()
+print("shown again")
+"""
+
+
+@pytest.mark.parametrize("ending", ["returns", "dies"])
+def test_a_workers_log_holds_what_it_and_its_libraries_print_to_the_last_word(tmp_path, ending: str) -> None:
+    arguments = [sys.executable, "-u", "-c", WORKER, str(tmp_path), ending]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
+    text = (tmp_path / "logs" / "0001" / "rank-3.log").read_text()
+    for part in ("a print", "a library below Python", "INFO dist_mlpl.x: a record"):
+        assert part in text
+    assert "chatter" not in text
+    assert ("Fatal Python error: Aborted" in text) == (ending == "dies")
+    assert done.stdout == ("shown again\n" if ending == "returns" else "")
