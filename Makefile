@@ -29,3 +29,4 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench.bench_metrics
+	$(BIN)/python -m tests.bench.bench_stream

@@ -47,6 +47,16 @@ class StepOutput(NamedTuple):
     extras: dict[str, Any]  # the method's own: what `observe` or a reader needs; tensors are detached
 
 
+class Loading(NamedTuple):
+    """What the data of this rank have cost since the run began; totals never fall."""
+
+    waited_seconds: float = 0.0  # that the training loop waited for a batch
+    bytes_read: int = 0  # from remote stores, by all of this process
+    retries: int = 0  # of requests to remote stores
+    num_samples: int = 0  # read, from wherever
+    num_direct: int = 0  # of these, the ones that took a read of their own over the network: cache misses
+
+
 @dataclass(frozen=True, slots=True)
 class RunLength:
     """How long a run is; turns a position into a fraction of the whole.

@@ -36,8 +36,9 @@ from dist_mlpl.chain import (
     read_model,
     versions,
 )
+from dist_mlpl.data.collate import BadSample
 from dist_mlpl.data.order import PADDING, last_position
-from dist_mlpl.data.stream import BadSample, Consumed, Stream
+from dist_mlpl.data.stream import Consumed, Stream
 from dist_mlpl.engine import Engine, EngineState
 from dist_mlpl.errors import BankError, OvertakenError, RankMismatchError
 

@@ -91,6 +91,9 @@ def train(
     allow_change: Annotated[
         bool, typer.Option("--allow-change", help="Resume under a changed batch, schedule or length.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps now and then, into RUN/profile; says where time goes.")
+    ] = False,
 ) -> None:
     """Train, or go on where the run folder stands."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -100,11 +103,13 @@ def train(
     if local or "LOCAL_RANK" in os.environ:
         from dist_mlpl.local import train_here
 
-        is_stopped = train_here(loaded, allow_change=allow_change, max_steps=max_steps)
+        is_stopped = train_here(loaded, allow_change=allow_change, max_steps=max_steps, is_profiled=profile)
     else:
         from dist_mlpl.cluster import train_on_ray
 
-        is_stopped = train_on_ray(loaded, address=address, allow_change=allow_change, max_steps=max_steps)
+        is_stopped = train_on_ray(
+            loaded, address=address, allow_change=allow_change, max_steps=max_steps, is_profiled=profile
+        )
     if is_stopped:
         sys.exit(130)
 
@@ -236,6 +241,51 @@ def shards_build(
     )
 
 
+@shards_app.command("index")
+def shards_index(
+    tars: Annotated[str, typer.Argument(metavar="URL", help="Folder of tars, or a pattern: 'train-{000..099}.tar'.")],
+    out: Annotated[str | None, typer.Option(help="Folder or URL of the indexes; beside the tars by default.")] = None,
+    classes: Annotated[str | None, typer.Option(help="CSV whose first column fixes the class order.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of all tars; by default a name up to its last `-`.")] = None,
+    split_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression of the tars' names; its first group is the split.")
+    ] = None,
+    unlisted: Annotated[
+        str | None, typer.Option(help="absent or unknown; by default unknown if some sample lists negatives.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Threads.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Index tars of other people's where they lie, by their headers."""
+    from shards.index import index_tars
+
+    with _bar() as on_progress:
+        summary = index_tars(
+            tars, out=out, classes=classes, split=split, split_pattern=split_pattern,
+            unlisted=unlisted, workers=workers, on_progress=on_progress,
+        )  # fmt: skip
+    manifest = summary.manifest
+    splits = {name: {"num_samples": s.num_samples, "num_tars": len(s.shards)} for name, s in manifest.splits.items()}
+    if as_json:
+        _print_json(
+            {"url": manifest.url, "digest": manifest.digest, "num_classes": manifest.num_classes,
+             "unlisted": manifest.unlisted, "splits": splits, "ignored": summary.ignored,
+             "num_reused": summary.num_reused, "was_complete": summary.was_complete}
+        )  # fmt: skip
+        return
+    console = Console()
+    for name, counts in splits.items():
+        console.print(f"{name}: {counts['num_samples']} images, {counts['num_tars']} tars", highlight=False)
+    for kind, count in summary.ignored.items():
+        console.print(f"[yellow]passed over: {count} of kind '{kind}'[/]", highlight=False)
+    state = "was complete already" if summary.was_complete else "written"
+    console.print(
+        f"{manifest.num_classes} classes, those that a sample does not list are {manifest.unlisted}; "
+        f"{manifest.url} {state}, digest {manifest.digest[:16]}",
+        highlight=False,
+    )
+
+
 @shards_app.command("verify")
 def shards_verify(
     url: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
@@ -249,7 +299,10 @@ def shards_verify(
     with _bar() as on_progress:
         report = verify(url, decode=decode, workers=workers, on_progress=on_progress)
     if as_json:
-        _print_json({"is_whole": not report.faults, "faults": [fault._asdict() for fault in report.faults]})
+        _print_json(
+            {"is_whole": not report.faults, "faults": [fault._asdict() for fault in report.faults],
+             "num_without_digest": report.num_without_digest}
+        )  # fmt: skip
     else:
         console = Console()
         for fault in report.faults:
@@ -260,6 +313,12 @@ def shards_verify(
             f"{len(report.faults)} faults" if report.faults else f"whole: {num_samples} samples as the manifest says"
         )
         console.print(verdict, highlight=False)
+        if report.num_without_digest:
+            console.print(
+                f"[yellow]{report.num_without_digest} tars were indexed where they lie and their digests were never "
+                "known: pixels that changed since go unseen[/]",
+                highlight=False,
+            )
     if report.faults:
         sys.exit(3)
 

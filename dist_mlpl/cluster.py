@@ -130,6 +130,7 @@ def train_on_ray(
     address: str | None = None,
     allow_change: bool = False,
     max_steps: int | None = None,
+    is_profiled: bool = False,
     observer: Sink | None = None,
     is_result_shown: bool = True,
 ) -> bool:
@@ -143,7 +144,7 @@ def train_on_ray(
         address: of a running cluster; None for the config's, then RAY_ADDRESS, then a local cluster of this
             machine that ends with the call.
         allow_change: as in `train`.
-        max_steps: as in `train`.
+        max_steps, is_profiled: as in `train`.
         observer: takes the rows too.
         is_result_shown: print the last evaluation at the end.
 
@@ -164,7 +165,7 @@ def train_on_ray(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         arguments = {"config": config.model_dump(mode="json"), "board": board, "allow_change": allow_change,
-                     "max_steps": max_steps}  # fmt: skip
+                     "max_steps": max_steps, "is_profiled": is_profiled}  # fmt: skip
         trainer = _trainer(config, arguments)
         failure: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
@@ -288,6 +289,7 @@ def _work(arguments: dict[str, Any]) -> None:
             report,
             allow_change=arguments["allow_change"],
             max_steps=arguments["max_steps"],
+            is_profiled=arguments["is_profiled"],
             is_output_logged=True,
         )
     except Exception as error:

@@ -37,6 +37,7 @@ class Display:
         self._task: TaskID | None = None
         self._about: Row = {}
         self._rate = 0.0
+        self._num_bad, self._retries = 0, 0  # of this attempt
 
     def row(self, row: Row) -> None:
         event = row["event"]
@@ -77,6 +78,11 @@ class Display:
         left = (1.0 - row["fraction"]) * total / max(self._rate, 1e-9)
         terms = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in row.items() if name.startswith("loss/")]
         parts = [f"{self._rate:.0f} images/s", f"wait {row['wait_fraction']:.0%}", f"loss {row['loss']:.4f}"]
+        if row["bytes_read_per_second"] > 0:
+            parts.append(f"{row['bytes_read_per_second'] / 1e6:.1f} MB/s, {row['cache_hit_fraction']:.0%} cached")
+        self._num_bad += row["num_bad"]
+        self._retries += row["retries"]
+        parts += [f"{count} {what}" for what, count in (("bad", self._num_bad), ("retries", self._retries)) if count]
         numbers = "  ".join(parts + (terms if len(terms) > 1 else []))  # a lone term is the loss
         self._bar.update(
             self._task,

@@ -29,6 +29,7 @@ from dist_mlpl.optimizer import (
     learning_rate_factor,
 )
 from dist_mlpl.settings import Settings
+from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
 
@@ -200,10 +201,12 @@ class Engine:
         shares = torch.stack([torch.stack([o.loss, *(o.terms[name] for name in names[1:])]) for o in outputs])
         num_bad = ((batch.index >= 0) & ~batch.valid).sum()
         own = torch.cat([shares.sum(0), num_bad[None]])
-        total = comm.reduce_sum(own.clone()).tolist()  # loss and terms of the global batch, then bad samples
+        with span("loss over ranks"):
+            total = comm.reduce_sum(own.clone()).tolist()  # loss and terms of the global batch, then bad samples
         if not math.isfinite(total[0]):
             raise not_finite("the loss", progress, dict(zip(names, own.tolist(), strict=False)))
-        grad_norm = self._backend.update()
+        with span("update"):
+            grad_norm = self._backend.update()
         if not math.isfinite(grad_norm):
             with watched_gradients(self.method) as bad:  # the sum hides whose NaN it is: run the step again
                 self._accumulate(batch, recalled, progress)
@@ -284,8 +287,10 @@ class Engine:
         num_groups, count = batch.num_images // self._group_size, self._num_micro_batches
         for number in range(count):  # cut between groups into nearly equal parts, the same number on every rank
             first, last = number * num_groups // count, (number + 1) * num_groups // count
-            output = self._backend.forward(batch.rows(first * self._group_size, last * self._group_size), recalled)
-            self._backend.backward(output.loss, is_last=number == count - 1)
+            with span("forward"):
+                output = self._backend.forward(batch.rows(first * self._group_size, last * self._group_size), recalled)
+            with span("backward"):
+                self._backend.backward(output.loss, is_last=number == count - 1)
             outputs.append(output._replace(loss=output.loss.detach()))
         return outputs
 

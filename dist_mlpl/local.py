@@ -37,7 +37,9 @@ class StopRequest:
         return Action.STOP if self.is_asked else Action.GO_ON
 
 
-def train_here(config: Config, *, allow_change: bool = False, max_steps: int | None = None) -> bool:
+def train_here(
+    config: Config, *, allow_change: bool = False, max_steps: int | None = None, is_profiled: bool = False
+) -> bool:
     """Run the recipe in this process.
 
     Returns:
@@ -48,7 +50,7 @@ def train_here(config: Config, *, allow_change: bool = False, max_steps: int | N
     last: dict[str, float] = {}
     report = Report(lambda out, attempt: run_sinks(out, attempt, LastEpoch(last), Display()), stop.action)
     try:
-        progress = train(config, report, allow_change=allow_change, max_steps=max_steps)
+        progress = train(config, report, allow_change=allow_change, max_steps=max_steps, is_profiled=is_profiled)
     finally:
         report.close()
         if dist.is_initialized():

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_mlpl import comm, storage
-from dist_mlpl.batch import Progress, StepOutput
+from dist_mlpl.batch import Loading, Progress, StepOutput
 
 Row = dict[str, Any]
 
@@ -64,7 +64,8 @@ class Report:
         self._make_sinks, self._ask = make_sinks, ask
         self._sinks: Sequence[Sink] = ()
         self._global_batch = 0
-        self._clock, self._waited = 0.0, 0.0
+        self._clock = 0.0
+        self._loading = Loading()  # at the last row
         self._losses: list[float] = []  # of this epoch's steps
         self._seconds = 0.0  # of the same steps
 
@@ -73,20 +74,20 @@ class Report:
         if comm.rank() == 0:
             self._sinks = self._make_sinks(out, attempt)
         self._global_batch = global_batch
-        self._clock, self._waited = time.perf_counter(), 0.0
+        self._clock = time.perf_counter()
         self._emit({"event": "start", "attempt": attempt, **_position(progress), **about})
 
     def note(self, text: str) -> None:
         """Something a person should read once."""
         self._emit({"event": "note", "text": text})
 
-    def step(self, progress: Progress, output: StepOutput, *, waited_seconds: float) -> Action:
+    def step(self, progress: Progress, output: StepOutput, loading: Loading) -> Action:
         """A step is done.
 
         Args:
             progress: after the step.
             output: of the global batch.
-            waited_seconds: for data, since the run began, on this rank.
+            loading: totals of this rank.
 
         Returns:
             What all ranks do next, the same on all of them.
@@ -94,8 +95,11 @@ class Report:
         Collective: all ranks, one all-reduce of 4 bytes.
         """
         now = time.perf_counter()
-        seconds, waited = now - self._clock, waited_seconds - self._waited
-        self._clock, self._waited = now, waited_seconds
+        seconds, self._clock = max(now - self._clock, 1e-9), now
+        waited, num_bytes, retries, num_samples, num_direct = (
+            total - before for total, before in zip(loading, self._loading, strict=True)
+        )
+        self._loading = loading
         self._losses.append(float(output.loss))
         self._seconds += seconds
         extras = output.extras
@@ -108,8 +112,11 @@ class Report:
                 "grad_norm": extras["grad_norm"],
                 "learning_rate": extras["learning_rate"],
                 "num_bad": extras["num_bad"],
-                "images_per_second": self._global_batch / max(seconds, 1e-9),
-                "wait_fraction": min(1.0, max(0.0, waited / max(seconds, 1e-9))),
+                "images_per_second": self._global_batch / seconds,
+                "wait_fraction": min(1.0, max(0.0, waited / seconds)),
+                "bytes_read_per_second": num_bytes / seconds,
+                "cache_hit_fraction": 1.0 - num_direct / max(1, num_samples),
+                "retries": retries,
             }
         )
         return Action(int(comm.reduce_max(torch.tensor([int(self._ask())], dtype=torch.int32))))

@@ -1,192 +1,68 @@
-"""Owns bytes at URLs: ranged reads, atomic writes, exclusive creates and retries, alike on disk and in object stores.
+"""Owns bytes at URLs: ranged reads, atomic writes, exclusive creates, alike on disk, in object stores and over HTTP.
 
-Every verb takes a URL (`s3://bucket/key`, `gs://...`, `/local/path`) and nothing else that knows of a store.
-The filesystem object is looked up at each call: fsspec keeps one instance per process and options, so a forked
-or spawned child gets its own.
+Every verb takes a URL (`s3://bucket/key`, `gs://...`, `https://...`, `/local/path`) and nothing else that knows of a
+store. All may be called from many threads at once. Messages show URLs without their secrets (`shown`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import errno
 import hashlib
-import math
+import io
 import os
-import random
 import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-import fsspec
 import pyarrow.fs
 
-from dist_mlpl.errors import ConfigError, MlplError, StorageError
+from dist_mlpl import retry, stores
+from dist_mlpl.errors import StorageError
+from dist_mlpl.retry import DEADLINE_SECONDS, Traffic, failure, http_status, is_transient, retried, traffic
+from dist_mlpl.stores import STALL_SECONDS
+from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name, shown
 
-T = TypeVar("T")
+# The one door to storage: other rooms import this module alone.
+__all__ = [
+    "DEADLINE_SECONDS", "STALL_SECONDS", "Traffic", "absolute", "arrow_filesystem", "check_exclusive_create",
+    "configure_storage", "create_exclusive", "download", "exists", "is_remote", "is_transient", "join", "list_files",
+    "list_names", "missing", "name", "open_read", "read_bytes", "remove", "retried", "sha256_of_bytes",
+    "sha256_of_file", "shown", "size", "traffic", "upload", "version", "write_bytes",
+]  # fmt: skip
 
-# One process-wide setting, made once at start-up from `data.storage_options`.
-_options: dict[str, Any] = {}
-DEADLINE_SECONDS = 60.0  # how long one call keeps retrying, unless configured
-_deadline_seconds = DEADLINE_SECONDS
-
-# Keeps filesystems alive for the sake of forked children: one that collected its parent's would close the inherited
-# connections, and so take sockets out of the parent's event loop too (both poll the same epoll instance).
-_used: dict[tuple[int, Any], Any] = {}
-
-_TRANSIENT_ERRNO = {
-    errno.EIO, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
-    errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
-}  # fmt: skip
-_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_HTTP_PACKAGES = ("botocore", "aiohttp", "aiobotocore", "urllib3", "requests")
-_BUSY_STATUS = (408, 409, 429)  # timed out, in conflict with another writer of the moment, too many requests
-_PRECONDITION_FAILED, _NOT_IMPLEMENTED = 412, 501
+_PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
+_STREAM_BYTES = 4 << 20
+_CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
 
 
-def configure_storage(options: dict[str, Any] | None = None, *, deadline_seconds: float | None = None) -> None:
+def configure_storage(
+    options: dict[str, Any] | None = None,
+    *,
+    deadline_seconds: float | None = None,
+    stall_seconds: float | None = None,
+) -> None:
     """Set what every later call in this process uses.
 
     Args:
-        options: keyword arguments of the fsspec filesystem of remote URLs (say `anon`, `endpoint_url`). The
-            standard AWS variables, AWS_ENDPOINT_URL among them, work without any.
+        options: keyword arguments of the fsspec filesystem of remote URLs (say `anon`, `endpoint_url`), or of one
+            scheme's under its name (`{"s3": {...}, "https": {...}}`). The standard AWS variables, AWS_ENDPOINT_URL
+            among them, work without any. Their secrets appear in no message.
         deadline_seconds: how long one call keeps retrying faults that may pass, from the first one on;
             None for DEADLINE_SECONDS.
+        stall_seconds: how long a connection to S3 or over HTTP may be silent before it is given up and tried again;
+            None for STALL_SECONDS.
     """
-    global _deadline_seconds
-    _options.clear()
-    _options.update(options or {})
-    _deadline_seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
-
-
-def is_remote(url: str) -> bool:
-    """True for a URL with a scheme other than `file`."""
-    return "://" in url and not url.startswith("file://")
-
-
-def join(url: str, *parts: str) -> str:
-    """Append path parts to a URL or local path."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def absolute(url: str) -> str:
-    """A local path made absolute, a remote URL as it is: workers may start in another folder."""
-    return url.rstrip("/") if is_remote(url) else str(_local(url).absolute())
-
-
-def name(url: str) -> str:
-    """The last part of a URL."""
-    return url.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _local(url: str) -> Path:
-    return Path(url.removeprefix("file://"))
-
-
-def _remote(url: str) -> tuple[Any, str]:
-    options = copy.deepcopy(_options)  # botocore changes nested ones, and fsspec finds its instance by their value
-    if url.startswith("s3"):
-        # botocore would retry for minutes by itself, deadline or not; `retried` does it by one rule for all stores.
-        options.setdefault("config_kwargs", {}).setdefault("retries", {"total_max_attempts": 1})
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"no way to open {url!r}: {error}",
-            expected="a local path, s3://, or a scheme whose fsspec package is installed",
-            where="URL",
-            next_step="check the scheme; `pip install 'dist-mlpl[gcs]'` or `[azure]` adds gs:// and abfs://",
-        ) from error
-    _used[os.getpid(), filesystem] = filesystem
-    return filesystem, path
-
-
-def is_transient(error: BaseException) -> bool:
-    """True for a fault that may pass by itself: a broken connection, a timeout, a busy or failing server."""
-    if isinstance(error, _PERMANENT):
-        return False
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    if status := _http_status(error):  # before errno: s3fs calls every answer that it does not know EIO
-        return status in _BUSY_STATUS or (status >= 500 and status != _NOT_IMPLEMENTED)
-    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
-        return True
-    words = ("Connect", "Timeout", "IncompleteRead", "ClientPayload", "ServerDisconnected", "HTTPClient")
-    return any(
-        kind.__module__.split(".")[0] in _HTTP_PACKAGES and any(word in kind.__name__ for word in words)
-        for kind in type(error).__mro__
-    )
-
-
-def _http_status(error: BaseException) -> int:
-    """Status of the answer behind an error of botocore, or of s3fs, which translates those; 0 without one."""
-    for part in (error, error.__cause__):
-        response = getattr(part, "response", None)
-        if isinstance(response, dict):
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    return 0
-
-
-def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
-    """Run an action until it succeeds, the fault is permanent, or the deadline has passed.
-
-    Args:
-        action: what to do; it must be safe to repeat.
-        url: for the message.
-        doing: a verb phrase for the message ("reading").
-
-    Raises:
-        FileNotFoundError, FileExistsError, MlplError: as they are; callers give them meaning.
-        StorageError: anything else, after the last try.
-    """
-    began, first_fault, attempt = time.monotonic(), math.inf, 0
-    while True:
-        try:
-            return action()
-        except (FileNotFoundError, FileExistsError, MlplError):
-            raise
-        except Exception as error:
-            attempt += 1
-            now = time.monotonic()
-            first_fault = min(first_fault, now)  # not from the beginning: a long transfer may break late
-            pause = min(0.1 * 2**attempt, 5.0) * (0.5 + random.random())  # jitter: many ranks fail together
-            if not is_transient(error) or now + pause - first_fault > _deadline_seconds:
-                raise _storage_error(error, url=url, doing=doing, attempts=attempt, waited=now - began) from error
-            time.sleep(pause)
-
-
-def _storage_error(error: Exception, *, url: str, doing: str, attempts: int, waited: float) -> StorageError:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        keys = "check AWS_ACCESS_KEY_ID / AWS_PROFILE (or data.storage_options) and the bucket's policy"
-        return StorageError(
-            f"{doing} {url} is not allowed: {text}",
-            expected="credentials that may do this" if is_remote(url) else "a user who may do this",
-            where=url,
-            next_step=keys if is_remote(url) else "check the owner and mode of the file and its folder",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"{doing} {url} found no room: {text}",
-            expected="free space",
-            where=url,
-            next_step="free some, or name a folder on another disk (MLPL_CACHE_DIR places the shard cache)",
-        )
-    return StorageError(
-        f"{doing} {url} failed after {attempts} tries in {waited:.1f} s: {type(error).__name__}: {text}",
-        expected="storage that answers",
-        where=url,
-        next_step="check the URL, the network and AWS_ENDPOINT_URL; then run the same command again, it resumes",
-    )
+    stores.configure(options or {}, stall_seconds=STALL_SECONDS if stall_seconds is None else stall_seconds)
+    retry.set_deadline(DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds)
 
 
 def missing(url: str, *, what: str, next_step: str) -> StorageError:
     """The error for an object that must exist and does not."""
-    return StorageError(f"{what} not found", expected=f"an object at {url}", where=url, next_step=next_step)
+    where = shown(url)
+    return StorageError(f"{what} not found", expected=f"an object at {where}", where=where, next_step=next_step)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -197,21 +73,25 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
         StorageError: it could not be read, or the range came back short.
     """
 
+    if is_remote(url) and end is not None and end <= (start or 0):
+        return b""  # HTTP has no way to ask for nothing
+
     def read() -> bytes:
-        if not is_remote(url):
-            with open(_local(url), "rb") as file:
-                if start:
-                    file.seek(start)
-                return file.read() if end is None else file.read(end - (start or 0))
-        filesystem, path = _remote(url)
-        return filesystem.cat_file(path, start=start, end=end)
+        if is_remote(url):
+            return stores.read_range(url, start, end)
+        with open(local_path(url), "rb") as file:
+            if start:
+                file.seek(start)
+            return file.read() if end is None else file.read(end - (start or 0))
 
     content = retried(read, url=url, doing="reading")
+    if is_remote(url):
+        retry.count(bytes_read=len(content))
     if end is not None and len(content) != end - (start or 0):
         raise StorageError(
             f"{len(content)} bytes came back",
             expected=f"{end - (start or 0)} bytes at [{start or 0}, {end})",
-            where=url,
+            where=shown(url),
             next_step="the object is shorter than its index says: run `dist-mlpl shards verify`",
         )
     return content
@@ -220,13 +100,37 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
 def open_read(url: str) -> IO[bytes]:
     """Open an object for reading from start to end. The caller closes it.
 
+    A remote one is read in blocks, each retried by itself.
+
     Raises:
         FileNotFoundError: no such object.
     """
     if not is_remote(url):
-        return open(_local(url), "rb")
-    filesystem, path = _remote(url)
-    return retried(lambda: filesystem.open(path, "rb"), url=url, doing="opening")
+        return open(local_path(url), "rb")
+    return io.BufferedReader(_Blocks(url, size(url)), buffer_size=_STREAM_BYTES)
+
+
+class _Blocks(io.RawIOBase):
+    """A remote object as a stream."""
+
+    def __init__(self, url: str, num_bytes: int) -> None:
+        self._url, self._num_bytes, self._at = url, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._next(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._next(self._num_bytes)
+
+    def _next(self, num_bytes: int) -> bytes:
+        content = read_bytes(self._url, self._at, min(self._at + num_bytes, self._num_bytes))
+        self._at += len(content)
+        return content
 
 
 def size(url: str) -> int:
@@ -235,15 +139,30 @@ def size(url: str) -> int:
     Raises:
         FileNotFoundError: no such object.
     """
+    if not is_remote(url):
+        return retried(lambda: local_path(url).stat().st_size, url=url, doing="looking up")
+    return int(retried(lambda: stores.look_up(url), url=url, doing="looking up")["size"])
 
-    def ask() -> int:
-        if not is_remote(url):
-            return _local(url).stat().st_size
-        filesystem, path = _remote(url)
-        filesystem.invalidate_cache(path)
-        return int(filesystem.info(path)["size"])
 
-    return retried(ask, url=url, doing="looking up")
+def version(url: str) -> str:
+    """An identity of what is stored now, to be compared and not read: another one means other content.
+
+    One look-up. The store's ETag, else size and time of change; locally size and time in nanoseconds.
+
+    Returns:
+        Text, empty when the store tells nothing that would change with the content.
+
+    Raises:
+        FileNotFoundError: no such object.
+    """
+    if not is_remote(url):
+        status = retried(lambda: local_path(url).stat(), url=url, doing="looking up")
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    told = retried(lambda: stores.look_up(url), url=url, doing="looking up")
+    if etag := told.get("ETag") or told.get("etag"):
+        return str(etag).strip('"')
+    changed = next((told[key] for key in _CHANGED if told.get(key)), "")
+    return f"{told['size']}-{changed}" if changed else ""
 
 
 def exists(url: str) -> bool:
@@ -260,8 +179,8 @@ def list_names(url: str) -> list[str]:
 
     def ask() -> list[str]:
         if not is_remote(url):
-            return sorted(entry.name for entry in _local(url).iterdir())
-        filesystem, path = _remote(url)
+            return sorted(entry.name for entry in local_path(url).iterdir())
+        filesystem, path = stores.remote(url)
         filesystem.invalidate_cache(path)
         found = filesystem.ls(path, detail=False)
         return sorted({name(entry) for entry in found} - {"", name(path)})
@@ -281,11 +200,11 @@ def list_files(url: str) -> Iterator[str]:
 
     def ask() -> list[str]:
         if not is_remote(url):
-            root = _local(url)
+            root = local_path(url)
             if not root.is_dir():
                 raise FileNotFoundError(url)
             return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-        filesystem, path = _remote(url)
+        filesystem, path = stores.remote(url)
         filesystem.invalidate_cache(path)
         found = filesystem.find(path)
         if not found:
@@ -304,13 +223,13 @@ def write_bytes(url: str, content: bytes) -> None:
 
     def write() -> None:
         if is_remote(url):
-            filesystem, path = _remote(url)
+            filesystem, path = stores.remote(url)
             filesystem.pipe_file(path, content)
             return
-        with _temporary_beside(_local(url)) as temporary:
+        with _temporary_beside(local_path(url)) as temporary:
             _write_durably(temporary, content)
-            os.replace(temporary, _local(url))
-        _sync_folder(_local(url))
+            os.replace(temporary, local_path(url))
+        _sync_folder(local_path(url))
 
     _no_missing(write, url=url)
 
@@ -338,17 +257,17 @@ def create_exclusive(url: str, content: bytes) -> bool:
         nonlocal attempts
         attempts += 1
         if not is_remote(url):
-            with _temporary_beside(_local(url)) as temporary:
+            with _temporary_beside(local_path(url)) as temporary:
                 _write_durably(temporary, content)
-                os.link(temporary, _local(url))
-            _sync_folder(_local(url))
+                os.link(temporary, local_path(url))
+            _sync_folder(local_path(url))
             return
-        filesystem, path = _remote(url)
+        filesystem, path = stores.remote(url)
         try:
             filesystem.pipe_file(path, content, mode="create")
         except OSError as error:
-            if _http_status(error) == _PRECONDITION_FAILED:  # not every store says which condition, as s3fs expects
-                raise FileExistsError(url) from error
+            if http_status(error) == _PRECONDITION_FAILED:  # not every store says which condition, as s3fs expects
+                raise FileExistsError(shown(url)) from error
             raise
 
     try:
@@ -372,7 +291,7 @@ def check_exclusive_create(url: str) -> None:
         raise StorageError(
             "two writers both created the same object",
             expected="a store that honours If-None-Match on put (a checkpoint commit depends on it)",
-            where=url,
+            where=shown(url),
             next_step="use a store with conditional writes, or a local or shared disk",
         )
 
@@ -398,7 +317,7 @@ def download(url: str, path: Path) -> str:
     except FileNotFoundError:
         raise
     except OSError as error:  # of the local file: reading raises StorageError
-        raise _storage_error(error, url=str(path), doing="writing", attempts=1, waited=0.0) from error
+        raise failure(error, url=str(path), doing="writing", tries=1, waited=0.0) from error
     return digest.hexdigest()
 
 
@@ -407,16 +326,16 @@ def upload(path: Path, url: str) -> None:
 
     def copy() -> None:
         if is_remote(url):
-            filesystem, remote_path = _remote(url)
+            filesystem, remote_path = stores.remote(url, in_parts=True)
             filesystem.put_file(str(path), remote_path)
             return
-        with _temporary_beside(_local(url)) as temporary:
+        with _temporary_beside(local_path(url)) as temporary:
             with open(path, "rb") as source, open(temporary, "wb") as target:
                 while block := source.read(_BLOCK_BYTES):
                     target.write(block)
                 target.flush()
                 os.fsync(target.fileno())
-            os.replace(temporary, _local(url))
+            os.replace(temporary, local_path(url))
 
     _no_missing(copy, url=url)
 
@@ -424,12 +343,14 @@ def upload(path: Path, url: str) -> None:
 def remove(url: str) -> None:
     """Delete an object; a missing one is fine."""
 
+    _refuse_http(url)
+
     def delete() -> None:
         if is_remote(url):
-            filesystem, path = _remote(url)
+            filesystem, path = stores.remote(url)
             filesystem.rm_file(path)
         else:
-            _local(url).unlink()
+            local_path(url).unlink()
 
     with contextlib.suppress(FileNotFoundError):
         retried(delete, url=url, doing="deleting")
@@ -439,7 +360,7 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
     """A pyarrow filesystem over ours, and the path on it: what Ray Train takes as its storage."""
     if not is_remote(url):
         return None, absolute(url)
-    filesystem, path = _remote(url)
+    filesystem, path = stores.remote(url, in_parts=True)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
@@ -456,12 +377,23 @@ def sha256_of_file(path: Path) -> str:
 
 def _no_missing(write: Callable[[], None], *, url: str) -> None:
     """Run a write; a FileNotFoundError then means a bucket that does not exist."""
+    _refuse_http(url)
     try:
         retried(write, url=url, doing="writing")
     except FileNotFoundError as error:
         raise missing(
             url, what="the bucket or folder to write to", next_step="create it, or correct the URL"
         ) from error
+
+
+def _refuse_http(url: str) -> None:
+    if is_http(url):
+        raise StorageError(
+            f"{shown(url)} cannot be written or deleted",
+            expected="a local path, s3://, gs:// or abfs://; http:// and https:// are for reading",
+            where=shown(url),
+            next_step="name a folder or a bucket for what is written",
+        )
 
 
 @contextlib.contextmanager

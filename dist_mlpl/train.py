@@ -17,7 +17,8 @@ from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.chain import RunIdentity, read_chain, read_model
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
-from dist_mlpl.data.cache import ShardCache
+from dist_mlpl.data.cache import ExtentCache, cache_folder
+from dist_mlpl.data.fetch import Fetcher, check_cache_limit
 from dist_mlpl.data.label_store import Labels, LabelStore
 from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
@@ -29,7 +30,9 @@ from dist_mlpl.engine import Engine, start
 from dist_mlpl.errors import CheckpointError, StorageError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
+from dist_mlpl.profile import StepProfile
 from dist_mlpl.progress import Action, LogFile, Report, without_nan
+from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ def train(
     allow_change: bool = False,
     max_steps: int | None = None,
     is_output_logged: bool = False,
+    is_profiled: bool = False,
 ) -> Progress:
     """Run or resume one training, on this rank.
 
@@ -51,6 +55,7 @@ def train(
         allow_change: resume under a changed batch, schedule or length.
         max_steps: return after this many steps of this attempt, with a commit.
         is_output_logged: what this process prints goes to its log in the run folder.
+        is_profiled: trace some steps, into the run folder.
 
     Returns:
         Where the run stands when it returns.
@@ -63,7 +68,7 @@ def train(
     world = start(config.engine)
     rooms = open_rooms(config, world, allow_change=allow_change, is_output_logged=is_output_logged)
     method, engine, stream, length = rooms.method, rooms.engine, rooms.stream, rooms.length
-    with rooms.closing():
+    with rooms.closing(), StepProfile(config.run_folder, rooms.attempt.name, is_on=is_profiled) as profile:
         progress = rooms.restore()  # epoch, samples_consumed, step, round
         rooms.introduce(report, progress)
         rooms.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did
@@ -79,12 +84,16 @@ def train(
             for batch in stream.train_batches(
                 order, rooms.store.at(progress.round), epoch=epoch, start=start_at, global_batch=config.global_batch
             ):
-                recalled = method.recall(batch, progress)
+                with span("recall"):
+                    recalled = method.recall(batch, progress)
                 output = engine.train_step(batch, recalled, progress)  # micro-batches, backward, one update
                 stream.stop_if_bad(output.extras["num_bad"])
-                method.observe(batch, output)
+                with span("observe"):
+                    method.observe(batch, output)
                 progress = progress.next(config.global_batch, length)
-                action = report.step(progress, output, waited_seconds=stream.waited_seconds)
+                with span("report"):
+                    action = report.step(progress, output, stream.loading)
+                profile.step(progress, report)
                 action = Action.STOP if progress.step == last_step else action
                 if progress.samples_consumed == end:
                     break  # the epoch's own commit follows
@@ -231,7 +240,9 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
     if attempt.parent is None and config.method.init_from:
         notes.append(start_from(config.method.init_from, engine))
     store = LabelStore(samples, build_view(data, samples))
-    stream = build_stream(config, samples, world, engine, train=True)
+    notes += check_cache(config, samples, world)
+    cache = build_cache(data, samples, world)
+    stream = build_stream(config, samples, cache, world, engine, train=True)
     identity = RunIdentity(
         global_batch=config.global_batch, num_lanes=data.num_lanes, window_samples=data.window_samples,
         group_size=config.group_size,
@@ -247,7 +258,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
         engine=engine,
         store=store,
         stream=stream,
-        judged=build_stream(config, judged_samples, world, engine, train=False),
+        judged=build_stream(config, judged_samples, cache, world, engine, train=False),
         judged_labels=LabelStore(judged_samples).at(0),
         saved=Checkpoint(
             out,
@@ -302,11 +313,45 @@ def build_view(data: DataSettings, index: SplitIndex) -> View | None:
     )
 
 
-def build_stream(config: Config, index: SplitIndex, world: World, engine: Engine, *, train: bool) -> Stream:
+def build_cache(data: DataSettings, index: SplitIndex, world: World) -> ExtentCache | None:
+    """This node's cache of remote shards, or None where there is nothing to cache."""
+    if data.cache_bytes == 0 or not storage.is_remote(index.manifest.tars_url):
+        return None
+    return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
+
+
+def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
+    """Hold data.cache_bytes against what the ranks of this node read at once.
+
+    Returns:
+        Lines for a person: what the node's cache needs, what would keep the whole split.
+
+    Raises:
+        ConfigError: too small.
+    """
+    data = config.data
+    if not storage.is_remote(index.manifest.tars_url):
+        return []
+    if data.cache_bytes == 0:
+        return ["no cache (data.cache_bytes 0): every sample is read from the store by itself, in every epoch"]
+    first = world.rank - world.local_rank
+    lanes = epoch_order(config, index, 0).lanes_read(
+        0, config.global_batch, ranks=range(first, first + world.local_size), size=world.size
+    )
+    least = check_cache_limit(data.cache_bytes, index, num_lanes=len(lanes), window_samples=data.window_samples)
+    return [
+        f"cache {cache_folder()}: {data.cache_bytes:,} bytes; this node needs {least:,} for {len(lanes)} lanes, "
+        f"{index.num_bytes * 8 // 7:,} would keep all of {index.split!r}"
+    ]
+
+
+def build_stream(
+    config: Config, index: SplitIndex, cache: ExtentCache | None, world: World, engine: Engine, *, train: bool
+) -> Stream:
     """Batches of one split for this rank, augmented or as they are."""
     return Stream(
         index,
-        ShardCache(index.manifest, limit_bytes=config.data.cache_bytes),
+        Fetcher(index, cache),
         Transform(config.transform, seed=config.seed, train=train),
         world=world,
         num_workers=config.data.num_workers,

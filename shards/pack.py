@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -185,12 +186,13 @@ def write_shard(
 def _write_tar(
     stream: IO[bytes], images: str, records: Sequence[Record], digests: Sequence[bytes], class_ids: Sequence[str]
 ) -> ShardIndex:
-    offsets, sizes = [], []
+    offsets, sizes, checksums = [], [], []
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
         for record, digest in zip(records, digests, strict=True):
             content = _read_again(storage.join(images, record.image), digest)
             offsets.append(_add(tar, stream, f"{record.key}.jpg", content))
             sizes.append(len(content))
+            checksums.append(zlib.crc32(content))
             _add(tar, stream, f"{record.key}.json", record_json(record, class_ids))
     return ShardIndex(
         keys=pa.array([record.key for record in records], pa.string()),
@@ -199,6 +201,7 @@ def _write_tar(
         source_rows=np.array([record.source_row for record in records], dtype=np.uint64),
         positives=ClassLists.of([record.positives for record in records]),
         negatives=ClassLists.of([record.negatives for record in records]),
+        crc32=np.array(checksums, dtype=np.uint32),
     )
 
 

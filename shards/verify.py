@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest
 from dist_mlpl.data.shard_index import ShardIndex, read_index
-from dist_mlpl.errors import ConfigError, ShardError
+from dist_mlpl.errors import ConfigError, DataError, ShardError
 from shards.pack import OnProgress, check_image, run_tasks
+from shards.scan import scan_tar
 
 _MAX_FAULTS_PER_SHARD = 20  # a shard that is wrong from some byte on would otherwise repeat itself by the thousand
 
@@ -42,6 +43,11 @@ class VerifyReport:
     manifest: Manifest
     faults: tuple[Fault, ...]
 
+    @property
+    def num_without_digest(self) -> int:
+        """Tars that were indexed where they lie and never had a digest: pixels that changed since go unseen."""
+        return sum(not entry.sha256 for split in self.manifest.splits.values() for entry in split.shards)
+
 
 def verify(
     url: str, *, decode: bool = False, workers: int | None = None, on_progress: OnProgress | None = None
@@ -50,7 +56,8 @@ def verify(
 
     Digests and sizes of tars and indexes; members, their names and order; that each index row points at a JPEG from
     its first marker to its last; that the labels beside each image are those of the index; that the folder holds no
-    shard that the manifest lacks. At most 20 faults a shard are listed.
+    shard that the manifest lacks. At most 20 faults a shard are listed. Tars that were indexed where they lie have no
+    digest to compare with, and may hold other members: their keys, places, labels and JPEG markers are compared.
 
     Args:
         url: folder or manifest.json.
@@ -75,10 +82,11 @@ def verify(
         if on_progress is not None:
             on_progress("verifying", done, num_samples)
     listed = {file for entry in entries for file in (entry.file, entry.index)}
+    endings = (".tar", ".arrow") if manifest.packing else (".arrow",)  # beside indexed tars other tars may lie
     strays = [
         Fault(name, "", "a file that the manifest lacks", "no other shards in the folder: remove it")
         for name in storage.list_names(manifest.url)
-        if name.endswith((".tar", ".arrow")) and name not in listed
+        if name.endswith(endings) and name not in listed
     ]
     return VerifyReport(manifest, tuple(fault for part in [*faults, strays] for fault in part))
 
@@ -95,10 +103,11 @@ def verify_shard(manifest: Manifest, entry: ShardEntry, decode: bool) -> list[Fa
         with _local_copy(manifest.shard_url(entry)) as (path, digest):
             if path.stat().st_size != entry.num_bytes:
                 faults.append(Fault(entry.file, "", f"{path.stat().st_size} bytes", f"{entry.num_bytes} bytes"))
-            if digest != entry.sha256:
+            if entry.sha256 and digest != entry.sha256:
                 faults.append(Fault(entry.file, "", f"sha256 {digest}", entry.sha256))
             if index is not None:
-                for fault in _member_faults(path, entry, index, manifest.class_ids, decode):
+                compare = _member_faults if entry.sha256 else _scan_faults
+                for fault in compare(path, entry, index, manifest.class_ids, decode):
                     if len(faults) == _MAX_FAULTS_PER_SHARD:
                         break
                     faults.append(fault)
@@ -158,6 +167,35 @@ def _member_faults(
         return
     if row != index.num_samples:
         yield fault("", f"{row} samples", f"{index.num_samples}, from the index")
+
+
+def _scan_faults(
+    path: Path, entry: ShardEntry, index: ShardIndex, class_ids: tuple[str, ...], decode: bool
+) -> Iterator[Fault]:
+    """Compare a tar that was indexed where it lies with its index, one image in memory at a time."""
+    try:
+        scan = scan_tar(str(path), path.stat().st_size)
+        columns = scan.columns(class_ids, entry.file)
+    except DataError as error:
+        yield Fault(entry.file, "", error.found, error.expected)
+        return
+    if scan.keys != (keys := index.keys.to_pylist()):
+        both = min(len(scan.keys), len(keys))
+        row = next((row for row in range(both) if scan.keys[row] != keys[row]), both)
+        yield Fault(entry.file, f"row {row}", f"keys {scan.keys[row : row + 1]}", f"{keys[row : row + 1]}")
+        return
+    with open(path, "rb") as images:
+        for row, key in enumerate(keys):
+            place = scan.offsets[row], scan.num_bytes[row]
+            wanted = int(index.offsets[row]), int(index.num_bytes[row])
+            if place != wanted:
+                yield Fault(entry.file, key, f"offset and length {place}", f"{wanted}, from the index")
+            images.seek(wanted[0])
+            if reason := check_image(images.read(wanted[1]), decode=decode):
+                yield Fault(entry.file, key, reason, "a whole JPEG where the index points")
+            listed = tuple(index.positives_of(row).tolist()), tuple(index.negatives_of(row).tolist())
+            if columns[row] != listed:
+                yield Fault(entry.file, key, f"classes {columns[row]} in the tar", f"{listed}, from the index")
 
 
 def _label_faults(

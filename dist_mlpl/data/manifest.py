@@ -26,13 +26,13 @@ class ClassEntry(Settings):
 
 
 class ShardEntry(Settings):
-    """One shard and its index, both in the manifest's folder."""
+    """One shard, in the manifest's folder or in `Manifest.tars`, and its index, always in the manifest's folder."""
 
     file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")  # a plain name: a manifest never reaches out of its folder
     index: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
     num_samples: int = Field(ge=1)
     num_bytes: int = Field(ge=1)  # of the tar
-    sha256: str
+    sha256: str = ""  # empty: indexed where it lies and never read whole, so its digest is unknown
     index_sha256: str
 
 
@@ -75,10 +75,16 @@ class Manifest(Settings):
     group_size_hint: int = 8
     splits: dict[str, Split]
     source: SourceEntry
-    packing: Packing
+    packing: Packing | None  # None: tars of other people's, indexed as they are
+    tars: str = ""  # folder URL of the tars where that is not the manifest's own; left out of the document when empty
     skipped: dict[str, int] = Field(default_factory=dict)  # unreadable images by reason
     url: str = Field(default="", exclude=True)
     digest: str = Field(default="", exclude=True)
+
+    @property
+    def tars_url(self) -> str:
+        """Folder of the tars."""
+        return self.tars or self.url
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +117,7 @@ class Manifest(Settings):
 
     def shard_url(self, entry: ShardEntry) -> str:
         """Where the tar lies."""
-        return storage.join(self.url, entry.file)
+        return storage.join(self.tars_url, entry.file)
 
     def index_url(self, entry: ShardEntry) -> str:
         """Where the tar's index lies."""
@@ -171,7 +177,8 @@ def write_manifest(manifest: Manifest, url: str) -> Manifest:
     folder = storage.absolute(url)
     where = manifest_url(folder)
     _check(manifest, where)
-    content = (json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+    document = manifest.model_dump(mode="json", exclude=None if manifest.tars else {"tars"})
+    content = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
     storage.write_bytes(where, content)
     return manifest.model_copy(update={"url": folder, "digest": storage.sha256_of_bytes(content)})
 

@@ -10,6 +10,7 @@ so a step reads a little from every lane while each lane reads its shards from f
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -111,19 +112,13 @@ class EpochOrder:
         if positions.size and not (positions.min() >= PADDING and positions.max() < self.num_samples):
             raise IndexError(f"positions {int(positions.min())} .. {int(positions.max())} of {self.num_samples}")
         real = positions[positions != PADDING]
-        group, within = np.divmod(real, self.group_size)
-        turn, lane = np.divmod(group, self.num_lanes)
-        entry = turn * self.group_size + within  # place within the lane
-
-        lane_sizes = np.diff(self._lane_start)
-        num_windows = np.maximum(1, -(-lane_sizes // self.window_samples))[lane]
-        window = ((entry + 1) * num_windows - 1) // np.maximum(1, lane_sizes[lane])
+        lane, entry, window = self._places(real)
         track = np.empty_like(real)
-        pairs = lane * (int(num_windows.max()) if real.size else 1) + window
+        pairs = lane * (int(window.max()) + 1 if real.size else 1) + window
         order = np.argsort(pairs, kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(pairs[order])) + 1) if real.size else []:
             first = rows[0]
-            begin, permuted = self._window(int(lane[first]), int(window[first]), int(num_windows[first]))
+            begin, permuted = self._window(int(lane[first]), int(window[first]))
             track[rows] = self._lane_start[lane[first]] + begin + permuted[entry[rows] - begin]
 
         place = (track + self._turn) % max(1, self.num_samples)
@@ -132,10 +127,78 @@ class EpochOrder:
         found[positions != PADDING] = self._first_index[shard] + place - self._track_start[shard]
         return found
 
-    def _window(self, lane: int, window: int, num_windows: int) -> tuple[int, npt.NDArray[np.int32]]:
-        """Where a window begins in its lane, and the permutation of its samples."""
+    def window_at(self, position: int) -> tuple[int, float]:
+        """Which window of its lane a position falls into, and how much of that window lies before it.
+
+        All lanes go through their windows side by side: the answer holds for every lane, but for a group or two.
+
+        Returns:
+            The window's number from 0, and a fraction in [0, 1).
+        """
+        lane, entry, window = (int(part[0]) for part in self._places(np.array([position], dtype=np.int64)))
+        begin, end = self._window_bounds(lane, window)
+        return window, (entry - begin) / (end - begin)
+
+    def num_windows(self, lane: int) -> int:
+        """Windows of one lane."""
         lane_size = int(self._lane_start[lane + 1] - self._lane_start[lane])
-        begin, end = window * lane_size // num_windows, (window + 1) * lane_size // num_windows
+        return max(1, -(-lane_size // self.window_samples))
+
+    def spans(self, lane: int, window: int) -> list[tuple[int, int]]:
+        """What one window holds, as runs of the manifest: what may be fetched at once.
+
+        Returns:
+            (first, stop) sample indices, each run within one shard, in the order of the track.
+        """
+        begin, end = self._window_bounds(lane, window)
+        start = int(self._lane_start[lane]) + begin
+        stop = int(self._lane_start[lane]) + end
+        found: list[tuple[int, int]] = []
+        while start < stop:
+            place = (start + self._turn) % self.num_samples
+            shard = int(np.searchsorted(self._track_start, place, side="right")) - 1
+            shard_end = int(self._track_start[shard + 1]) if shard + 1 < len(self._track_start) else self.num_samples
+            length = min(stop - start, shard_end - place)
+            first = int(self._first_index[shard]) + place - int(self._track_start[shard])
+            found.append((first, first + length))
+            start += length
+        return found
+
+    def lanes_read(self, start: int, global_batch: int, *, ranks: range, size: int) -> list[int]:
+        """Lanes that some ranks read from `start` to the end of the epoch, ascending.
+
+        Args:
+            start: a multiple of group_size.
+            global_batch: G, a multiple of group_size.
+            ranks: the ranks asked about, say those of one node.
+            size: R.
+        """
+        num_groups = global_batch // self.group_size
+        num_steps = self.num_lanes // math.gcd(num_groups, self.num_lanes)  # then the lanes of a step repeat
+        lanes: set[int] = set()
+        for rank in ranks:
+            for begin in range(start, start + num_steps * global_batch, global_batch):
+                positions = self.share(begin, global_batch, rank=rank, size=size)
+                lanes.update((positions[positions != PADDING] // self.group_size % self.num_lanes).tolist())
+        return sorted(lanes)
+
+    def _places(self, positions: Indices) -> tuple[Indices, Indices, Indices]:
+        """Lane, place in the lane, and window of the lane, of positions in [0, N)."""
+        group, within = np.divmod(positions, self.group_size)
+        turn, lane = np.divmod(group, self.num_lanes)
+        entry = turn * self.group_size + within
+        lane_sizes = np.diff(self._lane_start)[lane]
+        num_windows = np.maximum(1, -(-lane_sizes // self.window_samples))
+        return lane, entry, ((entry + 1) * num_windows - 1) // np.maximum(1, lane_sizes)
+
+    def _window_bounds(self, lane: int, window: int) -> tuple[int, int]:
+        """Where a window begins and ends in its lane."""
+        lane_size, num_windows = int(self._lane_start[lane + 1] - self._lane_start[lane]), self.num_windows(lane)
+        return window * lane_size // num_windows, (window + 1) * lane_size // num_windows
+
+    def _window(self, lane: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
+        """Where a window begins in its lane, and the permutation of its samples."""
+        begin, end = self._window_bounds(lane, window)
         permuted = self._windows.get((lane, window))
         if permuted is None:
             permuted = keyed.permutation(keyed.key(self._key, "window", lane, window), end - begin).astype(np.int32)

@@ -17,6 +17,10 @@ from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets, Unlisted
 
 Rows = npt.NDArray[np.int64]
 
+_FEW_ROWS = (
+    8  # up to here a loop over rows is faster than arithmetic over all of them: a step takes a row or two a shard
+)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ClassLists:
@@ -75,6 +79,8 @@ class ShardIndex:
         num_bytes: (n,) uint32, length of the JPEG.
         source_rows: (n,) uint64, the sample's place in the order of the source.
         positives, negatives: class columns verified present, verified absent.
+        crc32: (n,) uint32, checksum of each JPEG, by which a fetched one is checked; None in indexes of tars whose
+            images were never read.
     """
 
     keys: pa.StringArray
@@ -83,6 +89,7 @@ class ShardIndex:
     source_rows: npt.NDArray[np.uint64]
     positives: ClassLists
     negatives: ClassLists
+    crc32: npt.NDArray[np.uint32] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -121,6 +128,10 @@ class ShardIndex:
             )
         targets = np.full((len(wanted), num_classes), ABSENT if unlisted == "absent" else UNKNOWN, dtype=np.int8)
         for lists, code in ((self.negatives, ABSENT), (self.positives, PRESENT)):
+            if len(wanted) <= _FEW_ROWS:
+                for place, row in enumerate(wanted.tolist()):
+                    targets[place, lists.row(row)] = code
+                continue
             places, columns = lists.entries(wanted)
             targets[places, columns] = code
         return targets
@@ -136,6 +147,7 @@ _SCHEMA = pa.schema(
         ("negatives", pa.list_(pa.uint16())),
     ]
 )
+_CRC = pa.field("crc32", pa.uint32())
 
 
 def encode_index(index: ShardIndex) -> bytes:
@@ -145,9 +157,12 @@ def encode_index(index: ShardIndex) -> bytes:
         for part in (index.positives, index.negatives)
     ]
     numbers = [pa.array(column) for column in (index.offsets, index.num_bytes, index.source_rows)]
-    batch = pa.record_batch([index.keys, *numbers, *lists], schema=_SCHEMA)
+    schema, columns = _SCHEMA, [index.keys, *numbers, *lists]
+    if index.crc32 is not None:
+        schema, columns = _SCHEMA.append(_CRC), [*columns, pa.array(index.crc32)]
+    batch = pa.record_batch(columns, schema=schema)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, _SCHEMA) as writer:
+    with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
@@ -172,7 +187,8 @@ def decode_index(content: bytes, where: str) -> ShardIndex:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise wrong(f"an index that does not read: {error}", "an Arrow IPC file") from error
     columns = {}
-    for field in _SCHEMA:
+    has_crc = _CRC.name in table.column_names
+    for field in [*_SCHEMA, _CRC] if has_crc else _SCHEMA:
         if table.column_names.count(field.name) != 1:
             raise wrong(f"columns {', '.join(table.column_names)}", f"one column {field.name!r}")
         column = table.column(field.name)
@@ -189,6 +205,7 @@ def decode_index(content: bytes, where: str) -> ShardIndex:
         source_rows=columns["source_row"].to_numpy(),
         positives=_lists_of(columns["positives"]),
         negatives=_lists_of(columns["negatives"]),
+        crc32=columns["crc32"].to_numpy() if has_crc else None,
     )
     for name, lists in (("positives", index.positives), ("negatives", index.negatives)):
         if not lists.ascends():

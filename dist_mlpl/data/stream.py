@@ -1,10 +1,10 @@
-"""Owns the flow of batches: bytes from shards, decoded in threads ahead of the step that needs them."""
+"""Owns the flow of batches: bytes fetched ahead, decoded in threads into batches ahead of the step that needs them."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,19 +14,28 @@ import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 
-from dist_mlpl.batch import Batch
-from dist_mlpl.data.cache import ShardCache
-from dist_mlpl.data.collate import collate
+from dist_mlpl import storage
+from dist_mlpl.batch import Batch, Loading
+from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, put, to_device
+from dist_mlpl.data.fetch import Fetcher, Spans, Ticket
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.data.transform import DecodedImage, Transform, use_one_thread_here
+from dist_mlpl.data.transform import Transform, use_one_thread_here
 from dist_mlpl.data.views import check_rule
 from dist_mlpl.errors import DataError, ShardError
 from dist_mlpl.settings import Settings
+from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
+ROWS_PER_JOB = 8  # decoded one after the other by one thread
+READ_AHEAD_SAMPLES = 512  # of a rank, whose reads are under way or done: bounds the memory of encoded images
+EVALUATION_ROUND = 2048  # samples of an evaluation that are fetched at once, as a window is in training
+_SKIPPED_FRACTION = 0.5  # a window of which more was used already is not fetched; its rest is read one by one
 EVALUATION_BLOCK = 32  # fixed, so that a sample's logits are bit-equal on any rank and any number of ranks
+
+
+Indices = npt.NDArray[np.int64]
 
 
 class DataSettings(Settings):
@@ -40,10 +49,11 @@ class DataSettings(Settings):
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
     num_lanes: int = Field(64, ge=1)
     window_samples: int = Field(4096, ge=1)
-    cache_bytes: int = Field(64 << 30, ge=0)  # of this node's shard cache; remote shards only
+    cache_bytes: int = Field(64 << 30, ge=0)  # of this node's cache of remote shards; 0: none, each sample by itself
     num_workers: int = Field(2, ge=0)  # decoding threads of each rank; 0 decodes in the step itself
     max_bad_fraction: float = Field(1e-4, ge=0.0, le=1.0)  # undecodable samples of an epoch before the run stops
-    storage_options: dict[str, Any] = Field(default_factory=dict)  # fsspec keywords of remote URLs; never written down
+    # fsspec keywords of remote URLs, or such by scheme ({s3: {...}, https: {...}}); never written down or shown
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @property
     def is_view_asked(self) -> bool:
@@ -57,14 +67,6 @@ class DataSettings(Settings):
         return self
 
 
-class BadSample(NamedTuple):
-    """A sample that kept its place with `valid` False."""
-
-    index: int  # type: ignore[assignment]
-    name: str
-    reason: str
-
-
 @dataclass
 class Consumed:
     """What a rank was handed since the last commit: the evidence that `audit` reads."""
@@ -74,12 +76,23 @@ class Consumed:
     bad: list[BadSample] = field(default_factory=list)
 
 
+class _Share(NamedTuple):
+    """What one rank takes of one step."""
+
+    positions: Indices  # (B,) int64, -1 on padding
+    indices: Indices  # (B,) int64, -1 on padding
+    round: int  # window of the order, or part of an evaluation, that it is taken from
+
+
 class Stream:
     """Batches of one split for one rank.
 
+    Three things run side by side: reads of samples and of extents to come, decoding into the memory of coming
+    batches, and the copy of the next batch to the device. All are bounded, and none changes what a batch holds.
+
     Args:
         index: the split.
-        cache: where its shards are read.
+        fetcher: of the same split.
         transform: what a sample looks like.
         world: this rank.
         num_workers: decoding threads.
@@ -90,7 +103,7 @@ class Stream:
     def __init__(
         self,
         index: SplitIndex,
-        cache: ShardCache,
+        fetcher: Fetcher,
         transform: Transform,
         *,
         world: World,
@@ -98,19 +111,32 @@ class Stream:
         device: torch.device,
         max_bad_fraction: float,
     ) -> None:
-        self._index, self._cache, self._transform = index, cache, transform
+        self._index, self.fetcher, self._transform = index, fetcher, transform
         self._world, self._device = world, device
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
         self._allowed_bad = max_bad_fraction * index.num_samples
         self._num_bad = 0  # over all ranks, this epoch
         self._consumed = Consumed()
-        self.waited_seconds = 0.0  # spent in the training loop waiting for data, since the run began
+        self._waited_seconds = 0.0
 
     def close(self) -> None:
-        """Stop the decoding threads."""
+        """Stop reading and decoding."""
+        self.fetcher.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def loading(self) -> Loading:
+        """What the data of this rank have cost since the stream was made."""
+        counts, traffic = self.fetcher.counts, storage.traffic()
+        return Loading(
+            waited_seconds=self._waited_seconds,
+            bytes_read=traffic.bytes_read,
+            retries=traffic.retries,
+            num_samples=counts.local + counts.cached + counts.direct,
+            num_direct=counts.direct,
+        )
 
     def train_batches(
         self, order: EpochOrder, labels: Labels, *, epoch: int, start: int, global_batch: int
@@ -132,23 +158,42 @@ class Stream:
         """
         if start == 0:
             self._num_bad = 0
-        stop = last_position(start, global_batch=global_batch, num_samples=order.num_samples)
-
-        def shares() -> Iterator[npt.NDArray[np.int64]]:
-            for begin in range(start, stop, global_batch):
-                yield order.share(begin, global_batch, rank=self._world.rank, size=self._world.size)
-
-        ahead = self._ahead(((positions, order.at(positions)) for positions in shares()), epoch=epoch)
+        host_batches = self.host_batches(order, labels, epoch=epoch, start=start, global_batch=global_batch)
+        batches = to_device(host_batches, self._device, self._transform.normalise)
         while True:
             began = time.perf_counter()
-            step = next(ahead, None)
-            self.waited_seconds += time.perf_counter() - began
-            if step is None:
+            with span("data"):
+                host = next(batches, None)
+            self._waited_seconds += time.perf_counter() - began
+            if host is None:
                 return
-            positions, indices, decoded = step
-            self._consumed.positions.append(positions)
-            self._consumed.indices.append(indices)
-            yield self._batch(indices, self._drop_bad(indices, decoded), labels)
+            self._consumed.positions.append(host.positions)
+            self._consumed.indices.append(host.indices)
+            self._consumed.bad += host.bad
+            yield host.batch
+
+    def host_batches(
+        self, order: EpochOrder, labels: Labels, *, epoch: int, start: int, global_batch: int
+    ) -> Iterator[HostBatch]:
+        """The same in host memory, images still uint8; nothing is noted as consumed."""
+        stop = last_position(start, global_batch=global_batch, num_samples=order.num_samples)
+        rank, size = self._world.rank, self._world.size
+
+        def shares() -> Iterator[_Share]:
+            for begin in range(start, stop, global_batch):
+                positions = order.share(begin, global_batch, rank=rank, size=size)
+                yield _Share(positions, order.at(positions), order.window_at(begin)[0])
+
+        def rounds() -> Iterator[tuple[int, Spans]]:
+            first, used_fraction = order.window_at(start)
+            lanes = order.lanes_read(start, global_batch, ranks=range(rank, rank + 1), size=size)
+            for window in range(first + (used_fraction > _SKIPPED_FRACTION), max(map(order.num_windows, lanes))):
+                in_lanes = [order.spans(lane, window) for lane in lanes if window < order.num_windows(lane)]
+                yield window, [span for spans in in_lanes for span in spans]
+
+        if start < stop:
+            self.fetcher.follow(rounds())
+        return self._decoded(shares(), labels, epoch=epoch)
 
     def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
         """Every sample of the split once, in manifest order, in fixed blocks of 32 dealt to the ranks.
@@ -161,14 +206,23 @@ class Stream:
         blocks = list(range(rank * num_blocks // size, (rank + 1) * num_blocks // size))
         blocks += [num_blocks] * (-(-num_blocks // size) - len(blocks))  # beyond the end: all padding
 
-        def shares() -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        def shares() -> Iterator[_Share]:
             for block in blocks:
                 indices = np.arange(block * EVALUATION_BLOCK, (block + 1) * EVALUATION_BLOCK)
                 indices[indices >= num_samples] = PADDING
-                yield indices, indices
+                yield _Share(indices, indices, (block - blocks[0]) * EVALUATION_BLOCK // EVALUATION_ROUND)
 
-        for _, indices, decoded in self._ahead(shares(), epoch=0):
-            yield self._batch(indices, self._drop_bad(indices, decoded), labels)
+        def rounds() -> Iterator[tuple[int, Spans]]:
+            first, stop = (block * EVALUATION_BLOCK for block in (blocks[0], blocks[-1] + 1))
+            for number, start in enumerate(range(first, min(stop, num_samples), EVALUATION_ROUND)):
+                yield number, self._index.spans(start, min(start + EVALUATION_ROUND, stop, num_samples))
+
+        if blocks:
+            self.fetcher.follow(rounds())
+        host_batches = self._decoded(shares(), labels, epoch=0)
+        for host in to_device(host_batches, self._device, self._transform.normalise):
+            self._consumed.bad += host.bad
+            yield host.batch
 
     def take_consumed(self) -> Consumed:
         """What was handed out since the last call, and forget it."""
@@ -198,61 +252,84 @@ class Stream:
                 next_step="run `dist-mlpl shards verify --decode`, or raise data.max_bad_fraction",
             )
 
-    def _batch(self, indices: npt.NDArray[np.int64], decoded: Sequence[DecodedImage | None], labels: Labels) -> Batch:
-        real = indices != PADDING
-        targets = np.zeros((len(indices), self._index.manifest.num_classes), dtype=np.int8)
-        targets[real] = labels.targets(indices[real])
-        batch = collate(decoded, targets, indices, self._transform.settings.size).to(self._device)
-        return batch._replace(images=self._transform.normalise(batch.images))
-
-    def _drop_bad(
-        self, indices: npt.NDArray[np.int64], decoded: Sequence[DecodedImage | BadSample | None]
-    ) -> list[DecodedImage | None]:
-        """Undecodable samples noted and turned into empty places."""
-        kept: list[DecodedImage | None] = []
-        for one in decoded:
-            if isinstance(one, BadSample):
-                self._consumed.bad.append(one)
-                one = None
-            kept.append(one)
-        return kept
-
-    def _ahead(
-        self, steps: Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]], *, epoch: int
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[DecodedImage | BadSample | None]]]:
-        """Decode steps in order, a few steps before they are asked for."""
+    def _decoded(self, shares: Iterator[_Share], labels: Labels, *, epoch: int) -> Iterator[HostBatch]:
+        """Decode shares in order: reads begin READ_AHEAD_SAMPLES early, decoding two steps or twice the threads."""
+        read_ahead = self._begun(shares)
         if self._pool is None:
-            for positions, indices in steps:
-                rows = zip(positions.tolist(), indices.tolist(), strict=True)
-                yield positions, indices, [self._load(p, i, epoch) for p, i in rows]
+            for share, jobs in read_ahead:
+                batch = self._empty(share)
+                bad = [one for job in jobs for one in self._fill(batch, share, labels, epoch, *job)]
+                yield HostBatch(batch, share.positions, share.indices, bad)
             return
-        pending: deque[tuple[Any, Any, list[Future]]] = deque()
+        pending: deque[tuple[_Share, Batch, list[Future[list[BadSample]]]]] = deque()
+        num_jobs = 0
         try:
-            for positions, indices in steps:
-                rows = zip(positions.tolist(), indices.tolist(), strict=True)
-                jobs = [self._pool.submit(self._load, p, i, epoch) for p, i in rows]
-                pending.append((positions, indices, jobs))
-                if len(pending) > 2 and len(pending) * len(positions) > 2 * self._num_workers:
-                    yield _finished(pending)
+            for share, jobs in read_ahead:
+                batch = self._empty(share)
+                futures = [self._pool.submit(self._fill, batch, share, labels, epoch, *job) for job in jobs]
+                pending.append((share, batch, futures))
+                num_jobs += len(futures)
+                while len(pending) > 2 and num_jobs > 2 * self._num_workers:
+                    num_jobs -= len(pending[0][2])
+                    yield _finished(*pending.popleft())
             while pending:
-                yield _finished(pending)
+                yield _finished(*pending.popleft())
         finally:
-            for _, _, jobs in pending:
-                for job in jobs:
-                    job.cancel()
+            for _, _, futures in pending:
+                for future in futures:
+                    future.cancel()
 
-    def _load(self, position: int, index: int, epoch: int) -> DecodedImage | BadSample | None:
-        """One sample's bytes, decoded and augmented."""
-        if index == PADDING:
-            return None
-        place = self._index.place(index)
-        content = self._cache.read(self._index.shards[place.shard], place.offset, place.num_bytes)
-        try:
-            return self._transform(content, epoch=epoch, position=position)
-        except ShardError as error:
-            return BadSample(index, self._index.name(index), error.found)
+    def _begun(self, shares: Iterator[_Share]) -> Iterator[tuple[_Share, list[tuple[int, int, Ticket]]]]:
+        """Shares whose reads have begun, in jobs of some rows each: (first row, last row + 1, ticket)."""
+        ahead: deque[tuple[_Share, list[tuple[int, int, Ticket]]]] = deque()
+        num_samples = 0
+        while True:
+            while num_samples < READ_AHEAD_SAMPLES or len(ahead) < 2:
+                share = next(shares, None)
+                if share is None:
+                    break
+                ahead.append((share, self._jobs(share)))
+                num_samples += len(share.indices)
+            if not ahead:
+                return
+            share, jobs = ahead.popleft()
+            num_samples -= len(share.indices)
+            self.fetcher.use(share.round)
+            yield share, jobs
+
+    def _jobs(self, share: _Share) -> list[tuple[int, int, Ticket]]:
+        jobs = []
+        for row in range(0, len(share.indices), ROWS_PER_JOB):
+            indices = share.indices[row : row + ROWS_PER_JOB]
+            jobs.append((row, row + len(indices), self.fetcher.begin(indices[indices != PADDING])))
+        return jobs
+
+    def _empty(self, share: _Share) -> Batch:
+        return empty_batch(
+            share.indices,
+            num_classes=self._index.manifest.num_classes,
+            image_size=self._transform.settings.size,
+            is_pinned=self._device.type == "cuda",
+        )
+
+    def _fill(
+        self, batch: Batch, share: _Share, labels: Labels, epoch: int, first: int, stop: int, ticket: Ticket
+    ) -> list[BadSample]:
+        """Decode some rows of a batch into their places, with their labels."""
+        bad = []
+        rows = [row for row in range(first, stop) if share.indices[row] != PADDING]
+        for row in set(range(first, stop)).difference(rows):
+            clear(batch, row)
+        targets = labels.targets(share.indices[rows])
+        for row, content, known in zip(rows, self.fetcher.take(ticket), targets, strict=True):
+            try:
+                put(batch, row, self._transform(content, epoch=epoch, position=int(share.positions[row])), known)
+            except ShardError as error:
+                clear(batch, row)
+                index = int(share.indices[row])
+                bad.append(BadSample(index, self._index.name(index), error.found))
+        return bad
 
 
-def _finished(pending: deque) -> tuple[Any, Any, list[DecodedImage | BadSample | None]]:
-    positions, indices, jobs = pending.popleft()
-    return positions, indices, [job.result() for job in jobs]
+def _finished(share: _Share, batch: Batch, futures: list[Future[list[BadSample]]]) -> HostBatch:
+    return HostBatch(batch, share.positions, share.indices, [bad for future in futures for bad in future.result()])

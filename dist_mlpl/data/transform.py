@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Final, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
 import torch
 from pydantic import Field, model_validator
 from threadpoolctl import threadpool_limits
@@ -25,6 +28,9 @@ from dist_mlpl.settings import Settings
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 MAX_PIXELS: Final = 100_000_000  # 300 MB decoded; a larger image is taken for a decompression bomb
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what is left of the crop is still so much larger than the
+# image it becomes. With it the final crops differ from those of full decoding by 1 to 2 grey levels on average.
+SCALED_MARGIN: Final = 1.1
 _CROP_ATTEMPTS: Final = 10
 _CROP_SIDES: Final = (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2)  # 512, 448, 384, 320, 256 of 512
 
@@ -33,6 +39,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Triple = tuple[Unit, Unit, Unit]
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 Crop = tuple[float, float, float, float]  # left, top, width, height as fractions of the full image
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB, as decoders write them
 
 
 class RandAugmentSettings(Settings):
@@ -54,6 +61,8 @@ class TransformSettings(Settings):
         scale: smallest and largest area of a `random_resized` box, as fractions of the image.
         ratio: smallest and largest width / height of a `random_resized` box.
         interpolation: of every resize, always antialiased.
+        scaled_decode: let the decoder shrink what is resized to much less anyway; see `SCALED_MARGIN`. Boxes then lie
+            on whole pixels of the smaller image.
         flip: mirror half of the training images left to right.
         color_jitter: s in [0, 1]: brightness, contrast and saturation times [1 - s, 1 + s], hue turned by at most
             s / 10 of the half circle.
@@ -68,6 +77,7 @@ class TransformSettings(Settings):
     scale: tuple[Positive, Unit] = (0.25, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    scaled_decode: bool = True
     flip: bool = True
     color_jitter: Unit = 0.0
     rand_augment: RandAugmentSettings | None = None
@@ -111,7 +121,7 @@ def _wrong(name: str, found: str, expected: str, next_step: str) -> ConfigError:
 class DecodedImage(NamedTuple):
     """One image as the model sees it, and what part of the full image that is."""
 
-    image: Tensor  # (3, size, size) uint8, contiguous
+    image: Tensor  # (3, size, size) uint8, in any layout
     crop: Tensor  # (4,) float32 in [0, 1], (left, top, width, height) as fractions of the full image, before the flip
     flipped: bool  # mirrored left to right after the crop
 
@@ -145,15 +155,15 @@ class Transform:
             ShardError: the image cannot be decoded.
         """
         settings = self.settings
-        image = decode_jpeg(content)
+        jpeg = Jpeg(content, is_scaled=settings.scaled_decode)
         if not self.train:
-            image, crop = _evaluation(image, settings)
-            return DecodedImage(image.contiguous(), torch.tensor(crop, dtype=torch.float32), False)
+            image, crop = _evaluation(jpeg, settings)
+            return DecodedImage(image, torch.tensor(crop, dtype=torch.float32), False)
 
         def chance(purpose: str) -> int:
             return key(self.seed, epoch, position, purpose)
 
-        image, crop = self._crop(image, settings, chance("crop"))
+        image, crop = self._crop(jpeg, settings, chance("crop"))
         flipped = settings.flip and float(uniform(chance("flip"), 1)[0]) < 0.5
         if flipped:
             image = F.horizontal_flip(image)
@@ -163,18 +173,19 @@ class Transform:
             image = _rand_augment(image, settings.rand_augment, settings.fill, chance("rand_augment"))
         if settings.cutout:
             image = _cutout(image, settings.cutout, settings.fill, chance("cutout"))
-        return DecodedImage(image.contiguous(), torch.tensor(crop, dtype=torch.float32), flipped)
+        return DecodedImage(image, torch.tensor(crop, dtype=torch.float32), flipped)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bring uint8 images to what the backbone expects, on the device they are on.
 
         Args:
-            images: (B, 3, H, W) uint8.
+            images: (B, 3, H, W) uint8, in any layout.
 
         Returns:
-            (B, 3, H, W) float32: (images / 255 - mean) / std, or images / 255 where the settings have neither.
+            (B, 3, H, W) float32, contiguous: (images / 255 - mean) / std, or images / 255 where the settings have
+            neither.
         """
-        scaled = images.to(torch.float32).div_(255.0)
+        scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         if self.settings.mean is None or self.settings.std is None:
             return scaled
         mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self.settings.mean, self.settings.std))
@@ -192,27 +203,82 @@ def use_one_thread_here() -> None:
     threadpool_limits(limits=1, user_api="openmp")
 
 
-def decode_jpeg(content: bytes) -> Tensor:
-    """Decode a JPEG of any colour space to RGB.
+class Jpeg:
+    """A JPEG whose header was read, to be decoded at the size that its use needs.
 
     An EXIF orientation is not applied: annotations and recorded crops refer to the pixels as stored. Damage inside
     the entropy-coded part may pass unseen, as with every JPEG reader; a missing end does not.
 
-    Returns:
-        (3, H, W) uint8.
+    Args:
+        content: the file.
+        is_scaled: whether it may be decoded smaller than it is.
 
     Raises:
-        ShardError: not a JPEG, corrupt, truncated, or of more than MAX_PIXELS pixels (found in its header,
-            before any pixel is decoded).
+        ShardError: not a JPEG, or of more than MAX_PIXELS pixels; nothing was decoded.
     """
-    width, height = _jpeg_size(content)
-    if width * height > MAX_PIXELS:
-        raise _undecodable(f"{width} x {height} pixels")
+
+    def __init__(self, content: bytes, *, is_scaled: bool = False) -> None:
+        self.width, self.height = _jpeg_size(content)
+        if self.width * self.height > MAX_PIXELS:
+            raise _undecodable(f"{self.width} x {self.height} pixels")
+        self._content, self._is_scaled = content, is_scaled
+
+    def factor(self, shrink: float) -> int:
+        """By how much the decoder may shrink an image that becomes `shrink` times smaller: 1, 2, 4 or 8."""
+        if not self._is_scaled:
+            return 1
+        return next((factor for factor in (8, 4, 2) if shrink >= factor * SCALED_MARGIN), 1)
+
+    def decode(self, factor: int = 1) -> Pixels:
+        """Decode all of it.
+
+        Args:
+            factor: 1, 2, 4 or 8; the result is so many times smaller, rounded up.
+
+        Returns:
+            (ceil(height / factor), ceil(width / factor), 3) uint8, RGB.
+
+        Raises:
+            ShardError: corrupt or truncated.
+        """
+        height, width = -(-self.height // factor), -(-self.width // factor)
+        try:
+            pixels = simplejpeg.decode_jpeg(self._content, min_height=height, min_width=width)
+            if pixels.shape[:2] == (height, width):
+                return pixels
+        except (ValueError, KeyError):
+            pass  # a colour space or sampling that this interface refuses, or damage: the other reader decides
+        pixels = _decode_by_torchvision(self._content)
+        if factor == 1:
+            return pixels
+        image = _tensor_of(pixels)
+        return F.resize(image, [height, width], antialias=True).permute(1, 2, 0).contiguous().numpy()
+
+
+def decode_jpeg(content: bytes) -> Tensor:
+    """Decode a JPEG of any colour space to RGB, at full size.
+
+    Returns:
+        (3, H, W) uint8, a view of pixels in rows.
+
+    Raises:
+        ShardError: as `Jpeg` and `Jpeg.decode`.
+    """
+    return _tensor_of(Jpeg(content).decode())
+
+
+def _decode_by_torchvision(content: bytes) -> Pixels:
     try:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, apply_exif_orientation=False)
+        image = io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, apply_exif_orientation=False)
     except RuntimeError as error:
         raise _undecodable(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from error
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def _tensor_of(pixels: Pixels) -> Tensor:
+    """(H, W, 3) pixels as a (3, H, W) view."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _undecodable(reason: str) -> ShardError:
@@ -245,28 +311,40 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
     raise _undecodable("no JPEG frame header")
 
 
-def _resize(image: Tensor, height: int, width: int, settings: TransformSettings) -> Tensor:
+def _resize(pixels: Pixels, height: int, width: int, settings: TransformSettings) -> Tensor:
+    """Resize (H, W, 3) to (3, height, width), in rows of pixels, which torch resizes without a float copy."""
+    image = _tensor_of(np.ascontiguousarray(pixels))
     return F.resize(image, [height, width], interpolation=settings.resample, antialias=True)
 
 
-def _cut(image: Tensor, box: Box, settings: TransformSettings) -> tuple[Tensor, Crop]:
+def _cut(jpeg: Jpeg, box: Box, settings: TransformSettings) -> tuple[Tensor, Crop]:
     """Cut a box of pixels out of an image and resize it to (3, size, size)."""
     left, top, width, height = box
-    part = image[:, top : top + height, left : left + width]
-    full_height, full_width = image.shape[-2:]
-    crop = (left / full_width, top / full_height, width / full_width, height / full_height)
+    right, bottom = left + width, top + height
+    factor = jpeg.factor(min(width, height) / settings.size)
+    left, top, right, bottom = (round(side / factor) for side in (left, top, right, bottom))
+    part = jpeg.decode(factor)[top:bottom, left:right]
+    # The box as cut, in full pixels; the last column of a smaller image may stand for fewer.
+    right, bottom = min(right * factor, jpeg.width), min(bottom * factor, jpeg.height)
+    left, top = left * factor, top * factor
+    crop = (left / jpeg.width, top / jpeg.height, (right - left) / jpeg.width, (bottom - top) / jpeg.height)
     return _resize(part, settings.size, settings.size, settings), crop
 
 
-def _whole(image: Tensor, settings: TransformSettings, chance: int | None = None) -> tuple[Tensor, Crop]:
+def _squashed(jpeg: Jpeg, height: int, width: int, settings: TransformSettings) -> Tensor:
+    """The full image at another height and width, (3, height, width)."""
+    pixels = jpeg.decode(jpeg.factor(min(jpeg.height / height, jpeg.width / width)))
+    return _resize(pixels, height, width, settings)
+
+
+def _whole(jpeg: Jpeg, settings: TransformSettings, chance: int | None = None) -> tuple[Tensor, Crop]:
     """The full image, squashed to (3, size, size); nothing is drawn."""
-    return _resize(image, settings.size, settings.size, settings), (0.0, 0.0, 1.0, 1.0)
+    return _squashed(jpeg, settings.size, settings.size, settings), (0.0, 0.0, 1.0, 1.0)
 
 
-def _random_resized(image: Tensor, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
+def _random_resized(jpeg: Jpeg, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
     """A box of random area and shape (Szegedy et al. 2015), by torchvision's rule: ten attempts, then a central box."""
-    box = random_resized_box(image.shape[-1], image.shape[-2], settings.scale, settings.ratio, chance)
-    return _cut(image, box, settings)
+    return _cut(jpeg, random_resized_box(jpeg.width, jpeg.height, settings.scale, settings.ratio, chance), settings)
 
 
 def random_resized_box(
@@ -300,32 +378,40 @@ def random_resized_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _multi_scale(image: Tensor, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
+def _multi_scale(jpeg: Jpeg, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
     """Squash the full image to a square, then cut a square of one of five sides at a random place.
 
     Source: the HCP family's reference code: 512 x 512, sides 512, 448, 384, 320, 256, resized to 448.
     """
     full = settings.squashed_side
-    squashed = _resize(image, full, full, settings)
+    squashed = _squashed(jpeg, full, full, settings)
     u_side, u_left, u_top = uniform(chance, 3).tolist()
     side = max(1, round(full * _CROP_SIDES[int(u_side * len(_CROP_SIDES))]))
     left, top = int(u_left * (full - side + 1)), int(u_top * (full - side + 1))
-    return _cut(squashed, (left, top, side, side), settings)
+    return _recut(squashed, (left, top, side, side), settings)
 
 
-def _evaluation(image: Tensor, settings: TransformSettings) -> tuple[Tensor, Crop]:
+def _recut(image: Tensor, box: Box, settings: TransformSettings) -> tuple[Tensor, Crop]:
+    """Cut a box out of a resized image and resize it to (3, size, size)."""
+    left, top, width, height = box
+    full_height, full_width = image.shape[-2:]
+    part = image[:, top : top + height, left : left + width]
+    crop = (left / full_width, top / full_height, width / full_width, height / full_height)
+    return _resize(part.permute(1, 2, 0).numpy(), settings.size, settings.size, settings), crop
+
+
+def _evaluation(jpeg: Jpeg, settings: TransformSettings) -> tuple[Tensor, Crop]:
     """The full image squashed, or its shorter side resized and the centre cut; see `TransformSettings.resize`."""
     if settings.resize is None or settings.crop == "multi_scale":
-        return _whole(image, settings)
-    height, width = image.shape[-2:]
-    shorter = min(height, width)
-    new_height, new_width = (settings.resize * side // shorter for side in (height, width))
+        return _whole(jpeg, settings)
+    shorter = min(jpeg.height, jpeg.width)
+    new_height, new_width = (settings.resize * side // shorter for side in (jpeg.height, jpeg.width))
     if new_height * new_width > MAX_PIXELS:
-        raise _undecodable(f"{width} x {height} pixels become {new_width} x {new_height}")
-    resized = _resize(image, new_height, new_width, settings)
+        raise _undecodable(f"{jpeg.width} x {jpeg.height} pixels become {new_width} x {new_height}")
+    resized = _squashed(jpeg, new_height, new_width, settings)
     size = settings.size
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
-    return _cut(resized, (left, top, size, size), settings)
+    return _recut(resized, (left, top, size, size), settings)
 
 
 def _color_jitter(image: Tensor, strength: float, chance: int) -> Tensor:

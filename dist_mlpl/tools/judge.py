@@ -14,7 +14,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
-from dist_mlpl.train import build_stream
+from dist_mlpl.train import build_cache, build_stream
 
 
 def judge(
@@ -62,7 +62,8 @@ def judge(
         global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
     )  # fmt: skip
     engine.load_model(read_model(run, commit))
-    stream = build_stream(config, index, world, engine, train=False)
+    cache = build_cache(config.data, index, world)
+    stream = build_stream(config, index, cache, world, engine, train=False)
     try:
         judged = evaluate(engine, stream, LabelStore(index).at(0), config.evaluation)
     finally:

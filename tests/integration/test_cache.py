@@ -1,288 +1,332 @@
-"""Claims about a node's copy of shards: keyed by content, bounded, shared by processes, never half there."""
+"""Claims about a node's cache of extents: keyed as told, bounded, shared by threads and processes, never half there."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dist_mlpl import storage
-from dist_mlpl.data.cache import ShardCache, cache_folder
-from dist_mlpl.data.manifest import ClassEntry, Manifest, Packing, ShardEntry, SourceEntry, Split, classes_digest
-from dist_mlpl.errors import ConfigError, ShardError, StorageError
-from dist_mlpl.tools.object_store import EmbeddedS3
+from dist_mlpl.data import cache as cache_module
+from dist_mlpl.data.cache import ExtentCache, cache_folder
+from dist_mlpl.errors import ShardError
 from tests.support.processes import call_forked, killed_at_the_end
-from tests.support.proxy import FaultyProxy
+from tests.support.sets import small_disk
 
 pytestmark = pytest.mark.integration
 
-SHARD_BYTES = 10_000
+EXTENT = 10_000  # bytes
 
 
-@pytest.fixture(autouse=True)
-def _usual_storage() -> Iterator[None]:
-    yield
-    storage.configure_storage()
+def content_of(key: str) -> bytes:
+    return np.random.default_rng(zlib.crc32(key.encode())).bytes(EXTENT)
 
 
-@pytest.fixture
-def proxy(embedded_s3: EmbeddedS3) -> Iterator[FaultyProxy]:
-    """Requests of this process and its children pass through it and are counted."""
-    with FaultyProxy(embedded_s3.endpoint) as proxy:
-        storage.configure_storage({"endpoint_url": proxy.url})
-        yield proxy
+def add(cache: ExtentCache, key: str) -> bool:
+    return cache.add(key, EXTENT, lambda: content_of(key))
 
 
-def content_of(seed: int) -> bytes:
-    return np.random.default_rng(seed).bytes(SHARD_BYTES)
+def never() -> bytes:
+    raise AssertionError("fetched what is here already")
 
 
-def set_at(url: str, seeds: range) -> Manifest:
-    """A data set whose shards are plain noise: the cache never looks inside."""
-    shards = []
-    for number, seed in enumerate(seeds):
-        content = content_of(seed)
-        storage.write_bytes(f"{url}/train-{number:06d}.tar", content)
-        shards.append(
-            ShardEntry(
-                file=f"train-{number:06d}.tar",
-                index=f"train-{number:06d}.arrow",
-                num_samples=1,
-                num_bytes=len(content),
-                sha256=storage.sha256_of_bytes(content),
-                index_sha256="",
-            )
+def names(folder: Path, suffix: str) -> list[str]:
+    return sorted(path.stem for path in folder.iterdir() if path.suffix == suffix)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def age(folder: Path, *keys: str) -> None:
+    """Let extents be read long ago, the first longest; the clock of files is too coarse to tell reads of one test."""
+    for seconds, key in enumerate(keys, start=1_000):
+        os.utime(folder / f"{key}.bytes", (seconds, seconds))
+
+
+def test_any_part_of_an_extent_reads_back_and_it_is_fetched_once_even_over_restarts(tmp_path: Path) -> None:
+    keys, random = ["a-000000", "a-000001", "b-000000"], np.random.default_rng(0)
+    cache = ExtentCache(limit_bytes=100 * EXTENT, folder=tmp_path)
+    assert not any(cache.has(key) or cache.read(key, 0, 1) for key in keys)
+    assert all(add(cache, key) for key in keys)
+    for again in (cache, ExtentCache(limit_bytes=100 * EXTENT, folder=tmp_path)):
+        for key in keys:
+            assert again.has(key)
+            assert again.add(key, EXTENT, never)
+            start, stop = sorted(random.integers(0, EXTENT + 1, size=2).tolist())
+            assert again.read(key, start, stop - start) == content_of(key)[start:stop]
+    assert names(tmp_path, ".bytes") == keys
+    assert names(tmp_path, ".part") == []
+
+
+def test_the_least_recently_read_extents_make_room(tmp_path: Path) -> None:
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)  # emptied to 7 when looked through
+    keys = [f"k-{number}" for number in range(7)]
+    for key in keys:
+        add(cache, key)
+    age(tmp_path, *keys)
+    assert cache.read("k-0", 0, 1)
+    assert cache.read("k-2", 0, 1)
+    for number in range(7, 11):
+        add(cache, f"k-{number}")
+        assert bytes_in(tmp_path) <= 8 * EXTENT
+    kept = names(tmp_path, ".bytes")
+    assert {"k-0", "k-2", "k-7", "k-8", "k-9", "k-10"} <= set(kept)
+    assert "k-1" not in kept
+    assert "k-3" not in kept
+    assert cache.read("k-1", 0, 1) is None
+    assert add(cache, "k-1")
+    assert cache.read("k-1", 0, EXTENT) == content_of("k-1")
+
+
+def test_a_smaller_limit_holds_from_the_start(tmp_path: Path) -> None:
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+    keys = [f"k-{number}" for number in range(6)]
+    for key in keys:
+        add(cache, key)
+    age(tmp_path, *keys)
+    ExtentCache(limit_bytes=3 * EXTENT, folder=tmp_path)
+    assert names(tmp_path, ".bytes") == ["k-4", "k-5"]
+
+
+def test_what_does_not_fit_the_limit_is_not_fetched(tmp_path: Path) -> None:
+    cache = ExtentCache(limit_bytes=EXTENT, folder=tmp_path)
+    assert not cache.add("k", EXTENT, never)
+    assert bytes_in(tmp_path) == 0
+
+
+def test_many_threads_that_fetch_at_once_stay_within_the_limit(tmp_path: Path) -> None:
+    """All hold still inside their fetch: what lies in the folder then is what was let in."""
+    num_threads = 12
+    for round_number in range(20):
+        folder = tmp_path / str(round_number)
+        cache = ExtentCache(limit_bytes=8 * EXTENT, folder=folder)
+        for number in range(4):
+            add(cache, f"old-{number}")
+        at_rest, state = threading.Condition(), {"inside": 0, "refused": 0, "bytes": 0}
+
+        def fetch(state=state, at_rest=at_rest, folder=folder) -> bytes:
+            with at_rest:
+                state["inside"] += 1
+                at_rest.notify_all()
+                assert at_rest.wait_for(lambda: state["inside"] + state["refused"] == num_threads, 60)
+                state["bytes"] = state["bytes"] or bytes_in(folder)
+            return bytes(EXTENT)
+
+        def work(number: int, cache=cache, state=state, at_rest=at_rest, fetch=fetch) -> None:
+            if not cache.add(f"new-{number}", EXTENT, fetch):
+                with at_rest:
+                    state["refused"] += 1
+                    at_rest.notify_all()
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(work, range(num_threads)))
+        assert 1 <= state["inside"] <= 8
+        assert 0 < state["bytes"] <= 8 * EXTENT
+
+
+def test_several_processes_together_stay_within_the_limit(tmp_path: Path) -> None:
+    num_processes, limit, context = 3, 24 * EXTENT, get_context("fork")
+    most = context.Value("q", 0)
+
+    def look() -> None:  # by one of them, while all stand inside a fetch
+        most.value = max(most.value, bytes_in(tmp_path))
+
+    barrier = context.Barrier(num_processes, action=look)
+
+    def work(process: int) -> int:
+        cache = ExtentCache(limit_bytes=limit, num_processes=num_processes, folder=tmp_path)
+        return sum(
+            cache.add(f"{process}-{number}", EXTENT, lambda: (barrier.wait(60), bytes(EXTENT))[1])
+            for number in range(15)
         )
-    classes = (ClassEntry(id="a", name="a"),)
-    return Manifest(
-        version="test",
-        classes=classes,
-        classes_sha256=classes_digest(classes),
-        unlisted="unknown",
-        splits={"train": Split(num_samples=len(shards), num_bytes=SHARD_BYTES * len(shards), shards=tuple(shards))},
-        source=SourceEntry(name="test", arguments={}, digest=""),
-        packing=Packing(seed=0, target_shard_bytes=1),
-        url=url,
-    )
+
+    added = call_forked(*[lambda process=process: work(process) for process in range(num_processes)])
+    assert added == [15] * num_processes
+    assert 18 * EXTENT < most.value <= limit
+    assert bytes_in(tmp_path) <= limit
 
 
-def shards_of(manifest: Manifest) -> tuple[ShardEntry, ...]:
-    return manifest.split("train").shards
+@pytest.mark.parametrize("are_threads", [True, False], ids=["threads", "processes"])
+def test_of_several_that_ask_at_once_one_fetches_and_all_read(tmp_path: Path, are_threads: bool) -> None:
+    num_askers, keys = 4, ["a", "b", "c"]
+    context = get_context("fork")
+    askers = {key: context.Semaphore(0) for key in keys}
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def fetch(key: str) -> bytes:
+        for _ in range(num_askers):
+            assert askers[key].acquire(timeout=60)  # nobody is done before all have come
+        os.write(log, f"{key}\n".encode())
+        return content_of(key)
+
+    def ask() -> bool:
+        cache = ExtentCache(limit_bytes=100 * EXTENT, num_processes=num_askers, folder=tmp_path / "cache")
+        for key in keys:
+            askers[key].release()
+            assert cache.add(key, EXTENT, lambda key=key: fetch(key))
+        return all(cache.read(key, 0, EXTENT) == content_of(key) for key in keys)
+
+    if are_threads:
+        with ThreadPoolExecutor(num_askers) as pool:
+            found = list(pool.map(lambda _: ask(), range(num_askers)))
+    else:
+        found = call_forked(*[ask] * num_askers)
+    os.close(log)
+    assert found == [True] * num_askers
+    assert (tmp_path / "log").read_text().split() == keys
 
 
-def files(folder: Path, suffix: str) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix == suffix)
+def test_processes_that_push_one_another_out_read_right_or_not_at_all(tmp_path: Path) -> None:
+    def work(seed: int) -> bool:
+        cache = ExtentCache(limit_bytes=4 * EXTENT, num_processes=3, folder=tmp_path)
+        for number in np.random.default_rng(seed).integers(0, 6, size=150).tolist():
+            key = f"k-{number}"
+            add(cache, key)
+            if cache.read(key, 0, EXTENT) not in (None, content_of(key)):
+                return False
+        return True
+
+    assert call_forked(*[lambda seed=seed: work(seed) for seed in range(3)]) == [True] * 3
+    assert bytes_in(tmp_path) <= 4 * EXTENT
+    assert names(tmp_path, ".part") == []
 
 
-def downloads(proxy: FaultyProxy) -> list[str]:
-    return [request for request in proxy.requests if request.startswith("GET") and request.endswith(".tar")]
+def test_the_name_of_a_part_is_let_go_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once an extent has its own name, a part of the same key is another process's."""
+    cache, replace = ExtentCache(limit_bytes=100 * EXTENT, folder=tmp_path), os.replace
+
+    def replace_and_begin_anew(part: Path, path: Path) -> None:
+        replace(part, path)
+        part.write_bytes(b"begun by another process")
+
+    monkeypatch.setattr(cache_module.os, "replace", replace_and_begin_anew)
+    assert add(cache, "k")
+    assert names(tmp_path, ".part") == ["k"]
 
 
-def test_bytes_of_a_remote_shard_are_read_and_the_shard_is_fetched_once(
-    s3_bucket: str, proxy: FaultyProxy, tmp_path: Path
-) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(2))
-    cache = ShardCache(manifest, limit_bytes=10 * SHARD_BYTES, folder=tmp_path)
-    random = np.random.default_rng(0)
-    for _ in range(100):
-        number, (start, end) = int(random.integers(2)), sorted(random.integers(0, SHARD_BYTES + 1, size=2).tolist())
-        assert cache.read(shards_of(manifest)[number], start, end - start) == content_of(number)[start:end]
-    assert len(downloads(proxy)) == 2
-    again = ShardCache(manifest, limit_bytes=10 * SHARD_BYTES, folder=tmp_path)
-    assert again.read(shards_of(manifest)[0], 5, 10) == content_of(0)[5:15]
-    assert len(downloads(proxy)) == 2
-    assert files(tmp_path, ".part") == []
+def test_a_process_killed_while_it_fetches_leaves_nothing_usable_and_the_next_start_cleans_up(tmp_path: Path) -> None:
+    is_inside = get_context("fork").Event()
 
+    def fetch_and_hang() -> bytes:
+        is_inside.set()
+        threading.Event().wait()
+        return b""
 
-def test_a_local_shard_is_read_where_it_is(tmp_path: Path) -> None:
-    manifest = set_at(f"{tmp_path}/set", range(1))
-    cache = ShardCache(manifest, limit_bytes=0, folder=tmp_path / "cache")
-    assert cache.read(shards_of(manifest)[0], 100, 50) == content_of(0)[100:150]
-    assert not (tmp_path / "cache").exists()
-    with pytest.raises(ShardError, match="bytes at") as caught:
-        cache.read(shards_of(manifest)[0], SHARD_BYTES - 10, 11)
-    assert caught.value.where.endswith("train-000000.tar")
-    os.unlink(tmp_path / "set" / "train-000000.tar")
-    with pytest.raises(ShardError, match="not there") as caught:
-        cache.read(shards_of(manifest)[0], 0, 1)
-    assert caught.value.where.endswith("train-000000.tar")
+    def work() -> None:
+        ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path).add("k", EXTENT, fetch_and_hang)
 
+    def part_left() -> list[str]:
+        return names(tmp_path, ".part")
 
-def test_data_sets_with_the_same_file_names_do_not_mix(s3_bucket: str, tmp_path: Path) -> None:
-    one, two = set_at(f"{s3_bucket}/one", range(2)), set_at(f"{s3_bucket}/two", range(2, 4))
-    caches = [ShardCache(manifest, limit_bytes=10 * SHARD_BYTES, folder=tmp_path) for manifest in (one, two)]
-    for _ in range(2):
-        for number, (cache, manifest) in enumerate(zip(caches, (one, two), strict=True)):
-            found = [cache.read(shard, 0, SHARD_BYTES) for shard in shards_of(manifest)]
-            assert found == [content_of(2 * number), content_of(2 * number + 1)]
-
-
-def test_a_set_built_anew_at_the_same_place_is_fetched_anew(s3_bucket: str, tmp_path: Path) -> None:
-    for seeds in (range(1), range(7, 8)):
-        manifest = set_at(f"{s3_bucket}/set", seeds)
-        cache = ShardCache(manifest, limit_bytes=10 * SHARD_BYTES, folder=tmp_path)
-        assert cache.read(shards_of(manifest)[0], 0, SHARD_BYTES) == content_of(seeds[0])
-
-
-def test_the_folder_is_bounded_and_the_least_recently_read_shard_makes_room(
-    s3_bucket: str, proxy: FaultyProxy, tmp_path: Path
-) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(6))
-    shards = shards_of(manifest)
-    cache = ShardCache(manifest, limit_bytes=3 * SHARD_BYTES + 10, folder=tmp_path)
-    for number in (0, 1, 2, 0, 3, 0, 4, 0, 5):
-        assert cache.read(shards[number], 0, 10) == content_of(number)[:10]
-        assert len(files(tmp_path, ".tar")) <= 3
-    assert len(downloads(proxy)) == 6  # 0 was never let go: it was always read last but one
-    cache.read(shards[1], 0, 10)
-    assert len(downloads(proxy)) == 7
-
-
-def test_a_smaller_limit_holds_from_the_start(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(5))
-    cache = ShardCache(manifest, limit_bytes=5 * SHARD_BYTES, folder=tmp_path)
-    for shard in shards_of(manifest):
-        cache.read(shard, 0, 1)
-    assert len(files(tmp_path, ".tar")) == 5
-    ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    assert len(files(tmp_path, ".tar")) == 2
-
-
-def test_the_bound_holds_with_many_threads_downloading_at_once(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(8))
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    most, is_done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not is_done.is_set():
-            sizes = []
-            for path in tmp_path.iterdir():
-                try:
-                    sizes.append(path.stat().st_size)
-                except FileNotFoundError:
-                    continue
-            most = max(most, sum(sizes))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with ThreadPoolExecutor(8) as pool:
-        rows = np.random.default_rng(0).integers(0, 8, size=60).tolist()
-        found = list(pool.map(lambda row: cache.read(shards_of(manifest)[row], 7, 9), rows))
-    is_done.set()
-    watcher.join()
-    assert found == [content_of(row)[7:16] for row in rows]
-    assert 0 < most <= 3 * SHARD_BYTES  # one more than the limit: listing a folder that changes is no snapshot of it
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * SHARD_BYTES
-
-
-def test_processes_that_want_the_same_shard_fetch_it_once(s3_bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(3))
-
-    def read_all() -> list[bytes]:
-        cache = ShardCache(manifest, limit_bytes=10 * SHARD_BYTES, folder=tmp_path)
-        return [cache.read(shard, 0, SHARD_BYTES) for shard in shards_of(manifest)]
-
-    assert call_forked(*[read_all] * 4) == [[content_of(seed) for seed in range(3)]] * 4
-    assert len(downloads(proxy)) == 3
-
-
-def test_processes_that_push_one_another_out_still_read_right(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(5))
-
-    def read_some(seed: int) -> bool:
-        cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-        rows = np.random.default_rng(seed).integers(0, 5, size=20).tolist()
-        return all(cache.read(shards_of(manifest)[row], 0, SHARD_BYTES) == content_of(row) for row in rows)
-
-    assert call_forked(*[lambda seed=seed: read_some(seed) for seed in range(3)]) == [True] * 3
-    assert len(files(tmp_path, ".tar")) <= 2
-
-
-def test_a_process_killed_while_it_downloads_leaves_nothing_usable_and_the_next_start_cleans_up(
-    s3_bucket: str, proxy: FaultyProxy, tmp_path: Path
-) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(2))
-    proxy.fail("stall", method="GET")
-
-    def read() -> bytes:
-        cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-        return cache.read(shards_of(manifest)[0], 0, SHARD_BYTES)
-
-    with killed_at_the_end(read) as kill:
-        assert proxy.is_stalled.wait(60)
-        assert len(files(tmp_path, ".part")) == 1
-        assert files(tmp_path, ".tar") == []
-        ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-        assert len(files(tmp_path, ".part")) == 1, "a part that is being downloaded stays"
+    with killed_at_the_end(work) as kill:
+        assert is_inside.wait(60)
+        other = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+        assert part_left() == ["k"], "a part that is being fetched stays"
+        assert bytes_in(tmp_path) == EXTENT, "and takes its room from the start"
+        assert not other.has("k")
         kill()
-    assert len(files(tmp_path, ".part")) == 1
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    assert files(tmp_path, ".part") == []
-    assert cache.read(shards_of(manifest)[0], 0, SHARD_BYTES) == content_of(0)
-    assert read() == content_of(0)
+    assert part_left() == ["k"]
+    assert other.read("k", 0, 1) is None
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+    assert part_left() == []
+    assert add(cache, "k")
+    assert cache.read("k", 0, EXTENT) == content_of("k")
 
 
-def test_a_download_cut_short_is_made_again(s3_bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(1))
-    proxy.fail("cut", times=2, method="GET")
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    assert cache.read(shards_of(manifest)[0], 0, SHARD_BYTES) == content_of(0)
-    assert proxy.num_faults_left == 0
+def test_one_that_waits_for_a_process_that_is_killed_fetches_by_itself(tmp_path: Path) -> None:
+    is_inside = get_context("fork").Event()
+
+    def fetch_and_hang() -> bytes:
+        is_inside.set()
+        threading.Event().wait()
+        return b""
+
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+    with ThreadPoolExecutor(1) as pool, killed_at_the_end(lambda: cache.add("k", EXTENT, fetch_and_hang)) as kill:
+        assert is_inside.wait(60)
+        waiting = pool.submit(add, cache, "k")
+        kill()
+        assert waiting.result(timeout=60)
+    assert cache.read("k", 0, EXTENT) == content_of("k")
+    assert names(tmp_path, ".part") == []
 
 
-def test_a_shard_of_another_digest_is_refused_by_name(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(2))
-    url = f"{s3_bucket}/set/train-000001.tar"
-    damaged = bytearray(content_of(1))
-    damaged[5000] ^= 1
-    storage.write_bytes(url, bytes(damaged))
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
+def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+    error = ShardError("not there", expected="a shard", where="s3://b/x.tar", next_step="restore it")
+
+    def fail() -> bytes:
+        raise error
+
     for _ in range(2):
-        with pytest.raises(ShardError, match="sha256") as caught:
-            cache.read(shards_of(manifest)[1], 0, 1)
-        assert caught.value.where == url
-    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    storage.write_bytes(url, content_of(1))
-    assert cache.read(shards_of(manifest)[1], 0, 1) == content_of(1)[:1]
+        with pytest.raises(ShardError) as caught:
+            cache.add("k", EXTENT, fail)
+        assert caught.value is error
+        assert bytes_in(tmp_path) == 0
+        assert not cache.has("k")
+    assert add(cache, "k")
+    assert cache.read("k", 0, EXTENT) == content_of("k")
 
 
-def test_a_shard_that_is_not_there_is_refused_by_name(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(1))
-    storage.remove(f"{s3_bucket}/set/train-000000.tar")
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    with pytest.raises(ShardError, match="not there") as caught:
-        cache.read(shards_of(manifest)[0], 0, 1)
-    assert caught.value.where == f"{s3_bucket}/set/train-000000.tar"
-    assert files(tmp_path, ".part") == []
+def test_after_a_failed_fetch_another_that_waited_fetches_by_itself(tmp_path: Path) -> None:
+    cache = ExtentCache(limit_bytes=8 * EXTENT, folder=tmp_path)
+    is_inside, may_fail = threading.Event(), threading.Event()
+
+    def fail() -> bytes:
+        is_inside.set()
+        assert may_fail.wait(60)
+        raise RuntimeError("cut")
+
+    with ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(cache.add, "k", EXTENT, fail)
+        assert is_inside.wait(60)
+        waiting = pool.submit(add, cache, "k")
+        may_fail.set()
+        with pytest.raises(RuntimeError, match="cut"):
+            failing.result(timeout=60)
+        assert waiting.result(timeout=60)
+    assert cache.read("k", 0, EXTENT) == content_of("k")
 
 
-def test_a_store_that_refuses_is_a_storage_error(s3_bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(1))
-    cache = ShardCache(manifest, limit_bytes=2 * SHARD_BYTES, folder=tmp_path)
-    proxy.fail("deny")
-    with pytest.raises(StorageError, match="not allowed"):
-        cache.read(shards_of(manifest)[0], 0, 1)
-    assert files(tmp_path, ".part") == []
-    assert cache.read(shards_of(manifest)[0], 0, 1) == content_of(0)[:1]
+def test_a_full_disk_refuses_extents_before_they_are_fetched_and_keeps_those_it_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 3 * EXTENT) as folder:
+        cache = ExtentCache(limit_bytes=1 << 30, folder=folder)
+        assert add(cache, "a")
+        assert add(cache, "b")
+        for _ in range(2):
+            assert not cache.add("c", EXTENT, never)
+        assert "no room on the disk" in caplog.text
+        assert str(folder) in caplog.text
+        assert (names(folder, ".bytes"), names(folder, ".part")) == (["a", "b"], [])
+        assert [cache.read(key, 0, EXTENT) for key in "abc"] == [content_of("a"), content_of("b"), None]
+        (folder / "a.bytes").unlink()
+        assert add(cache, "c")
+        assert cache.read("c", 0, EXTENT) == content_of("c")
 
 
-def test_a_limit_below_two_shards_is_a_config_error_with_the_number_that_works(s3_bucket: str, tmp_path: Path) -> None:
-    manifest = set_at(f"{s3_bucket}/set", range(1))
-    with pytest.raises(ConfigError) as caught:
-        ShardCache(manifest, limit_bytes=2 * SHARD_BYTES - 1, folder=tmp_path / "cache")
-    assert caught.value.found == "data.cache_bytes 19,999"
-    assert "20,000" in caught.value.expected
-    assert not (tmp_path / "cache").exists()
+def test_a_disk_that_fills_while_an_extent_is_written_never_keeps_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems that give no room in advance."""
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", lambda file, start, length: os.ftruncate(file, length))
+    with small_disk(tmp_path / "disk", 3 * EXTENT) as folder:
+        cache = ExtentCache(limit_bytes=1 << 30, folder=folder)
+        assert [add(cache, key) for key in "abc"] == [True, True, False]
+        assert [cache.read(key, 0, EXTENT) for key in "abc"] == [content_of("a"), content_of("b"), None]
+        assert names(folder, ".part") == []
 
 
 def test_the_environment_places_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLPL_CACHE_DIR", str(tmp_path))
-    assert cache_folder() == tmp_path
+    monkeypatch.setenv("MLPL_CACHE_DIR", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    assert ExtentCache(limit_bytes=EXTENT).folder.is_dir()
     monkeypatch.delenv("MLPL_CACHE_DIR")
     assert str(os.getuid()) in cache_folder().name

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dist_mlpl import storage
+from dist_mlpl import retry, storage
 from dist_mlpl.errors import StorageError
 from dist_mlpl.tools.object_store import EmbeddedS3
 from tests.support.processes import call_forked
@@ -145,8 +147,10 @@ def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
     with pytest.raises(StorageError, match="bucket") as caught:
         storage.write_bytes(url, b"x")
     assert caught.value.where == url
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
         storage.read_bytes(url)
+    with pytest.raises(FileNotFoundError, match="key does not exist"):
+        storage.read_bytes(f"{s3_bucket}/x", 0, 5)
 
 
 WORK: dict[str, Callable[[str, Path], object]] = {
@@ -181,7 +185,7 @@ def test_faults_that_pass_do_not_show(fault: Fault, s3_bucket: str, proxy: Fault
 
 
 @pytest.mark.parametrize("work", ["read", "write", "create"])
-@pytest.mark.parametrize("fault", ["deny", "unsupported"])
+@pytest.mark.parametrize("fault", ["deny", "expired", "unsupported"])
 def test_faults_that_stay_fail_at_the_first_answer(
     work: str, fault: Fault, s3_bucket: str, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -190,7 +194,8 @@ def test_faults_that_stay_fail_at_the_first_answer(
         WORK[work](f"{s3_bucket}/x", tmp_path / "file")
     assert len(proxy.requests) == 1
     assert s3_bucket in caught.value.where
-    assert ("not allowed" in caught.value.found) == (fault == "deny")
+    assert ("not allowed" in caught.value.found) == (fault != "unsupported")
+    assert ("have expired" in caught.value.found) == (fault == "expired")
 
 
 @pytest.mark.parametrize("num_losses", [1, 3, 7])
@@ -214,3 +219,103 @@ def test_an_endpoint_that_nobody_serves_is_given_up_at_the_deadline() -> None:
             storage.read_bytes("s3://bucket/x")
     assert "Could not connect" in caught.value.found
     assert "AWS_ENDPOINT_URL" in caught.value.next_step
+
+
+def test_a_version_is_the_etag_of_what_is_stored_now(s3_bucket: str, proxy: FaultyProxy) -> None:
+    url = f"{s3_bucket}/folder/x"
+    storage.write_bytes(url, b"content")
+    proxy.requests.clear()
+    first = storage.version(url)
+    assert len(proxy.requests) == 1
+    assert first == hashlib.md5(b"content").hexdigest()
+    assert storage.version(url) == first
+    call_forked(lambda: storage.write_bytes(url, b"another"))
+    assert storage.version(url) == hashlib.md5(b"another").hexdigest()
+    storage.remove(url)
+    with pytest.raises(FileNotFoundError):
+        storage.version(url)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_many_threads_read_right_bytes_from_a_store_that_fails_often(
+    seed: int, s3_bucket: str, proxy: FaultyProxy
+) -> None:
+    url, content = f"{s3_bucket}/x", np.random.default_rng(seed).bytes(100_000)
+    storage.write_bytes(url, content)
+    starts = np.random.default_rng(seed).integers(0, 99_000, size=200).tolist()
+    proxy.fail_fraction(0.1, ["busy", "broken", "cut", "slow"], seed=seed)
+    before = storage.traffic()
+
+    def read(start: int) -> bool:
+        return storage.read_bytes(url, start, start + 1000) == content[start : start + 1000]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(read, starts))
+    num_failed = sum(times for fault, times in proxy.struck.items() if fault != "slow")
+    assert 10 <= num_failed <= 40
+    assert set(proxy.struck) == {"busy", "broken", "cut", "slow"}
+    assert storage.traffic() == (
+        before.bytes_read + 200_000,
+        before.requests + 200 + num_failed,
+        before.retries + num_failed,
+    )
+
+
+def test_the_same_requests_fail_whatever_the_order(embedded_s3: EmbeddedS3) -> None:
+    def struck(order: list[int], seed: int) -> set[int]:
+        with FaultyProxy(embedded_s3.endpoint) as proxy:
+            proxy.fail_fraction(0.2, ["busy", "cut"], seed=seed)
+            return {number for number in order if proxy.fault_for("GET", f"/bucket/{number}", "")}
+
+    numbers = list(range(500))
+    assert struck(numbers, 0) == struck(numbers[::-1], 0) != struck(numbers, 1)
+    assert 60 < len(struck(numbers, 0)) < 140
+
+
+def test_a_connection_that_falls_silent_is_given_up_and_tried_again(embedded_s3: EmbeddedS3, s3_bucket: str) -> None:
+    storage.write_bytes(f"{s3_bucket}/x", b"content")
+    with FaultyProxy(embedded_s3.endpoint, slow_seconds=60.0) as proxy:
+        storage.configure_storage({"endpoint_url": proxy.url}, stall_seconds=0.3)
+        faults: list[Fault] = ["stall", "slow"]
+        for fault in faults:
+            proxy.fail(fault, method="GET")
+            before = storage.traffic()
+            assert storage.read_bytes(f"{s3_bucket}/x", 1, 5) == b"onte"
+            assert storage.traffic().retries == before.retries + 1
+
+
+def test_a_slow_store_and_a_narrow_line_are_no_faults(embedded_s3: EmbeddedS3, s3_bucket: str) -> None:
+    content = np.random.default_rng(0).bytes(50_000)
+    storage.write_bytes(f"{s3_bucket}/x", content)
+    with FaultyProxy(embedded_s3.endpoint, slow_seconds=0.3, bytes_per_second=100_000) as proxy:
+        storage.configure_storage({"endpoint_url": proxy.url}, stall_seconds=2.0)
+        proxy.fail("slow")
+        before = storage.traffic()
+        assert storage.read_bytes(f"{s3_bucket}/x", 0, 50_000) == content
+        assert storage.traffic() == (before.bytes_read + 50_000, before.requests + 1, before.retries)
+
+
+def test_a_store_that_asks_for_patience_gets_it(
+    embedded_s3: EmbeddedS3, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{s3_bucket}/x", b"content")
+    pauses: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    with FaultyProxy(embedded_s3.endpoint, retry_after="3") as proxy:
+        storage.configure_storage({"endpoint_url": proxy.url})
+        for ask in (storage.size, storage.read_bytes):
+            proxy.fail("busy")
+            assert ask(f"{s3_bucket}/x")
+    assert len(pauses) == 2
+    assert all(3.0 < pause < 4.0 for pause in pauses)
+
+
+def test_keys_are_not_printed_when_the_store_cannot_be_reached(s3_bucket: str) -> None:
+    options = {"key": "AKIA12345678", "secret": "s/12345678+", "token": "t/12345678="}
+    user = f"s3://{options['key']}:{options['secret']}@bucket/x"
+    for url, endpoint in ((f"{s3_bucket}/x", "http://127.0.0.1:9"), (user, "http://127.0.0.1:9"), (user, None)):
+        storage.configure_storage({"endpoint_url": endpoint, **options}, deadline_seconds=0.0)
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes(url)
+        printed = "".join(traceback.format_exception(caught.value))
+        assert not [secret for secret in options.values() if secret in printed]

@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_mlpl.errors import ConfigError
-from dist_mlpl.losses.partial_bce import masked_mean_bce, normaliser, partial_bce, solve_normaliser
+from dist_mlpl.losses.partial_bce import (
+    image_mean_bce,
+    masked_mean_bce,
+    normaliser,
+    partial_bce,
+    solve_normaliser,
+)
 from tests.support.losses import (
+    gradient_of,
     masked_mean_bce_oracle,
     partial_bce_gradient_oracle,
     partial_bce_oracle,
@@ -31,18 +38,12 @@ def random_case(seed: int, shape: tuple[int, int] = (7, 11), known_fraction: flo
     return logits, random_targets(shape, known_fraction, generator)
 
 
-def gradient_of(loss, logits):
-    leaf = logits.clone().requires_grad_()
-    value = loss(leaf)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     B=st.integers(1, 6),
-    C=st.integers(1, 9),
-    known_fraction=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    C=st.integers(1, 30),
+    known_fraction=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.1]),
     g=st.sampled_from(NORMALISERS),
 )
 def test_value_and_gradient_agree_with_loops_in_float64(seed, B, C, known_fraction, g):
@@ -83,6 +84,32 @@ def test_inverse_proportion_is_the_per_image_mean_over_known_labels():
         means.append(F.softplus(-y[known] * x[known]).mean() if known.any() else torch.zeros(()))
     value = partial_bce(logits, targets, **PER_IMAGE_MEAN)
     torch.testing.assert_close(value, torch.stack(means).mean(), rtol=1e-6, atol=0)
+    assert torch.equal(value, image_mean_bce(logits, targets))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 1 / 3])
+def test_a_scaled_loss_has_the_librarys_gradient_bit_for_bit_too(scale):
+    logits, targets = random_case(10, (64, 601), known_fraction=1.1)
+    ours = gradient_of(lambda x: partial_bce(x, targets) * scale, logits)
+    theirs = gradient_of(lambda x: F.binary_cross_entropy_with_logits(x, (targets == 1).float()) * scale, logits)
+    assert torch.equal(ours[1], theirs[1])
+
+
+def test_the_masked_mean_of_complete_labels_is_the_librarys_loss_bit_for_bit():
+    logits, targets = random_case(11, (64, 601), known_fraction=1.1)
+    ours = gradient_of(lambda x: masked_mean_bce(x, targets), logits)
+    theirs = gradient_of(lambda x: F.binary_cross_entropy_with_logits(x, (targets == 1).float()), logits)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("g", NORMALISERS)
+@pytest.mark.parametrize("known_fraction", [0.02, 0.09, 0.11, 0.6])
+def test_few_and_many_known_labels_agree_with_the_same_oracle(g, known_fraction):
+    logits, targets = random_case(12, (20, 60), known_fraction)
+    value, gradient = gradient_of(lambda x: partial_bce(x, targets, **g), logits.double())
+    assert float(value) == pytest.approx(partial_bce_oracle(logits, targets, **g), rel=1e-12)
+    torch.testing.assert_close(gradient, partial_bce_gradient_oracle(logits, targets, **g), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("g", NORMALISERS)
@@ -133,8 +160,21 @@ def test_second_derivatives_are_right(g):
     logits, targets = random_case(7, (2, 4))
     targets[0] = 0
     leaf = logits.double().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: partial_bce(x, targets, **g), leaf)
-    assert torch.autograd.gradgradcheck(lambda x: masked_mean_bce(x, targets), leaf)
+    few = torch.zeros_like(targets)
+    few[1, 2] = 1
+    few = torch.cat([few, torch.zeros(4, 4, dtype=torch.int8)])
+    for case, x in ((targets, leaf), (few, leaf.detach().repeat(3, 1).requires_grad_())):
+        assert torch.autograd.gradgradcheck(lambda x, case=case: partial_bce(x, case, **g), x)
+        assert torch.autograd.gradgradcheck(lambda x, case=case: masked_mean_bce(x, case), x)
+
+
+@pytest.mark.parametrize("known_fraction", [0.02, 0.5])
+def test_a_batch_without_images_costs_nothing_and_stays_connected(known_fraction):
+    logits, targets = random_case(13, (0, 5), known_fraction)
+    for loss in (partial_bce, masked_mean_bce, image_mean_bce):
+        value, gradient = gradient_of(lambda x, loss=loss: loss(x, targets), logits)
+        assert float(value) == 0.0
+        assert gradient.shape == (0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,6 +207,13 @@ def test_a_solved_normaliser_passes_through_both_its_points(gamma, p0, g0):
     one, at_p0 = normaliser(torch.tensor([1.0, p0], dtype=torch.float64), alpha, beta, gamma).tolist()
     assert one == pytest.approx(1.0, abs=1e-6)
     assert at_p0 == pytest.approx(g0, rel=1e-6)
+
+
+def test_the_weight_of_all_known_labels_together_peaks_where_published():
+    p = torch.arange(1, 1000) / 1000
+    total = p * normaliser(p, **PAPER)
+    assert float(p[total.argmax()]) == pytest.approx(0.612, abs=1e-3)
+    assert float(total.max()) == pytest.approx(1.669, abs=1e-3)
 
 
 def test_the_papers_constants_are_solved_ones_rounded():

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dist_mlpl import cluster
-from dist_mlpl.batch import Progress, StepOutput
+from dist_mlpl.batch import Loading, Progress, StepOutput
 from dist_mlpl.display import Display
 from dist_mlpl.progress import Action, JsonLines, Report, read_rows
 
@@ -52,7 +52,7 @@ def begun(*sinks: object, ask=lambda: Action.GO_ON) -> Report:
 def test_a_step_row_says_position_loss_terms_rate_and_waiting() -> None:
     rows = Rows()
     report = begun(rows)
-    report.step(Progress(0, 16, 1, 0, 0.25), output(0.5), waited_seconds=0.0)
+    report.step(Progress(0, 16, 1, 0, 0.25), output(0.5), Loading())
     row = rows[-1]
     assert (row["event"], row["step"], row["epoch"], row["samples_consumed"]) == ("step", 1, 0, 16)
     assert row["loss"] == row["loss/bce"] == 0.5
@@ -60,11 +60,22 @@ def test_a_step_row_says_position_loss_terms_rate_and_waiting() -> None:
     assert 0.0 <= row["wait_fraction"] <= 1.0
 
 
+def test_step_rows_say_what_the_data_of_the_step_cost_not_of_the_run() -> None:
+    rows = Rows()
+    report = begun(rows)
+    report.step(Progress(0, 16, 1), output(0.5), Loading(0.0, 10**6, 3, num_samples=16, num_direct=16))
+    report.step(Progress(0, 32, 2), output(0.5), Loading(0.0, 10**6, 3, num_samples=32, num_direct=20))
+    first, second = rows[-2], rows[-1]
+    assert (first["retries"], second["retries"]) == (3, 0)
+    assert (first["cache_hit_fraction"], second["cache_hit_fraction"]) == (0.0, 0.75)
+    assert first["bytes_read_per_second"] > 0 == second["bytes_read_per_second"]
+
+
 def test_an_epoch_row_has_the_mean_loss_of_its_own_steps_and_is_flushed() -> None:
     rows = Rows()
     report = begun(rows)
     for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
-        report.step(Progress(0, 16 * step, step), output(loss), waited_seconds=0.0)
+        report.step(Progress(0, 16 * step, step), output(loss), Loading())
     report.epoch(Progress(1, 0, 3), {"mAP": 0.5})
     epoch = next(row for row in rows if row["event"] == "epoch")
     assert epoch["train_loss"] == 3.0
@@ -75,7 +86,7 @@ def test_an_epoch_row_has_the_mean_loss_of_its_own_steps_and_is_flushed() -> Non
 
 def test_the_wish_to_stop_is_the_answer_to_a_step() -> None:
     report = begun(ask=lambda: Action.STOP)
-    assert report.step(Progress(0, 16, 1), output(1.0), waited_seconds=0.0) is Action.STOP
+    assert report.step(Progress(0, 16, 1), output(1.0), Loading()) is Action.STOP
 
 
 def test_every_sink_is_closed_even_if_one_of_them_fails() -> None:

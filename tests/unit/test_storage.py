@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
+import ssl
+import string
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +25,14 @@ from botocore.exceptions import (
     EndpointConnectionError,
     NoCredentialsError,
     ResponseStreamingError,
+    SSLError,
 )
+from botocore.parsers import ResponseParserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from s3fs.errors import translate_boto_error
 
-from dist_mlpl import storage
+from dist_mlpl import retry, storage, stores
 from dist_mlpl.errors import ConfigError, StorageError
 from tests.support.processes import call_forked, killed_at_the_end
 
@@ -78,14 +89,14 @@ def _fresh() -> Iterator[None]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(storage, "time", clock)
+    monkeypatch.setattr(retry, "time", clock)
     return clock
 
 
 @pytest.fixture
 def use_store(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[FaultyStore], FaultyStore]:
     def use(store: FaultyStore) -> FaultyStore:
-        monkeypatch.setattr(storage, "_remote", lambda url: (store, url.removeprefix("memory:/")))
+        monkeypatch.setattr(stores, "remote", lambda url, **_: (store, url.removeprefix("memory:/")))
         return store
 
     return use
@@ -323,8 +334,9 @@ def test_a_put_that_succeeded_unheard_is_still_ours(use_store: Callable[[FaultyS
     assert not storage.create_exclusive("memory://again", b"another's")
 
 
-def client_error(code: str, status: int) -> ClientError:
-    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+def client_error(code: str, status: int, **headers: str) -> ClientError:
+    told = {"HTTPStatusCode": status, "HTTPHeaders": headers}
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": told}, "PutObject")
 
 
 @pytest.mark.parametrize("translate", [lambda error: error, translate_boto_error])
@@ -336,12 +348,16 @@ def client_error(code: str, status: int) -> ClientError:
         ("InternalError", 500, True),
         ("500", 500, True),
         ("BadGateway", 502, True),
+        ("RequestTimeout", 400, True),
         ("RequestTimeout", 408, True),
+        ("IncompleteBody", 400, True),
         ("ConditionalRequestConflict", 409, True),
         ("TooManyRequests", 429, True),
         ("NotImplemented", 501, False),
         ("AccessDenied", 403, False),
         ("InvalidAccessKeyId", 403, False),
+        ("ExpiredToken", 400, False),
+        ("NoSuchBucket", 404, False),
         ("SomethingNew", 400, False),
         ("InvalidRange", 416, False),
         ("PreconditionFailed", 412, False),
@@ -360,6 +376,7 @@ def test_an_answer_of_the_store_says_whether_to_try_again(
         (EndpointConnectionError(endpoint_url="x"), True),
         (ConnectTimeoutError(endpoint_url="x"), True),
         (ResponseStreamingError(error="x"), True),
+        (ResponseParserError("not XML"), True),
         (BrokenPipeError(), True),
         (OSError(errno.EHOSTUNREACH, "x"), True),
         (OSError(errno.ENOSPC, "x"), False),
@@ -371,6 +388,63 @@ def test_an_answer_of_the_store_says_whether_to_try_again(
 )
 def test_faults_of_the_connection_pass_and_others_stay(fault: Exception, is_transient: bool) -> None:
     assert storage.is_transient(fault) is is_transient
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("cause", ["TLS", "cut TLS", "no such host", "no name server"])
+@pytest.mark.parametrize("library", [SSLError, EndpointConnectionError])
+def test_what_lies_behind_a_failed_connection_says_whether_it_passes(library: Any, cause: str) -> None:
+    behind = {
+        "TLS": ssl.SSLCertVerificationError("self-signed certificate"),
+        "cut TLS": ssl.SSLEOFError("unexpected end"),
+        "no such host": socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        "no name server": socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    }[cause]
+    fault = caused(library(endpoint_url="https://x", error="x"), caused(OSError("aiohttp's"), behind))
+    assert storage.is_transient(fault) is (cause in ("cut TLS", "no name server"))
+
+
+@pytest.mark.parametrize("translate", [lambda error: error, translate_boto_error])
+def test_expired_credentials_are_said_to_have_expired(
+    translate: Callable[[ClientError], Exception], use_store: Callable[[FaultyStore], FaultyStore], clock: Clock
+) -> None:
+    use_store(FaultyStore(translate(client_error("ExpiredToken", 400))))
+    with pytest.raises(StorageError, match="credentials have expired") as caught:
+        storage.read_bytes("memory://x")
+    assert "get new ones" in caught.value.next_step
+    assert clock.pauses == []
+
+
+@pytest.mark.parametrize("translate", [lambda error: error, translate_boto_error])
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_busy_store_is_left_alone_for_as_long_as_it_asks(
+    kind: str,
+    translate: Callable[[ClientError], Exception],
+    use_store: Callable[[FaultyStore], FaultyStore],
+    clock: Clock,
+) -> None:
+    asked = "7" if kind == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=9), usegmt=True)
+    store = use_store(FaultyStore(translate(client_error("SlowDown", 503, **{"retry-after": asked}))))
+    store.inner.pipe_file("/x", b"content")
+    assert storage.read_bytes("memory://x") == b"content"
+    assert len(clock.pauses) == 1
+    assert 7.0 < clock.pauses[0] < 9.5
+
+
+@pytest.mark.parametrize(("asked", "num_calls"), [("1000", 2), ("Wed, 21 Oct 2015 07:28:00 GMT", None), ("soon", None)])
+def test_no_pause_goes_beyond_the_deadline(
+    asked: str, num_calls: int | None, use_store: Callable[[FaultyStore], FaultyStore], clock: Clock
+) -> None:
+    busy = client_error("SlowDown", 503, **{"retry-after": asked})
+    store = use_store(FaultyStore(*[busy] * 1000))
+    with pytest.raises(StorageError, match="SlowDown"):
+        storage.read_bytes("memory://x")
+    assert clock.now <= storage.DEADLINE_SECONDS
+    assert num_calls is None or len(store.calls) == num_calls
 
 
 def test_a_failed_condition_is_understood_from_any_store(use_store: Callable[[FaultyStore], FaultyStore]) -> None:
@@ -444,10 +518,201 @@ def test_options_are_handed_to_the_filesystem_and_stay_as_they_were(monkeypatch:
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
     given = {"endpoint_url": "http://x", "config_kwargs": {"max_pool_connections": 3}}
-    storage.configure_storage(given)
+    storage.configure_storage(given, stall_seconds=2.0)
     for _ in range(2):
         with pytest.raises(ConfigError):
             storage.read_bytes("s3://bucket/x")
         expected = {"max_pool_connections": 3, "retries": {"total_max_attempts": 1}, "changed": True}
-        assert seen.pop() == {"endpoint_url": "http://x", "config_kwargs": expected}
+        expected |= {"connect_timeout": 2.0, "read_timeout": 2.0}
+        assert seen.pop() == {"endpoint_url": "http://x", "config_kwargs": expected, "skip_instance_cache": True}
     assert given == {"endpoint_url": "http://x", "config_kwargs": {"max_pool_connections": 3}}
+
+
+@pytest.mark.parametrize(("url", "extra"), [("gs://bucket/x", "gcs"), ("abfs://container@account/x", "azure")])
+def test_a_scheme_whose_package_is_not_installed_names_its_extra(
+    url: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_installed(url: str, **options: Any) -> Any:
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", not_installed)
+    with pytest.raises(ConfigError) as caught:
+        storage.read_bytes(url)
+    assert caught.value.next_step == f"pip install 'dist-mlpl[{extra}]'"
+
+
+def test_options_of_one_scheme_reach_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, dict[str, Any]] = {}
+
+    def url_to_fs(url: str, **options: Any) -> Any:
+        seen[url.split("://")[0]] = options
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
+    storage.configure_storage({"s3": {"anon": True}, "https": {"headers": {"X": "y"}}})
+    for scheme in ("s3", "https", "gs"):
+        with pytest.raises(ConfigError):
+            storage.read_bytes(f"{scheme}://bucket/x")
+    assert seen["https"] == {"headers": {"X": "y"}, "skip_instance_cache": True}
+    assert seen["gs"] == {"skip_instance_cache": True}
+    assert seen["s3"]["anon"]
+    assert "headers" not in seen["s3"]
+
+
+@pytest.mark.parametrize("root", ["", "memory:/"])
+def test_a_version_changes_with_the_content_and_only_then(tmp_path: Path, root: str) -> None:
+    url = f"{root}{tmp_path}/x"
+    with pytest.raises(FileNotFoundError):
+        storage.version(url)
+    storage.write_bytes(url, b"one")
+    first = storage.version(url)
+    assert first
+    assert storage.version(url) == first
+    assert storage.read_bytes(url) == b"one"
+    assert storage.version(url) == first
+    storage.write_bytes(url, b"two")
+    assert storage.version(url) != first
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),
+    [
+        ({"size": 3, "ETag": '"abc"', "LastModified": "today"}, "abc"),
+        ({"size": 3, "etag": "0x8D", "last_modified": "today"}, "0x8D"),
+        ({"size": 3, "ETag": None, "LastModified": "today"}, "3-today"),
+        ({"size": 3, "updated": "2026-01-01"}, "3-2026-01-01"),
+        ({"size": 3, "ETag": ""}, ""),
+    ],
+)
+def test_a_version_is_the_etag_else_size_and_time_else_nothing(
+    told: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "look_up", lambda url: told)
+    assert storage.version("s3://bucket/x") == version
+
+
+def test_traffic_is_what_remote_stores_were_asked_for(
+    tmp_path: Path, use_store: Callable[[FaultyStore], FaultyStore]
+) -> None:
+    before = storage.traffic()
+    storage.write_bytes(f"{tmp_path}/x", b"1234567")
+    assert storage.read_bytes(f"{tmp_path}/x") == b"1234567"
+    assert storage.traffic() == before  # a local file is no traffic
+    store = use_store(FaultyStore())
+    store.inner.pipe_file("/x", b"1234567")
+    store.faults = [ConnectionResetError(), TimeoutError()]
+    storage.read_bytes("memory://x", 2, 5)
+    assert storage.traffic() == (before.bytes_read + 3, before.requests + 3, before.retries + 2)
+    storage.download("memory://x", tmp_path / "copy")
+    with storage.open_read("memory://x") as stream:
+        assert stream.read() == b"1234567"
+    assert storage.traffic() == (before.bytes_read + 17, before.requests + 7, before.retries + 2)
+
+
+def test_traffic_of_many_threads_adds_up_and_a_child_begins_at_nothing() -> None:
+    storage.write_bytes("memory://x", bytes(100))
+    before = storage.traffic()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: storage.read_bytes("memory://x", 0, number % 7 + 1), range(700)))
+    assert storage.traffic() == (before.bytes_read + 2800, before.requests + 700, before.retries)
+    assert call_forked(storage.traffic) == [(0, 0, 0)]
+
+
+def test_a_stream_is_the_object_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_STREAM_BYTES", 64)
+    for num_bytes in (0, 1, 63, 64, 65, 1000):
+        content = np.random.default_rng(num_bytes).bytes(num_bytes).replace(b"a", b"\n")
+        storage.write_bytes("memory://x", content)
+        with storage.open_read("memory://x") as stream:
+            assert list(stream) == content.splitlines(keepends=True) or b"\r" in content
+        for piece in (1, 7, 64, 100, -1):
+            with storage.open_read("memory://x") as stream:
+                assert b"".join(iter(lambda stream=stream, piece=piece: stream.read(piece), b"")) == content
+
+
+def test_a_fault_in_the_middle_of_a_stream_does_not_show(use_store: Callable[[FaultyStore], FaultyStore]) -> None:
+    store = use_store(FaultyStore())
+    content = np.random.default_rng(0).bytes(9 << 20)
+    store.inner.pipe_file("/x", content)
+    with storage.open_read("memory://x") as stream:
+        assert stream.read(5) == content[:5]
+        store.faults = [ConnectionResetError()]
+        assert stream.read() == content[5:]
+    assert store.faults == []
+
+
+SECRETS = st.text(string.ascii_letters + string.digits + "/+=&?:@#% \"'\\\n", min_size=12, max_size=40)
+
+
+class LeakyError(Exception):
+    """An error as careless libraries make them: it holds whatever it was made with."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    secret=SECRETS,
+    option=st.sampled_from(["key", "secret", "token", "account_key", "sas_token", "connection_string", "password"]),
+    kind=st.sampled_from(
+        [LeakyError, FileNotFoundError, PermissionError, ImportError, ConnectionError, FileExistsError]
+    ),
+)
+def test_secrets_among_the_options_are_never_printed(secret: str, option: str, kind: type[Exception]) -> None:
+    def leaks() -> None:
+        try:
+            raise LeakyError(f"while trying {secret!r} and {secret}")
+        except LeakyError as error:
+            raise kind(f"connection with {secret} to s3://bucket/x failed") from error
+
+    storage.configure_storage({option: secret, "client_kwargs": {"headers": {option: secret}}}, deadline_seconds=0.0)
+    try:
+        with pytest.raises((StorageError, OSError)) as caught:
+            storage.retried(leaks, url="s3://bucket/x", doing="reading")
+    finally:
+        storage.configure_storage()
+    assert_hidden(caught.value, secret)
+
+
+QUOTED = st.text(string.ascii_letters + string.digits + "-._~%", min_size=12, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    user=QUOTED,
+    password=QUOTED,
+    signature=QUOTED,
+    kind=st.sampled_from([LeakyError, FileNotFoundError, PermissionError, ValueError, ConnectionError]),
+)
+def test_secrets_in_a_url_are_never_printed(user: str, password: str, signature: str, kind: type[Exception]) -> None:
+    url = f"https://{user}:{password}@host/path?X-Amz-Signature={signature}&sig={signature}&{signature}"
+
+    def leaks() -> None:
+        raise kind(f"{url} ({password}) <{signature}> as {user} failed")
+
+    storage.configure_storage(deadline_seconds=0.0)
+    with pytest.raises((StorageError, OSError)) as caught:
+        storage.retried(leaks, url=url, doing="reading")
+    for secret in (user, password, signature):
+        assert_hidden(caught.value, secret)
+        assert secret not in storage.shown(url)
+    for verb in (lambda: storage.write_bytes(url, b""), lambda: storage.remove(url)):
+        with pytest.raises(StorageError, match="cannot be written") as caught:
+            verb()
+        assert_hidden(caught.value, signature)
+
+
+def assert_hidden(error: BaseException, secret: str) -> None:
+    """Neither the error nor anything that a traceback prints of it holds the secret, nor does its copy elsewhere."""
+    assert isinstance(error, Exception)
+    for text in (str(error), repr(error), *traceback.format_exception_only(error), str(error.__dict__)):
+        assert secret not in text
+    printed = [str(part) for part in retry._chain(error)]
+    assert not any(secret in text for text in printed)
+
+
+def test_a_harmless_cause_stays_for_who_reads_the_traceback() -> None:
+    def fails() -> None:
+        raise ValueError("harmless")
+
+    with pytest.raises(StorageError) as caught:
+        storage.retried(fails, url="s3://bucket/x", doing="reading")
+    assert isinstance(caught.value.__cause__, ValueError)

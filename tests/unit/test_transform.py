@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from dist_mlpl.data import transform as module
 from dist_mlpl.data.transform import (
     IMAGENET_MEAN,
     DecodedImage,
+    Jpeg,
     Transform,
     TransformSettings,
     decode_jpeg,
@@ -117,7 +120,7 @@ def test_switching_one_augmentation_off_leaves_the_draws_of_the_others() -> None
         assert torch.equal(*crops)
 
 
-def test_a_view_is_contiguous_uint8_of_the_set_size() -> None:
+def test_a_view_is_uint8_of_the_set_size() -> None:
     content = jpeg(picture(70, 50))
     for train in (True, False):
         for fields in (EVERYTHING, {"crop": "multi_scale"}, {"crop": "none"}, {"resize": 80}):
@@ -125,10 +128,74 @@ def test_a_view_is_contiguous_uint8_of_the_set_size() -> None:
                 view = make(train=train, **fields)(content, epoch=0, position=position)
                 assert view.image.shape == (3, 64, 64)
                 assert view.image.dtype == torch.uint8
-                assert view.image.is_contiguous()
                 assert view.crop.dtype == torch.float32
                 assert view.crop.shape == (4,)
                 assert isinstance(view.flipped, bool)
+
+
+# Scaled decoding
+
+PHOTOGRAPHS = Path(os.environ.get("MLPL_TEST_DATA", Path(__file__).parents[2] / "../shared/data"), "coco256", "images")
+
+
+def photographs(longer_side: int, count: int) -> list[bytes]:
+    """Real photographs at a size, encoded as Open Images is: quality 90, colours at half size."""
+    if not PHOTOGRAPHS.is_dir():
+        pytest.skip(f"no photographs in {PHOTOGRAPHS}")
+    contents = []
+    for path in sorted(PHOTOGRAPHS.iterdir())[:count]:
+        image = Image.open(path).convert("RGB")
+        scale = longer_side / max(image.size)
+        file = BytesIO()
+        image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS).save(
+            file, "JPEG", quality=90, subsampling="4:2:0"
+        )
+        contents.append(file.getvalue())
+    return contents
+
+
+@pytest.mark.parametrize(("longer_side", "size"), [(640, 112), (640, 160), (1024, 112), (1024, 224), (1024, 448)])
+def test_photographs_decoded_small_differ_by_two_grey_levels_at_most(longer_side: int, size: int) -> None:
+    differences, num_scaled = [], 0
+    scaled, full = make(size=size), make(size=size, scaled_decode=False)
+    for content in photographs(longer_side, 24):
+        for position in range(6):
+            view = scaled(content, epoch=0, position=position)
+            # What full decoding gives for the very box that was cut.
+            image = decode_jpeg(content)
+            expected = recut(image, view, size)
+            differences.append((view.image.float() - expected.float()).abs().mean().item())
+            num_scaled += not torch.equal(view.image, expected)
+            wanted = full(content, epoch=0, position=position)
+            pixels = torch.tensor([image.shape[2], image.shape[1]]).repeat(2)
+            assert ((view.crop - wanted.crop) * pixels).abs().max() <= 8  # the box moved to whole pixels of 1/8 at most
+            assert view.flipped == wanted.flipped
+    assert num_scaled > 0 or size == 448
+    assert sum(differences) / len(differences) <= 2.0
+
+
+def test_an_image_is_decoded_small_only_where_a_tenth_more_pixels_than_needed_are_left() -> None:
+    jpeg_of = Jpeg(jpeg(picture()), is_scaled=True)
+    assert [jpeg_of.factor(shrink) for shrink in (0.5, 1.0, 2.19, 2.21, 4.39, 4.41, 8.79, 8.81, 50)] == [
+        1, 1, 1, 2, 2, 4, 4, 8, 8
+    ]  # fmt: skip
+    assert Jpeg(jpeg(picture())).factor(50) == 1
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_colour_space_is_decoded_at_every_size(mode: str, factor: int) -> None:
+    def encoded(height: int, width: int) -> bytes:
+        file = BytesIO()
+        image = Image.fromarray(picture(height, width).permute(1, 2, 0).numpy()).convert(mode)
+        image.save(file, "JPEG", quality=95)
+        return file.getvalue()
+
+    assert Jpeg(encoded(91, 123)).decode(factor).shape == (-(-91 // factor), -(-123 // factor), 3)
+    content = encoded(384, 512)
+    full, small = decode_jpeg(content), Jpeg(content).decode(factor)
+    wanted = F.resize(full, [*small.shape[:2]], antialias=True).permute(1, 2, 0)
+    assert (torch.from_numpy(small).float() - wanted.float()).abs().mean() < 3.0
 
 
 # Geometry
@@ -165,7 +232,7 @@ def test_every_pixel_of_a_view_comes_from_where_crop_and_flip_say(train: bool, f
 
 def test_a_multi_scale_crop_is_cut_from_the_squashed_image_pixel_by_pixel() -> None:
     content = jpeg(picture(300, 400))
-    transform = make(crop="multi_scale", size=56, interpolation="bicubic")
+    transform = make(crop="multi_scale", size=56, interpolation="bicubic", scaled_decode=False)
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     squashed = F.resize(decode_jpeg(content), [64, 64], **bicubic)
     for position in range(20):

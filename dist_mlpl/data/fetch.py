@@ -1,0 +1,340 @@
+"""Owns where a sample's bytes come from: a local tar, an extent fetched ahead into the cache, or a read of its own.
+
+A remote tar is fetched in extents, runs of whole samples of about EXTENT_BYTES, window after window in the order in
+which training needs them. What is wanted sooner (the first steps after a start, at any position of an epoch) is read
+by itself, several at once, so that a run never waits for a window. Whatever was fetched is checked before use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl import storage
+from dist_mlpl.data.cache import ExtentCache
+from dist_mlpl.data.shard_index import ShardIndex
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.errors import ConfigError, ShardError
+
+log = logging.getLogger(__name__)
+
+EXTENT_BYTES = 8 << 20
+_NUM_WINDOWS_HELD = 2  # of each lane: the one being read, and the next
+_NUM_DIRECT_READS = 32  # at once, of single samples
+_NUM_EXTENTS = 4  # fetched at once
+_NUM_OPEN_FILES = 256  # local tars kept open
+_TRIES = 3
+
+Spans = Sequence[tuple[int, int]]  # (first, stop) sample indices, each within one shard
+
+
+class FetchCounts(NamedTuple):
+    """Samples by where their bytes came from, since the fetcher was made."""
+
+    local: int = 0
+    cached: int = 0
+    direct: int = 0
+
+
+class Extent(NamedTuple):
+    """A run of whole samples of one tar."""
+
+    key: str
+    start: int  # first byte in the tar
+    stop: int
+    rows: range
+
+
+class Ticket(NamedTuple):
+    """Reads under way for some samples; each gives None if the bytes are on this node anyway."""
+
+    places: list[tuple[int, int]]  # shard and row of each sample
+    reads: list[Future[bytes | None]]  # empty: nothing was begun
+
+
+class Fetcher:
+    """Bytes of one split's samples. Safe from many threads.
+
+    Args:
+        index: the split.
+        cache: of this node; None to read every remote sample by itself.
+    """
+
+    def __init__(self, index: SplitIndex, cache: ExtentCache | None = None) -> None:
+        self._index, self._cache = index, cache
+        self.is_remote = storage.is_remote(index.manifest.shard_url(index.shards[0])) if index.shards else False
+        self._keys: dict[int, str] = {}  # of each shard's extents: full URL and digest
+        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(FetchCounts._fields, 0)
+        self._direct = ThreadPoolExecutor(_NUM_DIRECT_READS, "read")
+        self._ahead = ThreadPoolExecutor(_NUM_EXTENTS, "fetch")
+        self._moved = threading.Condition()
+        self._round = 0  # that is being used
+        self._following = 0  # counts calls of `follow`: what an older call began is stale
+
+    @property
+    def counts(self) -> FetchCounts:
+        """Totals so far."""
+        with self._lock:
+            return FetchCounts(**self._counts)
+
+    def close(self) -> None:
+        """Stop fetching; reads under way end by themselves."""
+        self._leave()
+        self._direct.shutdown(wait=False, cancel_futures=True)
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+
+    # Single samples
+
+    def begin(self, indices: npt.NDArray[np.int64]) -> Ticket:
+        """Start reading the samples that are not on this node; never waits.
+
+        Args:
+            indices: (n,) int64 in [0, N).
+        """
+        places = self._index.rows(indices)
+        if not self.is_remote:
+            return Ticket(places, [])
+        return Ticket(places, [self._direct.submit(self._read_if_missing, *place) for place in places])
+
+    def take(self, ticket: Ticket) -> Iterator[bytes]:
+        """The bytes of the ticket's samples, in order.
+
+        Raises:
+            ShardError: a shard is missing, damaged or replaced.
+            StorageError: it could not be read.
+        """
+        for number, (shard, row) in enumerate(ticket.places):
+            content = ticket.reads[number].result() if ticket.reads else None
+            yield self._read_here(shard, row) if content is None else content
+
+    def _read_if_missing(self, shard: int, row: int) -> bytes | None:
+        if self._cache is not None and self._cache.has(self._extent(shard, row).key):
+            return None
+        return self._read_sample(shard, row)
+
+    def _read_here(self, shard: int, row: int) -> bytes:
+        table = self._index.shard_index(shard)
+        offset, num_bytes = int(table.offsets[row]), int(table.num_bytes[row])
+        if not self.is_remote:
+            return self._read_local(shard, offset, num_bytes)
+        if self._cache is not None:
+            extent = self._extent(shard, row)
+            content = self._cache.read(extent.key, offset - extent.start, num_bytes)
+            if content is not None and len(content) == num_bytes:
+                self._count("cached")
+                return content
+        return self._read_sample(shard, row)  # room was made of it meanwhile
+
+    def _read_local(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                url = self._url(shard)
+                try:
+                    file = open(url.removeprefix("file://"), "rb", buffering=0)  # noqa: SIM115 - closed with the last user
+                except FileNotFoundError:
+                    raise _missing(url) from None
+                self._files[shard] = file
+                if len(self._files) > _NUM_OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard)
+            self._counts["local"] += 1
+        content = os.pread(file.fileno(), num_bytes, offset)
+        if len(content) != num_bytes:
+            raise _truncated(
+                self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes} bytes, as the index says"
+            )
+        return content
+
+    def _read_sample(self, shard: int, row: int) -> bytes:
+        table = self._index.shard_index(shard)
+        start = int(table.offsets[row])
+        content = self._read_checked(shard, start, start + int(table.num_bytes[row]), range(row, row + 1))
+        self._count("direct")
+        return content
+
+    # Extents
+
+    def follow(self, rounds: Iterable[tuple[int, Spans]]) -> None:
+        """Fetch extents ahead from now on, instead of what was followed before; never waits.
+
+        Args:
+            rounds: (number, spans) in order, numbers rising; `use` says which one is being used. The round after it
+                is fetched too, none further ahead.
+        """
+        self._leave()
+        if not self.is_remote or self._cache is None:
+            return
+        following = self._following
+        threading.Thread(target=self._follow, args=(following, iter(rounds)), name="follow", daemon=True).start()
+
+    def use(self, number: int) -> None:
+        """Samples of this round are being used now; the next one may be fetched."""
+        with self._moved:
+            if number != self._round:
+                self._round = number
+                self._moved.notify_all()
+
+    def _leave(self) -> None:
+        with self._moved:
+            self._following += 1
+            self._round = 0
+            self._moved.notify_all()
+
+    def _follow(self, following: int, rounds: Iterator[tuple[int, Spans]]) -> None:
+        for number, spans in rounds:
+            with self._moved:
+                while self._following == following and self._round < number - 1:
+                    self._moved.wait()
+                if self._following != following:
+                    return
+            try:
+                jobs = [self._ahead.submit(self._fetch_span, following, number, *span) for span in spans]
+            except RuntimeError:  # the pool was closed
+                return
+            for job in jobs:
+                try:
+                    job.result()
+                except CancelledError:
+                    return
+                except Exception as error:
+                    # Whoever needs these samples reads them by itself, and stops the run if that fails too.
+                    log.warning("what is read next could not be fetched ahead: %s", error)
+
+    def _fetch_span(self, following: int, number: int, first: int, stop: int) -> None:
+        """Fetch the extents that hold samples [first, stop) of one shard."""
+        assert self._cache is not None
+        ((shard, row),) = self._index.rows(np.array([first]))
+        end = row + stop - first
+        while row < end:
+            extent = self._extent(shard, row)
+            if self._following != following or number < self._round:
+                return  # too late to be of use
+            fetch = partial(self._read_checked, shard, extent.start, extent.stop, extent.rows)
+            self._cache.add(extent.key, extent.stop - extent.start, fetch)
+            row = extent.rows.stop
+
+    def _extent(self, shard: int, row: int) -> Extent:
+        """The extent that holds a row: the samples whose bytes begin in the same EXTENT_BYTES of the tar."""
+        table = self._index.shard_index(shard)
+        number = int(table.offsets[row]) // EXTENT_BYTES
+        first, stop = np.searchsorted(table.offsets, np.array([number, number + 1], dtype=np.uint64) * EXTENT_BYTES)
+        if shard not in self._keys:
+            entry = self._index.shards[shard]
+            identity = f"{self._url(shard)} {entry.sha256 or entry.index_sha256} {EXTENT_BYTES}"
+            self._keys[shard] = storage.sha256_of_bytes(identity.encode())[:32]
+        return Extent(
+            key=f"{self._keys[shard]}-{number:06d}",
+            start=int(table.offsets[first]),
+            stop=int(table.offsets[stop - 1] + table.num_bytes[stop - 1]),
+            rows=range(int(first), int(stop)),
+        )
+
+    # Fetching and checking
+
+    def _read_checked(self, shard: int, start: int, stop: int, rows: range) -> bytes:
+        """Read bytes [start, stop) of a remote tar and check every sample in it.
+
+        Raises:
+            ShardError: the tar is not there, or does not hold what its index says, however often it is read.
+        """
+        url, table = self._url(shard), self._index.shard_index(shard)
+        for _ in range(_TRIES):
+            try:
+                content = storage.read_bytes(url, start, stop)
+            except FileNotFoundError:
+                raise _missing(url) from None
+            bad = next((row for row in rows if not _is_sound(content, start, table, row)), None)
+            if bad is None:
+                return content
+        raise _truncated(
+            url, f"sample {table.keys[bad]} with other bytes than were packed, {_TRIES} times", "those of its index"
+        )
+
+    def _url(self, shard: int) -> str:
+        return self._index.manifest.shard_url(self._index.shards[shard])
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self._counts[kind] += 1
+
+
+def _is_sound(content: bytes, start: int, table: ShardIndex, row: int) -> bool:
+    """Whether a sample's bytes are those that were indexed, as far as the index can tell."""
+    begin = int(table.offsets[row]) - start
+    sample = memoryview(content)[begin : begin + int(table.num_bytes[row])]
+    if table.crc32 is None:  # an index made from tar headers alone
+        return bytes(sample[:2]) == b"\xff\xd8"
+    return zlib.crc32(sample) == int(table.crc32[row])
+
+
+def least_cache_bytes(index: SplitIndex, *, num_lanes: int, window_samples: int) -> int:
+    """What the cache of a node must hold at least, and room to turn: two windows of each lane that it reads.
+
+    Args:
+        index: the split.
+        num_lanes: lanes read by the ranks of this node.
+        window_samples: of the order.
+    """
+    if index.num_samples == 0:
+        return 0
+    held = min(num_lanes * _NUM_WINDOWS_HELD * window_samples, index.num_samples)
+    # Whole extents lie at both ends of a lane's two windows.
+    num_bytes = min(held * index.num_bytes // index.num_samples + num_lanes * 2 * EXTENT_BYTES, index.num_bytes)
+    return num_bytes * 8 // 7 + 2 * EXTENT_BYTES
+
+
+def check_cache_limit(limit_bytes: int, index: SplitIndex, *, num_lanes: int, window_samples: int) -> int:
+    """Refuse a cache too small to keep what is being read; 0 is no cache at all.
+
+    Returns:
+        The least that it needs.
+
+    Raises:
+        ConfigError: naming the least, and how many lanes the limit would serve.
+    """
+    least = least_cache_bytes(index, num_lanes=num_lanes, window_samples=window_samples)
+    if limit_bytes == 0 or limit_bytes >= least:
+        return least
+    fewer = range(num_lanes - 1, 0, -1)
+    served = next(
+        (n for n in fewer if least_cache_bytes(index, num_lanes=n, window_samples=window_samples) <= limit_bytes), 0
+    )
+    raise ConfigError(
+        f"data.cache_bytes {limit_bytes:,}",
+        expected=f"at least {least:,} on this node: two windows of {window_samples:,} samples of {num_lanes} lanes",
+        where="data.cache_bytes",
+        next_step="raise it (MLPL_CACHE_DIR places it), "
+        + (f"set data.num_lanes to {served} before the run begins, " if served else "")
+        + "use smaller data.window_samples, or set it to 0 to read every sample by itself",
+    )
+
+
+def _missing(url: str) -> ShardError:
+    return ShardError(
+        "the shard is not there",
+        expected="a tar that the manifest lists",
+        where=storage.shown(url),
+        next_step="restore it, or build the data set again; `dist-mlpl shards verify` lists what else is missing",
+    )
+
+
+def _truncated(url: str, found: str, expected: str) -> ShardError:
+    return ShardError(
+        found,
+        expected=expected,
+        where=storage.shown(url),
+        next_step="the shard is truncated, damaged or was replaced: run `dist-mlpl shards verify`, then restore it",
+    )

@@ -1,0 +1,260 @@
+"""Owns the flow of batches from tars without an index, alike on every rank as far as such tars allow.
+
+What `stream` is to tars with an index; see `LIMITS` in `tars` for what is given up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dist_mlpl import comm, keyed, storage
+from dist_mlpl.batch import Batch
+from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, put, to_device
+from dist_mlpl.data.order import PADDING, EpochOrder, last_position
+from dist_mlpl.data.stream import EVALUATION_BLOCK, Consumed
+from dist_mlpl.data.tars import TarSample, TarSet, mixed, read_tar
+from dist_mlpl.data.transform import Transform, use_one_thread_here
+from dist_mlpl.errors import ConfigError, DataError, ShardError
+from dist_mlpl.world import World
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Indices = npt.NDArray[np.int64]
+
+
+class TarStream:
+    """Batches for one rank from tars without an index; what `Stream` is to tars with one. See LIMITS.
+
+    Args:
+        tars: of one split.
+        transform: what a sample looks like.
+        world: this rank.
+        seed: of the run.
+        epoch_samples: N, images of an epoch over all ranks.
+        shuffle_buffer: encoded images that are mixed.
+        group_size: consecutive positions that stay together on one rank.
+        num_workers: decoding threads.
+        device: where batches end up.
+        max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of `epoch_samples`.
+
+    Raises:
+        ConfigError: fewer tars to train on than ranks.
+    """
+
+    def __init__(
+        self,
+        tars: TarSet,
+        transform: Transform,
+        *,
+        world: World,
+        seed: int,
+        epoch_samples: int,
+        shuffle_buffer: int,
+        group_size: int,
+        num_workers: int,
+        device: torch.device,
+        max_bad_fraction: float,
+    ) -> None:
+        if transform.train and len(tars.urls) < world.size:
+            raise ConfigError(
+                f"{len(tars.urls)} tars for {world.size} ranks", expected="a tar for each rank at least",
+                where="data.tars", next_step="use fewer ranks, or index the tars: then ranks share them by sample",
+            )  # fmt: skip
+        self._tars, self._transform, self._world, self._device = tars, transform, world, device
+        self._seed, self._epoch_samples, self._shuffle_buffer = seed, epoch_samples, shuffle_buffer
+        self._group_size, self._num_workers = group_size, num_workers
+        self._reader = ThreadPoolExecutor(1, "read") if num_workers else None
+        self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
+        self._allowed_bad = max_bad_fraction * epoch_samples
+        self._num_bad = 0  # over all ranks, this epoch
+        self._consumed = Consumed()
+        self._told: set[str] = set()  # tars whose ignored members were reported
+        self.waited_seconds = 0.0  # spent in the training loop waiting for data, since the run began
+
+    def close(self) -> None:
+        """Stop reading and decoding."""
+        for pool in (self._reader, self._pool):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def train_batches(self, *, epoch: int, start: int, global_batch: int) -> Iterator[Batch]:
+        """This rank's share of every step from `start` to the end of the epoch.
+
+        Args:
+            epoch: keys the permutation of the tars, the mixing and the augmentation.
+            start: images of this epoch already consumed; from elsewhere than 0, other tars are read than before.
+            global_batch: G.
+
+        Returns:
+            One batch a step, the same number of rows on every rank and at every step. `index` is an image's place in
+            the epoch: distinct over all ranks, and no address in any manifest.
+
+        Raises:
+            DataError: as `read_tar`.
+        """
+        if start == 0:
+            self._num_bad = 0
+        size = self._world.size
+        order = EpochOrder([self._epoch_samples], seed=0, epoch=0, num_lanes=1, group_size=self._group_size)
+        stop = last_position(start, global_batch=global_batch, num_samples=self._epoch_samples)
+        steps = range(start, stop, global_batch)
+        shares = (order.share(begin, global_batch, rank=self._world.rank, size=size) for begin in steps)
+        host_batches = self._decoded(self._mixed(epoch, start), shares, epoch=epoch)
+        batches = to_device(host_batches, self._device, self._transform.normalise)
+        while True:
+            began = time.perf_counter()
+            host = next(batches, None)
+            self.waited_seconds += time.perf_counter() - began
+            if host is None:
+                return
+            self._consumed.positions.append(host.positions)
+            self._consumed.indices.append(host.positions)
+            self._consumed.bad += host.bad
+            yield host.batch
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """Every sample of the split once, in blocks of 32 of one rank's tars; ranks that are done go on with padding.
+
+        The n-th image of rank r has index n * R + r. Blocks depend on the number of ranks, and so do the last bits of
+        their logits.
+
+        Collective: all ranks; one all-reduce of a number each block.
+        """
+        rank, size = self._world.rank, self._world.size
+        samples = self._read(self._tars.urls[rank::size])
+        firsts = itertools.count(0, EVALUATION_BLOCK)
+        blocks = (np.arange(first, first + EVALUATION_BLOCK) * size + rank for first in firsts)
+        batches = to_device(self._decoded(samples, blocks, epoch=0), self._device, self._transform.normalise)
+        while True:
+            host = next(batches, None)
+            if not int(comm.reduce_max(torch.tensor([int(host is not None)]))):
+                return
+            if host is None:
+                nothing = np.full(EVALUATION_BLOCK, PADDING, dtype=np.int64)
+                batch = self._begin(iter(()), nothing, 0).batch
+                (host,) = to_device([HostBatch(batch, nothing, nothing, [])], self._device, self._transform.normalise)
+            self._consumed.bad += host.bad
+            yield host.batch
+
+    def take_consumed(self) -> Consumed:
+        """What was handed out since the last call, and forget it."""
+        consumed, self._consumed = self._consumed, Consumed()
+        return consumed
+
+    def remember_bad(self, num_bad: int) -> None:
+        """Count undecodable samples of this epoch that an earlier attempt met."""
+        self._num_bad = num_bad
+
+    def stop_if_bad(self, num_bad: int) -> None:
+        """Count a step's undecodable samples over all ranks, and stop the run above the limit.
+
+        Args:
+            num_bad: of all ranks, the same on every rank, so that all stop together.
+
+        Raises:
+            DataError: more than `data.max_bad_fraction` of an epoch failed.
+        """
+        self._num_bad += num_bad
+        if self._num_bad > self._allowed_bad:
+            names = "; ".join(f"{bad.name} ({bad.reason})" for bad in self._consumed.bad[-3:])
+            raise DataError(
+                f"{self._num_bad} undecodable samples in this epoch",
+                expected=f"at most {self._allowed_bad:g} of {self._epoch_samples} (data.max_bad_fraction)",
+                where=f"rank {self._world.rank}: {names or 'none of its own; see the other ranks'}",
+                next_step="repair the tars, or raise data.max_bad_fraction",
+            )
+
+    def _mixed(self, epoch: int, start: int) -> Iterator[TarSample]:
+        """This rank's samples without end: tars permuted and dealt to the ranks, mixed, and once through dealt anew."""
+        for turn in itertools.count():
+            chance = keyed.key("tars", self._seed, epoch, start, turn)
+            own = keyed.permutation(chance, len(self._tars.urls))[self._world.rank :: self._world.size]
+            samples = self._read([self._tars.urls[place] for place in own])
+            mixing = keyed.key(chance, "mix", self._world.rank)
+            yield from mixed(samples, shuffle_buffer=self._shuffle_buffer, key=mixing)
+
+    def _read(self, urls: Sequence[str]) -> Iterator[TarSample]:
+        for url in urls:
+            ignored: Counter[str] = Counter()
+            yield from read_tar(url, self._tars, ignored)
+            if ignored and url not in self._told:
+                self._told.add(url)
+                counts = ", ".join(f"{count} {kind}" for kind, count in ignored.items())
+                log.warning("%s: passed over %s", storage.shown(url), counts)
+
+    def _decoded(self, samples: Iterator[TarSample], shares: Iterator[Indices], *, epoch: int) -> Iterator[HostBatch]:
+        """Batches of the shares until they or the samples end, read by one thread ahead and decoded by the others."""
+        read = self._reader.submit if self._reader else _at_once
+        num_ahead = 3 if self._reader else 1
+        pending: deque[Future[_Begun]] = deque()
+        try:
+            for positions in shares:
+                pending.append(read(self._begin, samples, positions, epoch))
+                if len(pending) >= num_ahead and len(pending) * len(positions) > 2 * self._num_workers:
+                    if (host := _finished(pending.popleft())) is None:
+                        return
+                    yield host
+            while pending and (host := _finished(pending.popleft())) is not None:
+                yield host
+        finally:
+            for begun in pending:
+                if not begun.cancel() and begun.exception() is None:
+                    for job in begun.result().jobs:
+                        job.cancel()
+
+    def _begin(self, samples: Iterator[TarSample], positions: Indices, epoch: int) -> _Begun:
+        """Take samples for the positions, as many as there are, and have them decoded into a batch."""
+        taken = list(itertools.islice(samples, int((positions != PADDING).sum())))
+        positions = np.where(np.arange(len(positions)) < len(taken), positions, PADDING)  # padding comes last
+        batch = empty_batch(
+            positions, num_classes=self._tars.num_classes, image_size=self._transform.settings.size,
+            is_pinned=self._device.type == "cuda",
+        )  # fmt: skip
+        for row in range(len(taken), len(positions)):
+            clear(batch, row)
+        fill = self._pool.submit if self._pool else _at_once
+        jobs = [fill(self._fill, batch, row, sample, epoch) for row, sample in enumerate(taken)]
+        return _Begun(batch, positions, jobs)
+
+    def _fill(self, batch: Batch, row: int, sample: TarSample, epoch: int) -> BadSample | None:
+        position = int(batch.index[row])
+        try:
+            put(batch, row, self._transform(sample.image, epoch=epoch, position=position), sample.targets)
+        except ShardError as error:
+            clear(batch, row)
+            return BadSample(position, sample.name, error.found)
+        return None
+
+
+class _Begun(NamedTuple):
+    """A batch that is being decoded."""
+
+    batch: Batch
+    positions: Indices
+    jobs: list[Future[BadSample | None]]
+
+
+def _finished(begun: Future[_Begun]) -> HostBatch | None:
+    """The batch once all of it is decoded, None for one without any sample."""
+    batch, positions, jobs = begun.result()
+    if not jobs:
+        return None
+    return HostBatch(batch, positions, positions, [bad for job in jobs if (bad := job.result()) is not None])
+
+
+def _at_once(task: Callable[..., T], *arguments: Any) -> Future[T]:
+    """What a pool's `submit` does, done in this thread."""
+    future: Future[T] = Future()
+    future.set_result(task(*arguments))
+    return future

@@ -1,0 +1,208 @@
+"""Owns samples from tars that carry no index: webdataset's own reader over our storage, from front to back.
+
+`dist-mlpl shards index` makes an index of the same tars in minutes; what goes without one is in LIMITS.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from webdataset import filters, tariterators
+
+from dist_mlpl import storage
+from dist_mlpl.data.manifest import ClassEntry, classes_digest
+from dist_mlpl.data.tar_members import (
+    IMAGE_ENDINGS,
+    LABEL_ENDINGS,
+    MAX_PADDING_BYTES,
+    class_columns,
+    expand_tars,
+    is_padding,
+    missing_labels,
+    read_classes,
+    read_labels,
+    refuse_compressed,
+    split_name,
+)
+from dist_mlpl.errors import ConfigError, DataError, MlplError, ShardError, nearest_names
+from dist_mlpl.labels import Unlisted, dense_targets
+from dist_mlpl.settings import Settings
+
+LIMITS: Final = (
+    "tars without an index: `dist-mlpl shards index` lifts all that follows",
+    "an epoch is data.epoch_samples images, not each image once: a rank that is through with its tars deals anew",
+    "a resume, or another number of ranks, begins new tars from a fresh permutation: no exactly-once across it",
+    "samples mix within data.shuffle_buffer of one rank's tars, so tars sorted by class stay sorted by class",
+    "no views, no overlays, no memory of single samples, no audit: an image's index is its place in the epoch",
+    "a tar with a damaged header in its last 10 kB looks like a shorter tar",
+)
+
+
+class TarSettings(Settings):
+    """Tars that are read without an index."""
+
+    tars: dict[str, str]  # of each split, a folder or a pattern like s3://b/train-{000000..000099}.tar
+    classes: str  # CSV whose first column lists the class ids in order
+    epoch_samples: int = Field(ge=1)  # images that make an epoch, over all ranks
+    shuffle_buffer: int = Field(1000, ge=1)  # encoded images of each rank that are mixed
+    unlisted: Unlisted | None = None  # what a class that a sample does not list means; null: absent, negatives refused
+
+
+@dataclass(frozen=True)
+class TarSet:
+    """The tars of one split.
+
+    Args:
+        urls: in the order of the pattern.
+        class_ids: in column order.
+        unlisted: see `TarSettings`.
+    """
+
+    urls: tuple[str, ...]
+    class_ids: tuple[str, ...]
+    unlisted: Unlisted | None
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_ids)
+
+    @property
+    def classes_sha256(self) -> str:
+        """Equal to that of a manifest with the same classes."""
+        return classes_digest([ClassEntry(id=name, name=name) for name in self.class_ids])
+
+    @property
+    def digest(self) -> str:
+        """Of the tars' names and the meaning of labels; their content is not known."""
+        names = [storage.name(url) for url in self.urls]
+        return storage.sha256_of_bytes(repr((names, self.class_ids, self.unlisted)).encode())
+
+
+def open_tars(settings: TarSettings, split: str) -> TarSet:
+    """Find the tars of a split and read the list of classes; no tar is opened.
+
+    Raises:
+        ConfigError: no such split.
+        DataError: no tar, or classes that do not read.
+        StorageError: the storage failed.
+    """
+    if split not in settings.tars:
+        raise ConfigError(
+            f"no split named {split!r}", expected=nearest_names(split, settings.tars), where="data.tars",
+            next_step="correct the split's name, or name its tars",
+        )  # fmt: skip
+    return TarSet(tuple(expand_tars(settings.tars[split])), tuple(read_classes(settings.classes)), settings.unlisted)
+
+
+class TarSample(NamedTuple):
+    """One sample as the tar holds it."""
+
+    name: str  # `tar: key`
+    image: bytes
+    targets: npt.NDArray[np.int8]  # (C,) in the one code
+
+
+def read_tar(url: str, tars: TarSet, ignored: Counter[str]) -> Iterator[TarSample]:
+    """Every sample of one tar, in its order, read once from front to back.
+
+    Args:
+        url: of the tar.
+        tars: whose classes and meaning of labels hold.
+        ignored: counts what makes no sample; it is added to.
+
+    Raises:
+        ShardError: not a tar, compressed, truncated, damaged, without a JPEG, two members of one name together.
+        DataError: an image without labels, labels that do not read, an unknown class.
+        StorageError: the storage failed.
+    """
+    place, num_samples = storage.shown(url), 0
+    columns = {name: column for column, name in enumerate(tars.class_ids)}
+
+    def is_wanted(member: str) -> bool:
+        name = split_name(member)
+        if name is None or name[1] not in IMAGE_ENDINGS + LABEL_ENDINGS:
+            ignored["other member"] += 1
+            return False
+        return True
+
+    try:
+        with cast(io.BufferedReader, storage.open_read(url)) as stream:
+            refuse_compressed(stream.peek(8)[:8], place)
+            _check_end(url, place)
+            files = tariterators.tar_file_expander(iter([{"url": url, "stream": stream}]), select_files=is_wanted)
+            for members in tariterators.group_by_keys(files):
+                found = _sample(members, columns, tars, f"{place}: {members['__key__']}")
+                if found is None:
+                    ignored["labels without a JPEG"] += 1
+                    continue
+                num_samples += 1
+                yield found
+            is_whole = is_padding(stream.read(MAX_PADDING_BYTES + 1))
+    except FileNotFoundError as error:
+        raise storage.missing(url, what="the tar", next_step="correct the pattern, or restore the tar") from error
+    except MlplError as error:
+        raise copy.copy(error) from error  # webdataset adds to the arguments of what passes through it
+    except (tarfile.TarError, ValueError) as error:
+        raise _fault(f"a tar that does not read: {str(error.args[0]).split(' @ ')[0]}", place) from error
+    if not is_whole:
+        raise _fault("a damaged header: the tar does not end where it seems to", place)
+    if not num_samples:
+        raise _fault("no JPEG inside", place)
+
+
+def _check_end(url: str, place: str) -> None:
+    """Refuse what was cut off: a reader that goes from front to back takes that for the end."""
+    num_bytes = storage.size(url)
+    end = storage.read_bytes(url, max(0, num_bytes - tarfile.BLOCKSIZE), num_bytes)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise _fault(f"{num_bytes:,} bytes without the end mark of a tar", place)
+
+
+def _sample(members: dict[str, bytes], columns: dict[str, int], tars: TarSet, where: str) -> TarSample | None:
+    images = [members[ending] for ending in IMAGE_ENDINGS if ending in members]
+    if not images:
+        return None
+    if len(images) > 1:
+        raise _fault("two images of one key", where)
+    found = (read_labels(ending, members[ending], where) for ending in LABEL_ENDINGS if ending in members)
+    labels = next((one for one in found if one is not None), None)
+    if labels is None:
+        raise missing_labels(where)
+    if labels.negatives and tars.unlisted is None:
+        raise DataError(
+            "a sample that lists negatives", expected="data.unlisted that says what a class in neither list means",
+            where=where, next_step="set data.unlisted to unknown (usual where negatives are listed) or to absent",
+        )  # fmt: skip
+    sides = [[np.array(side, dtype=np.int64)] for side in class_columns(labels, columns, where)]
+    targets = dense_targets(*sides, num_classes=len(columns), unlisted=tars.unlisted or "absent")
+    return TarSample(where, images[0], targets[0])
+
+
+def _fault(found: str, where: str) -> ShardError:
+    return ShardError(
+        found, expected="a whole plain tar with members KEY.jpg and their labels", where=where,
+        next_step="fetch or write the tar again, or leave it out of the pattern",
+    )  # fmt: skip
+
+
+def mixed(samples: Iterator[TarSample], *, shuffle_buffer: int, key: int) -> Iterator[TarSample]:
+    """The same samples, each drawn from the `shuffle_buffer` that came in last and are not out yet.
+
+    Args:
+        samples: finite or not.
+        shuffle_buffer: at least 1, which changes nothing.
+        key: of the draws.
+    """
+    shuffle = filters.shuffle(shuffle_buffer, initial=shuffle_buffer, rng=random.Random(key))
+    yield from shuffle(samples)

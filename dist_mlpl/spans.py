@@ -1,0 +1,44 @@
+"""Owns the named parts of a step: what a profile shows them under, and how long each took while one is taken."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_seconds: defaultdict[str, float] | None = None  # by part; None while nobody measures
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """Run a part of a step under a name. Free while nobody measures.
+
+    While somebody does, a GPU is waited for at both ends, so that each part has the time of its own work.
+    """
+    if _seconds is None:
+        yield
+        return
+    with torch.profiler.record_function(name):
+        began = _now()
+        yield
+        _seconds[name] += _now() - began
+
+
+def measure(is_on: bool) -> dict[str, float]:
+    """Start measuring from nothing, or stop.
+
+    Returns:
+        Seconds by part since the last call; empty if nobody measured.
+    """
+    global _seconds
+    found, _seconds = dict(_seconds or {}), defaultdict(float) if is_on else None
+    return found
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,153 @@
+"""Owns what a URL says by itself: remote or local, joined, named, and shown to people without its secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
+
+_HIDDEN = "***"
+_MIN_SECRET_CHARS = 6  # what is shorter keeps nothing secret, and would be cut out of ordinary words
+_SECRET_NAMES = ("key", "secret", "token", "passw", "credential", "connection_string", "sas", "sig", "auth", "cookie")
+_SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET",
+)  # fmt: skip
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:.,;()\[\]]")  # in a text, whose comma it leaves
+_HOST = re.compile(r"(\[[^\]]*\]?|[^:]*)(:\d*)?")  # with its port
+_QUERY_VALUE = re.compile(r"([?&][\w.%~-]+=)[^&\s'\"<>]*[^&\s'\"<>:.,;()\[\]]")
+
+# Secrets among the storage options of this process, in every spelling; set by `storage.configure_storage`.
+_configured: frozenset[str] = frozenset()
+
+
+def is_remote(url: str) -> bool:
+    """True for a URL with a scheme other than `file`."""
+    return "://" in url and not url.startswith("file://")
+
+
+def is_http(url: str) -> bool:
+    """True for http:// and https://, where a `?` begins a query; in object stores it is a letter like others."""
+    return url.startswith(("http://", "https://"))
+
+
+def local_path(url: str) -> Path:
+    """A path or file:// URL as a path."""
+    return Path(url.removeprefix("file://"))
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL or local path; the query of an http URL, which may sign it, stays at its end."""
+    base, query = _split_query(url)
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, a remote URL as it is: workers may start in another folder."""
+    return url.rstrip("/") if is_remote(url) else str(local_path(url).absolute())
+
+
+def name(url: str) -> str:
+    """The last part of a URL, without the query of an http URL."""
+    return _split_query(url)[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _split_query(url: str) -> tuple[str, str]:
+    base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
+    return base, mark + query
+
+
+def shown(url: str) -> str:
+    """A URL for messages: user, password and the values of a query are `***`; names of a query stay. Local: as it is.
+
+    The part before an `@` stays where it is a container (`abfs://container@account...`), not a user.
+    """
+    if not is_remote(url):
+        return url
+    scheme, _, rest = url.partition("://")
+    rest, mark, query = rest.partition("?")
+    if is_http(url):
+        rest = rest.partition("#")[0]
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if not _HOST.fullmatch(host) and (is_http(url) or "@" in path):  # `user:pass/word@host`: no telling its end
+        return f"{scheme}://{_HIDDEN}"
+    if ":" in user or (user and is_http(url)):
+        user = _HIDDEN
+    values = "&".join(part.partition("=")[0] + f"={_HIDDEN}" if "=" in part else _HIDDEN for part in query.split("&"))
+    return f"{scheme}://{user}{at}{host}{slash}{path}{mark}{values if query else ''}"
+
+
+def hide_secrets_of(options: dict[str, Any]) -> None:
+    """Keep from now on what is secret among storage options out of every message; earlier options are forgotten."""
+    global _configured
+    _configured = frozenset(spelling for secret in _secrets_among(options, named=False) for spelling in _spelt(secret))
+
+
+def scrubbed(text: str, url: str = "") -> str:
+    """Text of a library without secrets: of the storage options, of the environment, of this URL and any other.
+
+    Args:
+        text: of an error, say.
+        url: that the text is about; libraries cite its parts, too.
+    """
+    secrets = set(_configured)
+    for secret in [*(os.environ.get(variable, "") for variable in _SECRET_VARIABLES), *_secrets_in(url)]:
+        secrets.update(_spelt(secret))
+    for secret in sorted(secrets, key=lambda secret: (-len(secret), secret)):  # the whole before its parts
+        text = text.replace(secret, _HIDDEN)
+    return _QUERY_VALUE.sub(rf"\1{_HIDDEN}", _URL.sub(lambda found: shown(found[0]), text))
+
+
+def _secrets_in(url: str) -> Iterator[str]:
+    """User, password and query values of a URL."""
+    if not is_remote(url):
+        return
+    rest = url.partition("://")[2]
+    if shown(url).endswith(f"://{_HIDDEN}"):
+        yield from re.split(r"[:/@?#]", rest)
+        return
+    before, _, query = rest.partition("?")
+    user = before.partition("/")[0].rpartition("@")[0]
+    if ":" in user or is_http(url):
+        yield from [user, *user.split(":", 1)]
+    yield from (part.partition("=")[2] or part for part in query.split("&"))
+    if is_http(url):
+        yield url.partition("#")[2]
+
+
+def _secrets_among(value: object, *, named: bool) -> Iterator[str]:
+    """Strings below option names that speak of secrets; `named` when one above did."""
+    if isinstance(value, dict):
+        for option, inner in value.items():
+            yield from _secrets_among(inner, named=named or _is_secret_name(str(option)))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _secrets_among(inner, named=named)
+    elif isinstance(value, bytes):
+        yield from _secrets_among(value.decode(errors="replace"), named=named)
+    elif isinstance(value, str):
+        if named:
+            yield value
+            yield from value.split()[1:]  # `Bearer TOKEN`
+            for part in re.split(r"[?;&]", value):  # a connection string, a SAS token
+                option, _, inner = part.partition("=")
+                if _is_secret_name(option):
+                    yield inner
+        yield from _secrets_in(value)
+
+
+def _is_secret_name(option: str) -> bool:
+    return any(word in option.lower() for word in _SECRET_NAMES)
+
+
+def _spelt(secret: str) -> set[str]:
+    """A secret as it is, as URLs quote it, and as `repr` and JSON print it."""
+    found = {secret, unquote(secret), unquote_plus(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]}
+    for plain in (secret, unquote(secret)):
+        found |= {quote(plain, safe=""), quote(plain), quote_plus(plain)}
+    return {spelling for spelling in found if len(spelling) >= _MIN_SECRET_CHARS}
