@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_mlpl.errors import ConfigError
+from dist_mlpl.losses.rowwise import precise, row_blocks
+
+Weigh = Callable[[Tensor], Tensor]  # (b,) counts of known labels -> (b,) weights of the images
+
+_FEW = 1 / 10  # on a CPU, gathering the known labels is faster below this share of them
 
 
 def partial_bce(
@@ -27,9 +35,24 @@ def partial_bce(
 
     Source: Durand et al., CVPR 2019, eq. 1 and 2.
     """
-    num_known = (targets != 0).sum(dim=1)  # (B,)
-    known_fraction = num_known.clamp(min=1).to(_precise(logits)) / targets.shape[1]  # nothing known: any g will do
-    return _known_bce(logits, targets, normaliser(known_fraction, alpha, beta, gamma)[:, None], reduction="mean")
+
+    def weigh(num_known: Tensor) -> Tensor:
+        return normaliser(num_known.clamp(min=1) / targets.shape[1], alpha, beta, gamma)  # none known: any g will do
+
+    return _mean_over_entries(logits, targets, weigh)
+
+
+def image_mean_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images of the mean of softplus(-y x) over the image's known labels: images weigh the same.
+
+    Args:
+        logits: (B, C), any floating type; computed in float32, or float64 if given so.
+        targets: (B, C) int8 in {-1, 0, 1}.
+
+    Returns:
+        () non-negative; an image with nothing known counts in the mean and adds 0.
+    """
+    return partial_bce(logits, targets, alpha=1.0, beta=0.0, gamma=-1.0)
 
 
 def masked_mean_bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,7 +65,8 @@ def masked_mean_bce(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         () non-negative; 0, still connected to `logits`, when nothing is known.
     """
-    return _known_bce(logits, targets, 1.0, reduction="sum") / (targets != 0).sum().clamp(min=1)
+    mean = _mean_over_entries(logits, targets, torch.ones_like)
+    return mean * (targets.numel() / torch.count_nonzero(targets).clamp(min=1).to(mean.dtype))
 
 
 def normaliser(known_fraction: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
@@ -85,17 +109,62 @@ def solve_normaliser(gamma: float, p0: float, g0: float) -> tuple[float, float]:
     return alpha, 1.0 - alpha
 
 
-def _known_bce(logits: Tensor, targets: Tensor, weight: Tensor | float, *, reduction: str) -> Tensor:
-    """() weighed softplus(-y x), reduced over all B * C entries, of which the unknown weigh exactly 0.
+def _mean_over_entries(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
+    """() mean over all B * C entries of the image's weight times softplus(-y x), which is 0 where unknown."""
+    if targets.numel() == 0:
+        return logits.to(precise(logits)).sum()
+    if logits.device.type == "cpu" and int(torch.count_nonzero(targets)) < _FEW * targets.numel():
+        return _mean_of_few(logits, targets, weigh)
+    mean: Tensor = _DenseMean.apply(logits, targets, weigh)
+    return mean
 
-    The library's own weighing and mean keep its order of operations, hence the equal bits when nothing is unknown.
+
+def _mean_of_few(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
+    """The same, touching known entries only."""
+    index = targets.flatten().nonzero()[:, 0]  # (K,) addresses of the known labels
+    rows = index.div(targets.shape[1], rounding_mode="floor")
+    num_known = rows.bincount(minlength=targets.shape[0]).to(precise(logits))  # (B,)
+    x = logits.flatten()[index].to(precise(logits))  # (K,)
+    is_present = (targets.flatten()[index] > 0).to(x.dtype)
+    total = F.binary_cross_entropy_with_logits(x, is_present, weight=weigh(num_known)[rows], reduction="sum")
+    return total / targets.numel()
+
+
+class _DenseMean(torch.autograd.Function):
+    """The same over all entries, in blocks; keeps nothing for the backward pass but its arguments.
+
+    Value and slope do what `F.binary_cross_entropy_with_logits` does, on the same numbers in the same order: the bits
+    are equal. Its sigmoid has to run over the whole tensor at once, to be cut among threads in the same places.
     """
-    precise = _precise(logits)
-    weight = (targets != 0).to(precise) * weight  # (B, C)
-    return F.binary_cross_entropy_with_logits(
-        logits.to(precise), (targets > 0).to(precise), weight=weight, reduction=reduction
-    )
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
+        ctx.weigh = weigh
+        ctx.save_for_backward(logits, targets)
+        losses = torch.empty_like(logits, dtype=precise(logits))  # (B, C)
+        for part in row_blocks(logits):
+            x = logits[part].to(losses.dtype)
+            is_present, weights = _coded(targets[part], weigh, x.dtype)
+            log_sigmoid = x.clamp(max=0).sub_(x.abs().neg_().exp_().log1p_())
+            torch.mul(1.0 - is_present, x, out=losses[part]).sub_(log_sigmoid).mul_(weights)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets = ctx.saved_tensors
+        slope = torch.sigmoid(logits.to(precise(logits)))  # (B, C)
+        if torch.is_grad_enabled():  # a second derivative is wanted: nothing in place
+            is_present, weights = _coded(targets, ctx.weigh, slope.dtype)
+            slope = (slope - is_present) * grad_outputs[0] * weights / slope.numel()
+        else:
+            for part in row_blocks(logits):
+                is_present, weights = _coded(targets[part], ctx.weigh, slope.dtype)
+                slope[part].sub_(is_present).mul_(grad_outputs[0]).mul_(weights).div_(slope.numel())
+        return slope.to(logits.dtype), None, None
 
 
-def _precise(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _coded(targets: Tensor, weigh: Weigh, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(b, C) 1.0 where present; (b, C) the image's weight where known, 0 where unknown."""
+    code = targets.to(dtype)
+    is_known = code.abs()
+    return code.clamp(min=0), is_known.mul_(weigh(is_known.sum(dim=1))[:, None])

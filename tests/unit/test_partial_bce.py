@@ -168,6 +168,12 @@ def test_second_derivatives_are_right(g):
         assert torch.autograd.gradgradcheck(lambda x, case=case: masked_mean_bce(x, case), x)
 
 
+def test_many_known_labels_keep_nothing_for_the_backward_pass_but_logits_and_targets():
+    logits, targets = random_case(14, (8, 9), known_fraction=0.6)
+    kept = partial_bce(logits.requires_grad_(), targets).grad_fn.saved_tensors
+    assert {tensor.data_ptr() for tensor in kept} == {logits.data_ptr(), targets.data_ptr()}
+
+
 @pytest.mark.parametrize("known_fraction", [0.02, 0.5])
 def test_a_batch_without_images_costs_nothing_and_stays_connected(known_fraction):
     logits, targets = random_case(13, (0, 5), known_fraction)
