@@ -38,7 +38,8 @@ from dist_mlpl.chain import (
 )
 from dist_mlpl.data.collate import BadSample
 from dist_mlpl.data.order import PADDING, last_position
-from dist_mlpl.data.stream import Consumed, Stream
+from dist_mlpl.data.stream import Consumed
+from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine, EngineState
 from dist_mlpl.errors import BankError, OvertakenError, RankMismatchError
 
@@ -108,7 +109,7 @@ class Checkpoint:
         self,
         out: str,
         engine: Engine,
-        stream: Stream,
+        stream: AnyStream,
         *,
         identity: RunIdentity,
         attempt: Attempt,
@@ -206,10 +207,7 @@ class Checkpoint:
         metrics: dict[str, float],
     ) -> Commit:
         """Files first, then the record. Rank 0 only."""
-        newest = read_head(self._out)
-        is_newest_attempt = max(_attempt_numbers(self._out)) == int(self._attempt.name)
-        if (newest and newest.step) != (self._head and self._head.step) or not is_newest_attempt:
-            raise _overtaken(self._attempt.name)
+        self._check_newest()
         folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
         buffer = io.BytesIO()
         np.save(buffer, indices)
@@ -239,9 +237,17 @@ class Checkpoint:
             files=files,
             **self._identity.model_dump(),
         )
+        self._check_newest()  # again: writing took a while, and a newer attempt may have read the head meanwhile
         if not storage.create_exclusive(commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
             raise _overtaken(self._attempt.name)
         return commit
+
+    def _check_newest(self) -> None:
+        """Give way to a newer attempt, whether it has committed yet or not."""
+        newest = read_head(self._out)
+        is_newest_attempt = max(_attempt_numbers(self._out)) == int(self._attempt.name)
+        if (newest and newest.step) != (self._head and self._head.step) or not is_newest_attempt:
+            raise _overtaken(self._attempt.name)
 
     def _prune(self, commit: Commit) -> None:
         """Delete model and optimiser of the commits that are no longer among the newest."""

@@ -27,15 +27,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
-from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.order import check_global_batch
+from dist_mlpl.data.stream import DataSettings
+from dist_mlpl.data.tars import TarSet, check_num_tars
 from dist_mlpl.data.views import check_size
 from dist_mlpl.display import Display
 from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
-from dist_mlpl.train import train
+from dist_mlpl.train import open_samples, train
 
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it
@@ -208,7 +209,6 @@ def _waiting(config: Config) -> str:
 
 def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: workers start in folders of their own."""
-    data = config.data.model_copy(update={"manifest": storage.absolute(config.data.manifest)})
     method = config.method
     if method.init_from is not None:
         method = method.model_copy(update={"init_from": storage.absolute(method.init_from)})
@@ -216,7 +216,16 @@ def with_absolute_paths(config: Config) -> Config:
     if weights is not None and "/" in weights:  # a file; names of torchvision's tables have no slash
         backbone = method.backbone.model_copy(update={"weights": storage.absolute(weights)})
         method = method.model_copy(update={"backbone": backbone})
-    return config.model_copy(update={"out": storage.absolute(config.run_folder), "data": data, "method": method})
+    changes = {"out": storage.absolute(config.run_folder), "data": _with_absolute_paths(config.data), "method": method}
+    return config.model_copy(update=changes)
+
+
+def _with_absolute_paths(data: DataSettings) -> DataSettings:
+    if data.unindexed is None:
+        return data.model_copy(update={"manifest": storage.absolute(data.manifest)})
+    tars = {split: storage.absolute(pattern) for split, pattern in data.unindexed.tars.items()}
+    changes = {"tars": tars, "classes": storage.absolute(data.unindexed.classes)}
+    return data.model_copy(update={"unindexed": data.unindexed.model_copy(update=changes)})
 
 
 def check_before_start(config: Config, *, allow_change: bool) -> None:
@@ -226,14 +235,15 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
         MlplError: see `errors`.
     """
     storage.configure_storage(config.data.storage_options)
-    manifest = load_manifest(config.data.manifest)
-    manifest.split(config.data.eval_split)
-    num_samples = manifest.split(config.data.train_split).num_samples
+    samples, _ = open_samples(config.data, config.data.train_split, config.data.eval_split)
+    num_samples = samples.num_samples
     if config.data.is_view_asked:
-        check_size(num_samples, manifest.num_classes)
+        check_size(num_samples, samples.manifest.num_classes)
     num_workers = config.cluster.num_workers
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
+    if isinstance(samples, TarSet):
+        check_num_tars(samples, world_size=most)
     storage.check_exclusive_create(config.run_folder)
     if storage.exists(run_config_url(config.run_folder)):
         check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)

@@ -146,8 +146,10 @@ def _explain(finding: Any) -> str:
         return f"{name}.name: no method {context['tag']!r}; {nearest_names(context['tag'], valid)}"
     if finding["type"] == "union_tag_not_found":
         return f"{name}.name: missing; {nearest_names('', METHODS)}"
-    given = "" if finding["type"] == "missing" else f" (found {finding['input']!r})"
-    return f"{name}: {finding['msg']}{given}"
+    # A section as a whole is not shown: it is long, and that of the data may hold secrets.
+    is_shown = finding["type"] != "missing" and not isinstance(finding["input"], dict)
+    given = f" (found {finding['input']!r})" if is_shown else ""
+    return f"{name}: {finding['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _fields_at(place: list[str]) -> list[str]:
@@ -247,10 +249,12 @@ def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
 
 # What a resumed run may change: freely, or with --allow-change. Everything else is refused.
 _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
-         "data.cache_bytes", "data.num_workers", "data.storage_options", "data.max_bad_fraction",
+         "data.unindexed.tars", "data.unindexed.classes", "data.cache_bytes", "data.num_workers",
+         "data.storage_options", "data.max_bad_fraction",
          "save_every_steps", "keep_checkpoints", "evaluation")  # fmt: skip
 _NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
-          "data.known_seed", "data.train_split", "method.name")  # fmt: skip
+          "data.known_seed", "data.train_split", "data.unindexed.epoch_samples", "data.unindexed.unlisted",
+          "method.name")  # fmt: skip
 
 Change = Literal["free", "allowed", "refused"]
 
@@ -273,7 +277,8 @@ def compare_configs(old: Config, new: Config) -> list[tuple[str, Any, Any, Chang
 def check_resume(old: Config, new: Config, *, allow_change: bool) -> list[str]:
     """Refuse to resume under a config that would quietly make another run of it.
 
-    The manifest is compared by digest, in the commit; its path is free.
+    The manifest is compared by digest, in the commit, and so are the names of tars without an index and their classes;
+    where they lie is free.
 
     Returns:
         Lines that say what changed, for the log.

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dist_mlpl import comm
 from dist_mlpl.data.label_store import Labels
-from dist_mlpl.data.stream import Stream
+from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
 from dist_mlpl.metrics import Evaluation, Scores
 from dist_mlpl.settings import Settings
@@ -35,7 +35,7 @@ class Judged(NamedTuple):
     metrics: dict[str, float]  # the summary, with `num_undecodable`
 
 
-def evaluate(engine: Engine, stream: Stream, labels: Labels, settings: EvaluationSettings) -> Judged:
+def evaluate(engine: Engine, stream: AnyStream, labels: Labels, settings: EvaluationSettings) -> Judged:
     """Score every image of a split once, the same numbers on any number of ranks.
 
     BatchNorm's statistics are averaged over ranks first, so that every rank judges one model.

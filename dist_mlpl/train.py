@@ -24,6 +24,8 @@ from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import DataSettings, Stream
+from dist_mlpl.data.tar_stream import AnyStream, TarStream
+from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet, open_tars
 from dist_mlpl.data.transform import Transform
 from dist_mlpl.data.views import View
 from dist_mlpl.engine import Engine, start
@@ -118,13 +120,13 @@ class Rooms:
 
     config: Config
     manifest: Manifest
-    samples: SplitIndex
+    samples: AnySamples
     length: RunLength
     method: Method
     engine: Engine
     store: LabelStore
-    stream: Stream
-    judged: Stream
+    stream: AnyStream
+    judged: AnyStream
     judged_labels: Labels
     saved: Checkpoint
     attempt: Attempt
@@ -221,9 +223,8 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
     """
     storage.configure_storage(config.data.storage_options)
     out, data = config.run_folder, config.data
-    manifest = load_manifest(data.manifest)
-    samples = SplitIndex(manifest, data.train_split)
-    judged_samples = SplitIndex(manifest, data.eval_split)
+    samples, judged_samples = open_samples(data, data.train_split, data.eval_split)
+    manifest = samples.manifest
     length = RunLength(config.num_epochs, samples.num_samples)
     check_global_batch(
         config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
@@ -240,7 +241,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
     if attempt.parent is None and config.method.init_from:
         notes.append(start_from(config.method.init_from, engine))
     store = LabelStore(samples, build_view(data, samples))
-    notes += check_cache(config, samples, world)
+    notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
     cache = build_cache(data, samples, world)
     stream = build_stream(config, samples, cache, world, engine, train=True)
     identity = RunIdentity(
@@ -292,15 +293,27 @@ def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
     return comm.broadcast_object([f"changed since the run was last started: {line}" for line in changes])
 
 
+def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
+    """Find the samples of some splits, by their index or as tars without one.
+
+    Raises:
+        MlplError: no such split, no manifest, no tars.
+    """
+    if data.unindexed is not None:
+        return [open_tars(data.unindexed, split) for split in splits]
+    manifest = load_manifest(data.manifest)
+    return [SplitIndex(manifest, split) for split in splits]
+
+
 def build_method(config: Config, manifest: Manifest) -> Method:
     """The run's method; its random weights are drawn under the run's seed."""
     torch.manual_seed(keyed.key("weights", config.seed) & (2**63 - 1))
     return config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
 
 
-def build_view(data: DataSettings, index: SplitIndex) -> View | None:
+def build_view(data: DataSettings, index: AnySamples) -> View | None:
     """The view that hides train labels, or None when every label may be seen."""
-    if not data.is_view_asked:
+    if not data.is_view_asked or isinstance(index, TarSet):
         return None
     return View(
         data.known_rule,
@@ -313,9 +326,9 @@ def build_view(data: DataSettings, index: SplitIndex) -> View | None:
     )
 
 
-def build_cache(data: DataSettings, index: SplitIndex, world: World) -> ExtentCache | None:
+def build_cache(data: DataSettings, index: AnySamples, world: World) -> ExtentCache | None:
     """This node's cache of remote shards, or None where there is nothing to cache."""
-    if data.cache_bytes == 0 or not storage.is_remote(index.manifest.tars_url):
+    if isinstance(index, TarSet) or data.cache_bytes == 0 or not storage.is_remote(index.manifest.tars_url):
         return None
     return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
 
@@ -346,24 +359,36 @@ def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
 
 
 def build_stream(
-    config: Config, index: SplitIndex, cache: ExtentCache | None, world: World, engine: Engine, *, train: bool
-) -> Stream:
+    config: Config, samples: AnySamples, cache: ExtentCache | None, world: World, engine: Engine, *, train: bool
+) -> AnyStream:
     """Batches of one split for this rank, augmented or as they are."""
+    transform = Transform(config.transform, seed=config.seed, train=train)
+    if isinstance(samples, TarSet):
+        return TarStream(
+            samples,
+            transform,
+            world=world,
+            seed=config.seed,
+            num_workers=config.data.num_workers,
+            device=engine.device,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
     return Stream(
-        index,
-        Fetcher(index, cache),
-        Transform(config.transform, seed=config.seed, train=train),
+        samples,
+        Fetcher(samples, cache),
+        transform,
         world=world,
         num_workers=config.data.num_workers,
         device=engine.device,
         max_bad_fraction=config.data.max_bad_fraction,
+        decodes_on_device=config.data.decode_on == "gpu",
     )
 
 
-def epoch_order(config: Config, index: SplitIndex, epoch: int) -> EpochOrder:
+def epoch_order(config: Config, samples: AnySamples, epoch: int) -> EpochOrder:
     """The order of one epoch of this run."""
     return EpochOrder(
-        index.shard_sizes,
+        samples.shard_sizes,
         seed=config.seed,
         epoch=epoch,
         num_lanes=config.data.num_lanes,

@@ -15,12 +15,16 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from dist_mlpl.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
+_FULL_DISK_SECONDS = 60.0  # how long a disk found full is left alone
 _PARTS_BETWEEN_SCANS = 8  # the folder is listed once for every eighth of the limit fetched, and emptied to 7/8
 
 
@@ -36,6 +40,9 @@ class ExtentCache:
         limit_bytes: of the whole folder, parts included; the least recently read extents make room.
         num_processes: how many use the folder at once; each may be behind with its count by a share of the limit.
         folder: where; every rank of a node names the same one. None for `cache_folder`.
+
+    Raises:
+        ConfigError: the folder may not be written.
     """
 
     def __init__(self, *, limit_bytes: int, num_processes: int = 1, folder: Path | None = None) -> None:
@@ -44,8 +51,17 @@ class ExtentCache:
         self._unscanned_limit = limit_bytes // _PARTS_BETWEEN_SCANS // num_processes
         self._unscanned_bytes = 0  # reserved since this process last listed the folder
         self._lock = threading.Lock()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._has_room(0, is_scan_forced=True)  # what a killed process left, or a larger limit of an earlier run
+        self._full_until = 0.0  # of the monotonic clock: until then the disk is taken for full
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._has_room(0, is_scan_forced=True)  # what a killed process left, or a larger limit of an earlier run
+        except PermissionError as error:
+            raise ConfigError(
+                f"a cache folder that may not be written: {error}",
+                expected="a folder of this user's",
+                where=f"MLPL_CACHE_DIR: {self.folder}",
+                next_step="set MLPL_CACHE_DIR to a folder on a large local disk",
+            ) from error
 
     def has(self, key: str) -> bool:
         """Whether an extent is here now; another process may make room of it at any time."""
@@ -71,6 +87,8 @@ class ExtentCache:
         """
         path, part = self._path(key), self.folder / f"{key}.part"
         while not path.exists():
+            if time.monotonic() < self._full_until:
+                return False
             try:
                 with _locked(part) as file:
                     if not _is_same(part, file):
@@ -82,7 +100,10 @@ class ExtentCache:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                log.warning("no room on the disk of the cache %s: %s", self.folder, error)
+                self._full_until = time.monotonic() + _FULL_DISK_SECONDS
+                log.warning(
+                    "no room on the disk of the cache %s, so samples are read one by one: %s", self.folder, error
+                )
                 return False
         return True
 
@@ -94,6 +115,7 @@ class ExtentCache:
             if self._has_room(num_bytes):
                 file.write(fetch())
                 file.flush()
+                os.fsync(file.fileno())  # or a machine that goes down may keep the name without the bytes
                 os.replace(part, path)
                 is_whole = True
         finally:

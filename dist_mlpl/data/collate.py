@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl.batch import Batch
-from dist_mlpl.data.transform import DecodedImage
+from dist_mlpl.data.transform import DecodedImage, Transform, decode_on
+from dist_mlpl.errors import ShardError
 
 Indices = npt.NDArray[np.int64]
 
@@ -31,6 +32,7 @@ class HostBatch(NamedTuple):
     positions: Indices  # (B,) int64 of the epoch's order, -1 on padding
     indices: Indices  # (B,) int64, those of `batch.index`
     bad: list[BadSample]
+    encoded: Sequence[bytes | None] = ()  # a JPEG for each row that is still to be decoded on the device
 
 
 def empty_batch(indices: Indices, *, num_classes: int, image_size: int, is_pinned: bool) -> Batch:
@@ -59,12 +61,13 @@ def empty_batch(indices: Indices, *, num_classes: int, image_size: int, is_pinne
     )
 
 
-def put(batch: Batch, row: int, decoded: DecodedImage, targets: npt.NDArray[np.int8]) -> None:
-    """Fill one row with a sample: its image and its (C,) labels."""
-    batch.images[row].copy_(decoded.image)
+def put(batch: Batch, row: int, decoded: DecodedImage | None, targets: npt.NDArray[np.int8]) -> None:
+    """Fill one row with a sample: its image, unless that comes later, and its (C,) labels."""
+    if decoded is not None:
+        batch.images[row].copy_(decoded.image)
+        batch.crop[row].copy_(decoded.crop)
+        batch.flipped[row] = decoded.flipped
     batch.targets[row].copy_(torch.from_numpy(targets))
-    batch.crop[row].copy_(decoded.crop)
-    batch.flipped[row] = decoded.flipped
     batch.valid[row] = True
 
 
@@ -76,35 +79,60 @@ def clear(batch: Batch, row: int) -> None:
     batch.flipped[row] = False
 
 
-def to_device(
-    batches: Iterable[HostBatch], device: torch.device, normalise: Callable[[Tensor], Tensor]
-) -> Iterator[HostBatch]:
-    """Batches on `device`, their images normalised there.
+def normalised(host: HostBatch, transform: Transform) -> HostBatch:
+    """Images as the model wants them, on the device that they are on."""
+    return host._replace(batch=host.batch._replace(images=transform.normalise(host.batch.images)))
 
-    On a GPU each batch is copied and normalised on a stream of its own while the step before it computes: one batch
+
+def decoded_on_device(host: HostBatch, transform: Transform, *, epoch: int, name_of: Callable[[int], str]) -> HostBatch:
+    """Images decoded and transformed on the device, for a batch that brought its JPEGs along.
+
+    The draws are those of decoding on the host; pixels differ from it as one JPEG decoder's do from another's.
+    """
+    batch, bad = host.batch, list(host.bad)
+    rows = [row for row, content in enumerate(host.encoded) if content is not None]
+    pictures = decode_on(batch.images.device, [content for content in host.encoded if content is not None])
+    for row, picture in zip(rows, pictures, strict=True):
+        index = int(host.indices[row])
+        if isinstance(picture, ShardError):
+            clear(batch, row)
+            batch.valid[row] = False
+            bad.append(BadSample(index, name_of(index), picture.found))
+            continue
+        view = transform.view(picture, epoch=epoch, position=int(host.positions[row]))
+        batch.images[row].copy_(view.image)
+        batch.crop[row].copy_(view.crop)
+        batch.flipped[row] = view.flipped
+    return normalised(host._replace(batch=batch, bad=bad, encoded=()), transform)
+
+
+def to_device(
+    batches: Iterable[HostBatch], device: torch.device, finish: Callable[[HostBatch], HostBatch]
+) -> Iterator[HostBatch]:
+    """Batches on `device`, finished there.
+
+    On a GPU each batch is copied and finished on a stream of its own while the step before it computes: one batch
     ahead, which costs the memory of one more batch.
 
     Args:
         batches: on the host, pinned if the device is a GPU.
         device: where the step runs.
-        normalise: uint8 images to float32.
+        finish: what is left to do on the device, `normalised` at least.
     """
     if device.type != "cuda":
         for host in batches:
-            batch = host.batch.to(device)
-            yield host._replace(batch=batch._replace(images=normalise(batch.images)))
+            yield finish(host._replace(batch=host.batch.to(device)))
         return
     copies = torch.cuda.Stream(device)
     ahead: tuple[HostBatch, torch.cuda.Event] | None = None
     for host in batches:
         with torch.cuda.stream(copies):
-            batch = host.batch.to(device)
-            batch = batch._replace(images=normalise(batch.images))
+            moved = finish(host._replace(batch=host.batch.to(device)))
             copied = torch.cuda.Event()
             copied.record(copies)
         if ahead is not None:
             yield _arrived(*ahead)
-        ahead = host._replace(batch=batch), copied
+        ahead = moved, copied
     if ahead is not None:
         yield _arrived(*ahead)
 

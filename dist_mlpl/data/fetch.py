@@ -128,7 +128,7 @@ class Fetcher:
         table = self._index.shard_index(shard)
         offset, num_bytes = int(table.offsets[row]), int(table.num_bytes[row])
         if not self.is_remote:
-            return self._read_local(shard, offset, num_bytes)
+            return self._read_local(shard, row, offset, num_bytes)
         if self._cache is not None:
             extent = self._extent(shard, row)
             content = self._cache.read(extent.key, offset - extent.start, num_bytes)
@@ -137,9 +137,10 @@ class Fetcher:
                 return content
         return self._read_sample(shard, row)  # room was made of it meanwhile
 
-    def _read_local(self, shard: int, offset: int, num_bytes: int) -> bytes:
+    def _read_local(self, shard: int, row: int, offset: int, num_bytes: int) -> bytes:
         with self._lock:
             file = self._files.get(shard)
+            is_new = file is None
             if file is None:
                 url = self._url(shard)
                 try:
@@ -153,8 +154,12 @@ class Fetcher:
             self._counts["local"] += 1
         content = os.pread(file.fileno(), num_bytes, offset)
         if len(content) != num_bytes:
+            raise _truncated(self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes}, as the index says")
+        # One sample for each opening tells whether the tar is the one that was indexed.
+        table = self._index.shard_index(shard)
+        if is_new and table.crc32 is not None and not _is_sound(content, offset, table, row):
             raise _truncated(
-                self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes} bytes, as the index says"
+                self._url(shard), f"sample {table.keys[row]} with other bytes than were packed", "the same"
             )
         return content
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.tars import AnySamples
 from dist_mlpl.data.views import View
 
 
 class Labels(NamedTuple):
     """The labels in force for one stretch of a run."""
 
-    samples: SplitIndex
+    samples: AnySamples
     view: View | None
 
     def targets(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
@@ -37,12 +37,12 @@ class LabelStore:
     """Labels of one split by round.
 
     Args:
-        index: the split.
+        samples: the split.
         view: what to hide, or None for all that people said.
     """
 
-    def __init__(self, index: SplitIndex, view: View | None = None) -> None:
-        self.samples = index
+    def __init__(self, samples: AnySamples, view: View | None = None) -> None:
+        self.samples = samples
         self._view = view
 
     @property

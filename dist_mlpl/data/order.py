@@ -165,7 +165,7 @@ class EpochOrder:
         return found
 
     def lanes_read(self, start: int, global_batch: int, *, ranks: range, size: int) -> list[int]:
-        """Lanes that some ranks read from `start` to the end of the epoch, ascending.
+        """Lanes that some ranks read from `start` on, ascending; near the end of an epoch, a few more than are left.
 
         Args:
             start: a multiple of group_size.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,11 +17,21 @@ from pydantic import Field, model_validator
 
 from dist_mlpl import storage
 from dist_mlpl.batch import Batch, Loading
-from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, put, to_device
+from dist_mlpl.data.collate import (
+    BadSample,
+    HostBatch,
+    clear,
+    decoded_on_device,
+    empty_batch,
+    normalised,
+    put,
+    to_device,
+)
 from dist_mlpl.data.fetch import Fetcher, Spans, Ticket
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.tars import TarSettings
 from dist_mlpl.data.transform import Transform, use_one_thread_here
 from dist_mlpl.data.views import check_rule
 from dist_mlpl.errors import DataError, ShardError
@@ -41,7 +52,8 @@ Indices = npt.NDArray[np.int64]
 class DataSettings(Settings):
     """What is read, and which of its labels a run may see."""
 
-    manifest: str  # folder or URL of the shards
+    manifest: str = ""  # folder or URL of the shards
+    unindexed: TarSettings | None = None  # tars to read as they are, in place of a manifest
     train_split: str = "train"
     eval_split: str = "test"
     known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # of the train labels; null keeps all
@@ -51,6 +63,7 @@ class DataSettings(Settings):
     window_samples: int = Field(4096, ge=1)
     cache_bytes: int = Field(64 << 30, ge=0)  # of this node's cache of remote shards; 0: none, each sample by itself
     num_workers: int = Field(2, ge=0)  # decoding threads of each rank; 0 decodes in the step itself
+    decode_on: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG decodes and the GPU crops; threads only fetch
     max_bad_fraction: float = Field(1e-4, ge=0.0, le=1.0)  # undecodable samples of an epoch before the run stops
     # fsspec keywords of remote URLs, or such by scheme ({s3: {...}, https: {...}}); never written down or shown
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -61,7 +74,13 @@ class DataSettings(Settings):
         return self.known_fraction is not None or self.known_rule != "bernoulli"
 
     @model_validator(mode="after")
-    def _check_view(self) -> DataSettings:
+    def _check(self) -> DataSettings:
+        if bool(self.manifest) == (self.unindexed is not None):
+            raise ValueError("give one of data.manifest and data.unindexed, and not both")
+        if self.unindexed is not None and self.is_view_asked:
+            raise ValueError("known_fraction and known_rule need tars with an index: run `dist-mlpl shards index`")
+        if self.unindexed is not None and self.decode_on != "cpu":
+            raise ValueError(f"decode_on {self.decode_on} needs tars with an index: run `dist-mlpl shards index`")
         if self.is_view_asked:
             check_rule(self.known_rule, self.known_fraction)
         return self
@@ -98,6 +117,7 @@ class Stream:
         num_workers: decoding threads.
         device: where batches end up.
         max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of the split.
+        decodes_on_device: JPEGs are decoded and cropped on `device` instead of in threads.
     """
 
     def __init__(
@@ -110,7 +130,9 @@ class Stream:
         num_workers: int,
         device: torch.device,
         max_bad_fraction: float,
+        decodes_on_device: bool = False,
     ) -> None:
+        self._decodes_on_device = decodes_on_device
         self._index, self.fetcher, self._transform = index, fetcher, transform
         self._world, self._device = world, device
         self._num_workers = num_workers
@@ -159,7 +181,7 @@ class Stream:
         if start == 0:
             self._num_bad = 0
         host_batches = self.host_batches(order, labels, epoch=epoch, start=start, global_batch=global_batch)
-        batches = to_device(host_batches, self._device, self._transform.normalise)
+        batches = to_device(host_batches, self._device, self._finish(epoch))
         while True:
             began = time.perf_counter()
             with span("data"):
@@ -220,7 +242,7 @@ class Stream:
         if blocks:
             self.fetcher.follow(rounds())
         host_batches = self._decoded(shares(), labels, epoch=0)
-        for host in to_device(host_batches, self._device, self._transform.normalise):
+        for host in to_device(host_batches, self._device, self._finish(0)):
             self._consumed.bad += host.bad
             yield host.batch
 
@@ -252,16 +274,21 @@ class Stream:
                 next_step="run `dist-mlpl shards verify --decode`, or raise data.max_bad_fraction",
             )
 
+    def _finish(self, epoch: int) -> Callable[[HostBatch], HostBatch]:
+        """What is left to do with a batch on the device."""
+        if not self._decodes_on_device:
+            return partial(normalised, transform=self._transform)
+        return partial(decoded_on_device, transform=self._transform, epoch=epoch, name_of=self._index.name)
+
     def _decoded(self, shares: Iterator[_Share], labels: Labels, *, epoch: int) -> Iterator[HostBatch]:
         """Decode shares in order: reads begin READ_AHEAD_SAMPLES early, decoding two steps or twice the threads."""
         read_ahead = self._begun(shares)
         if self._pool is None:
             for share, jobs in read_ahead:
                 batch = self._empty(share)
-                bad = [one for job in jobs for one in self._fill(batch, share, labels, epoch, *job)]
-                yield HostBatch(batch, share.positions, share.indices, bad)
+                yield _joined(share, batch, [self._fill(batch, share, labels, epoch, *job) for job in jobs])
             return
-        pending: deque[tuple[_Share, Batch, list[Future[list[BadSample]]]]] = deque()
+        pending: deque[tuple[_Share, Batch, list[Future[Filled]]]] = deque()
         num_jobs = 0
         try:
             for share, jobs in read_ahead:
@@ -314,22 +341,40 @@ class Stream:
 
     def _fill(
         self, batch: Batch, share: _Share, labels: Labels, epoch: int, first: int, stop: int, ticket: Ticket
-    ) -> list[BadSample]:
-        """Decode some rows of a batch into their places, with their labels."""
-        bad = []
+    ) -> Filled:
+        """Decode some rows of a batch into their places, with their labels; or only fetch them, for the device."""
+        bad: list[BadSample] = []
+        encoded: list[bytes | None] = [None] * (stop - first) if self._decodes_on_device else []
         rows = [row for row in range(first, stop) if share.indices[row] != PADDING]
         for row in set(range(first, stop)).difference(rows):
             clear(batch, row)
         targets = labels.targets(share.indices[rows])
         for row, content, known in zip(rows, self.fetcher.take(ticket), targets, strict=True):
+            if self._decodes_on_device:
+                put(batch, row, None, known)
+                encoded[row - first] = content
+                continue
             try:
                 put(batch, row, self._transform(content, epoch=epoch, position=int(share.positions[row])), known)
             except ShardError as error:
                 clear(batch, row)
                 index = int(share.indices[row])
                 bad.append(BadSample(index, self._index.name(index), error.found))
-        return bad
+        return Filled(bad, encoded)
 
 
-def _finished(share: _Share, batch: Batch, futures: list[Future[list[BadSample]]]) -> HostBatch:
-    return HostBatch(batch, share.positions, share.indices, [bad for future in futures for bad in future.result()])
+class Filled(NamedTuple):
+    """What came of some rows of a batch, besides the batch."""
+
+    bad: list[BadSample]
+    encoded: list[bytes | None]  # a JPEG for each row, where the device decodes
+
+
+def _joined(share: _Share, batch: Batch, parts: list[Filled]) -> HostBatch:
+    bad = [one for part in parts for one in part.bad]
+    encoded = [one for part in parts for one in part.encoded]
+    return HostBatch(batch, share.positions, share.indices, bad, encoded)
+
+
+def _finished(share: _Share, batch: Batch, futures: list[Future[Filled]]) -> HostBatch:
+    return _joined(share, batch, [future.result() for future in futures])

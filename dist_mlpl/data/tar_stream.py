@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,13 +19,15 @@ import numpy.typing as npt
 import torch
 
 from dist_mlpl import comm, keyed, storage
-from dist_mlpl.batch import Batch
-from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, put, to_device
+from dist_mlpl.batch import Batch, Loading
+from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, normalised, put, to_device
+from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
-from dist_mlpl.data.stream import EVALUATION_BLOCK, Consumed
-from dist_mlpl.data.tars import TarSample, TarSet, mixed, read_tar
+from dist_mlpl.data.stream import EVALUATION_BLOCK, Consumed, Stream
+from dist_mlpl.data.tars import TarSample, TarSet, check_num_tars, mixed, read_tar
 from dist_mlpl.data.transform import Transform, use_one_thread_here
-from dist_mlpl.errors import ConfigError, DataError, ShardError
+from dist_mlpl.errors import DataError, ShardError
+from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
 log = logging.getLogger(__name__)
@@ -41,12 +44,9 @@ class TarStream:
         transform: what a sample looks like.
         world: this rank.
         seed: of the run.
-        epoch_samples: N, images of an epoch over all ranks.
-        shuffle_buffer: encoded images that are mixed.
-        group_size: consecutive positions that stay together on one rank.
         num_workers: decoding threads.
         device: where batches end up.
-        max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of `epoch_samples`.
+        max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of `data.unindexed.epoch_samples`.
 
     Raises:
         ConfigError: fewer tars to train on than ranks.
@@ -59,28 +59,21 @@ class TarStream:
         *,
         world: World,
         seed: int,
-        epoch_samples: int,
-        shuffle_buffer: int,
-        group_size: int,
         num_workers: int,
         device: torch.device,
         max_bad_fraction: float,
     ) -> None:
-        if transform.train and len(tars.urls) < world.size:
-            raise ConfigError(
-                f"{len(tars.urls)} tars for {world.size} ranks", expected="a tar for each rank at least",
-                where="data.tars", next_step="use fewer ranks, or index the tars: then ranks share them by sample",
-            )  # fmt: skip
+        if transform.train:
+            check_num_tars(tars, world_size=world.size)
         self._tars, self._transform, self._world, self._device = tars, transform, world, device
-        self._seed, self._epoch_samples, self._shuffle_buffer = seed, epoch_samples, shuffle_buffer
-        self._group_size, self._num_workers = group_size, num_workers
+        self._seed, self._num_workers = seed, num_workers
         self._reader = ThreadPoolExecutor(1, "read") if num_workers else None
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
-        self._allowed_bad = max_bad_fraction * epoch_samples
+        self._allowed_bad = max_bad_fraction * tars.num_samples
         self._num_bad = 0  # over all ranks, this epoch
         self._consumed = Consumed()
         self._told: set[str] = set()  # tars whose ignored members were reported
-        self.waited_seconds = 0.0  # spent in the training loop waiting for data, since the run began
+        self._waited_seconds = 0.0
 
     def close(self) -> None:
         """Stop reading and decoding."""
@@ -88,10 +81,20 @@ class TarStream:
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def train_batches(self, *, epoch: int, start: int, global_batch: int) -> Iterator[Batch]:
+    @property
+    def loading(self) -> Loading:
+        """What the data of this rank have cost since the stream was made; samples are not counted."""
+        traffic = storage.traffic()
+        return Loading(self._waited_seconds, bytes_read=traffic.bytes_read, retries=traffic.retries)
+
+    def train_batches(
+        self, order: EpochOrder, labels: Labels, *, epoch: int, start: int, global_batch: int
+    ) -> Iterator[Batch]:
         """This rank's share of every step from `start` to the end of the epoch.
 
         Args:
+            order: of this epoch; says how many rows a rank has and which places in the epoch they take.
+            labels: not used: they come with the images.
             epoch: keys the permutation of the tars, the mixing and the augmentation.
             start: images of this epoch already consumed; from elsewhere than 0, other tars are read than before.
             global_batch: G.
@@ -106,16 +109,16 @@ class TarStream:
         if start == 0:
             self._num_bad = 0
         size = self._world.size
-        order = EpochOrder([self._epoch_samples], seed=0, epoch=0, num_lanes=1, group_size=self._group_size)
-        stop = last_position(start, global_batch=global_batch, num_samples=self._epoch_samples)
+        stop = last_position(start, global_batch=global_batch, num_samples=order.num_samples)
         steps = range(start, stop, global_batch)
         shares = (order.share(begin, global_batch, rank=self._world.rank, size=size) for begin in steps)
         host_batches = self._decoded(self._mixed(epoch, start), shares, epoch=epoch)
-        batches = to_device(host_batches, self._device, self._transform.normalise)
+        batches = to_device(host_batches, self._device, partial(normalised, transform=self._transform))
         while True:
             began = time.perf_counter()
-            host = next(batches, None)
-            self.waited_seconds += time.perf_counter() - began
+            with span("data"):
+                host = next(batches, None)
+            self._waited_seconds += time.perf_counter() - began
             if host is None:
                 return
             self._consumed.positions.append(host.positions)
@@ -123,11 +126,14 @@ class TarStream:
             self._consumed.bad += host.bad
             yield host.batch
 
-    def evaluation_batches(self) -> Iterator[Batch]:
+    def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
         """Every sample of the split once, in blocks of 32 of one rank's tars; ranks that are done go on with padding.
 
         The n-th image of rank r has index n * R + r. Blocks depend on the number of ranks, and so do the last bits of
         their logits.
+
+        Args:
+            labels: not used: they come with the images.
 
         Collective: all ranks; one all-reduce of a number each block.
         """
@@ -135,7 +141,8 @@ class TarStream:
         samples = self._read(self._tars.urls[rank::size])
         firsts = itertools.count(0, EVALUATION_BLOCK)
         blocks = (np.arange(first, first + EVALUATION_BLOCK) * size + rank for first in firsts)
-        batches = to_device(self._decoded(samples, blocks, epoch=0), self._device, self._transform.normalise)
+        finish = partial(normalised, transform=self._transform)
+        batches = to_device(self._decoded(samples, blocks, epoch=0), self._device, finish)
         while True:
             host = next(batches, None)
             if not int(comm.reduce_max(torch.tensor([int(host is not None)]))):
@@ -143,7 +150,7 @@ class TarStream:
             if host is None:
                 nothing = np.full(EVALUATION_BLOCK, PADDING, dtype=np.int64)
                 batch = self._begin(iter(()), nothing, 0).batch
-                (host,) = to_device([HostBatch(batch, nothing, nothing, [])], self._device, self._transform.normalise)
+                (host,) = to_device([HostBatch(batch, nothing, nothing, [])], self._device, finish)
             self._consumed.bad += host.bad
             yield host.batch
 
@@ -170,7 +177,7 @@ class TarStream:
             names = "; ".join(f"{bad.name} ({bad.reason})" for bad in self._consumed.bad[-3:])
             raise DataError(
                 f"{self._num_bad} undecodable samples in this epoch",
-                expected=f"at most {self._allowed_bad:g} of {self._epoch_samples} (data.max_bad_fraction)",
+                expected=f"at most {self._allowed_bad:g} of {self._tars.num_samples} (data.max_bad_fraction)",
                 where=f"rank {self._world.rank}: {names or 'none of its own; see the other ranks'}",
                 next_step="repair the tars, or raise data.max_bad_fraction",
             )
@@ -182,7 +189,7 @@ class TarStream:
             own = keyed.permutation(chance, len(self._tars.urls))[self._world.rank :: self._world.size]
             samples = self._read([self._tars.urls[place] for place in own])
             mixing = keyed.key(chance, "mix", self._world.rank)
-            yield from mixed(samples, shuffle_buffer=self._shuffle_buffer, key=mixing)
+            yield from mixed(samples, shuffle_buffer=self._tars.settings.shuffle_buffer, key=mixing)
 
     def _read(self, urls: Sequence[str]) -> Iterator[TarSample]:
         for url in urls:
@@ -218,7 +225,7 @@ class TarStream:
         taken = list(itertools.islice(samples, int((positions != PADDING).sum())))
         positions = np.where(np.arange(len(positions)) < len(taken), positions, PADDING)  # padding comes last
         batch = empty_batch(
-            positions, num_classes=self._tars.num_classes, image_size=self._transform.settings.size,
+            positions, num_classes=self._tars.manifest.num_classes, image_size=self._transform.settings.size,
             is_pinned=self._device.type == "cuda",
         )  # fmt: skip
         for row in range(len(taken), len(positions)):
@@ -235,6 +242,9 @@ class TarStream:
             clear(batch, row)
             return BadSample(position, sample.name, error.found)
         return None
+
+
+AnyStream = Stream | TarStream  # batches of one split, with an index or without
 
 
 class _Begun(NamedTuple):

@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Final, NamedTuple, cast
 
 import numpy as np
@@ -20,7 +21,8 @@ from pydantic import Field
 from webdataset import filters, tariterators
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import ClassEntry, classes_digest
+from dist_mlpl.data.manifest import ClassEntry, Manifest, SourceEntry, classes_digest
+from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.tar_members import (
     IMAGE_ENDINGS,
     LABEL_ENDINGS,
@@ -40,9 +42,10 @@ from dist_mlpl.settings import Settings
 
 LIMITS: Final = (
     "tars without an index: `dist-mlpl shards index` lifts all that follows",
-    "an epoch is data.epoch_samples images, not each image once: a rank that is through with its tars deals anew",
+    "an epoch is data.unindexed.epoch_samples images, not each image once: a rank through with its tars deals anew",
     "a resume, or another number of ranks, begins new tars from a fresh permutation: no exactly-once across it",
-    "samples mix within data.shuffle_buffer of one rank's tars, so tars sorted by class stay sorted by class",
+    "samples mix within data.unindexed.shuffle_buffer of one rank's tars, so tars sorted by class stay sorted by class",
+    "nothing is cached: data.cache_bytes, num_lanes and window_samples do nothing",
     "no views, no overlays, no memory of single samples, no audit: an image's index is its place in the epoch",
     "a tar with a damaged header in its last 10 kB looks like a shorter tar",
 )
@@ -60,33 +63,44 @@ class TarSettings(Settings):
 
 @dataclass(frozen=True)
 class TarSet:
-    """The tars of one split.
+    """The tars of one split; what `SplitIndex` is to tars with an index.
 
     Args:
+        split: its name.
         urls: in the order of the pattern.
-        class_ids: in column order.
-        unlisted: see `TarSettings`.
+        manifest: made in memory, of classes without shards. Its digest is of the classes, the tars' names and the
+            meaning of labels: what the tars hold is not known.
+        settings: as given.
     """
 
+    split: str
     urls: tuple[str, ...]
-    class_ids: tuple[str, ...]
-    unlisted: Unlisted | None
+    manifest: Manifest
+    settings: TarSettings
 
     @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.class_ids)
+    def num_samples(self) -> int:
+        """Images that make an epoch, N; how many the tars hold is not known."""
+        return self.settings.epoch_samples
 
     @property
-    def classes_sha256(self) -> str:
-        """Equal to that of a manifest with the same classes."""
-        return classes_digest([ClassEntry(id=name, name=name) for name in self.class_ids])
+    def shard_sizes(self) -> list[int]:
+        """One stretch of N: an order over it deals places in the epoch to ranks, not samples."""
+        return [self.num_samples]
 
-    @property
-    def digest(self) -> str:
-        """Of the tars' names and the meaning of labels; their content is not known."""
-        names = [storage.name(url) for url in self.urls]
-        return storage.sha256_of_bytes(repr((names, self.class_ids, self.unlisted)).encode())
+    def targets(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+        """Labels by index, as `SplitIndex` has them and tars without one do not.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            "labels asked for by index", expected="tars with an index: without one, labels come with the images",
+            where="data.unindexed", next_step="run `dist-mlpl shards index` and set data.manifest to what it wrote",
+        )  # fmt: skip
+
+
+AnySamples = SplitIndex | TarSet  # one split, with an index or without
 
 
 def open_tars(settings: TarSettings, split: str) -> TarSet:
@@ -99,10 +113,38 @@ def open_tars(settings: TarSettings, split: str) -> TarSet:
     """
     if split not in settings.tars:
         raise ConfigError(
-            f"no split named {split!r}", expected=nearest_names(split, settings.tars), where="data.tars",
+            f"no split named {split!r}", expected=nearest_names(split, settings.tars), where="data.unindexed.tars",
             next_step="correct the split's name, or name its tars",
         )  # fmt: skip
-    return TarSet(tuple(expand_tars(settings.tars[split])), tuple(read_classes(settings.classes)), settings.unlisted)
+    urls = tuple(expand_tars(settings.tars[split]))
+    classes = tuple(ClassEntry(id=name, name=name) for name in read_classes(settings.classes))
+    manifest = Manifest(
+        version=version("dist-mlpl"),
+        classes=classes,
+        classes_sha256=classes_digest(classes),
+        unlisted=settings.unlisted or "absent",
+        splits={},
+        source=SourceEntry(name="tars without an index", arguments={}, digest=""),
+        packing=None,
+        url=settings.classes,
+    )
+    names = tuple(storage.name(url) for url in urls)
+    digest = storage.sha256_of_bytes(repr((names, manifest.class_ids, settings.unlisted)).encode())
+    return TarSet(split, urls, manifest.model_copy(update={"digest": digest}), settings)
+
+
+def check_num_tars(tars: TarSet, *, world_size: int) -> None:
+    """Refuse to train with a rank that would have nothing to read.
+
+    Raises:
+        ConfigError: fewer tars than ranks.
+    """
+    if len(tars.urls) < world_size:
+        raise ConfigError(
+            f"{len(tars.urls)} tars for {world_size} ranks", expected="a tar for each rank at least",
+            where="data.unindexed.tars",
+            next_step="use fewer ranks, or run `dist-mlpl shards index`: then ranks share the tars by sample",
+        )  # fmt: skip
 
 
 class TarSample(NamedTuple):
@@ -127,7 +169,7 @@ def read_tar(url: str, tars: TarSet, ignored: Counter[str]) -> Iterator[TarSampl
         StorageError: the storage failed.
     """
     place, num_samples = storage.shown(url), 0
-    columns = {name: column for column, name in enumerate(tars.class_ids)}
+    columns = {name: column for column, name in enumerate(tars.manifest.class_ids)}
 
     def is_wanted(member: str) -> bool:
         name = split_name(member)
@@ -179,13 +221,13 @@ def _sample(members: dict[str, bytes], columns: dict[str, int], tars: TarSet, wh
     labels = next((one for one in found if one is not None), None)
     if labels is None:
         raise missing_labels(where)
-    if labels.negatives and tars.unlisted is None:
+    if labels.negatives and tars.settings.unlisted is None:
         raise DataError(
-            "a sample that lists negatives", expected="data.unlisted that says what a class in neither list means",
-            where=where, next_step="set data.unlisted to unknown (usual where negatives are listed) or to absent",
+            "a sample that lists negatives", expected="to be told what a class in neither list means", where=where,
+            next_step="set data.unindexed.unlisted to unknown (usual where negatives are listed) or to absent",
         )  # fmt: skip
     sides = [[np.array(side, dtype=np.int64)] for side in class_columns(labels, columns, where)]
-    targets = dense_targets(*sides, num_classes=len(columns), unlisted=tars.unlisted or "absent")
+    targets = dense_targets(*sides, num_classes=len(columns), unlisted=tars.manifest.unlisted)
     return TarSample(where, images[0], targets[0])
 
 

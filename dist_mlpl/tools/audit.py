@@ -47,10 +47,17 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
         storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
 
     Raises:
-        CheckpointError: no commit, or a damaged one, or another manifest than the run's.
+        CheckpointError: no commit, or a damaged one, another manifest than the run's, or a run over tars without index.
     """
     storage.configure_storage(storage_options)
     config = read_run_config(run)
+    if config.data.unindexed is not None:
+        raise CheckpointError(
+            "a run over tars without an index (data.unindexed)",
+            expected="a run over a manifest, whose order can be computed again",
+            where=run,
+            next_step="`dist-mlpl shards index` the tars and train with data.manifest: such a run can be audited",
+        )
     manifest = load_manifest(manifest_url or config.data.manifest)
     chain = read_chain(run)
     _check_manifest(manifest, chain[-1])

@@ -9,12 +9,10 @@ from dist_mlpl.batch import RunLength
 from dist_mlpl.chain import read_chain, read_model
 from dist_mlpl.config import read_run_config
 from dist_mlpl.data.label_store import LabelStore
-from dist_mlpl.data.manifest import load_manifest
-from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
-from dist_mlpl.train import build_cache, build_stream
+from dist_mlpl.train import build_cache, build_stream, open_samples
 
 
 def judge(
@@ -45,15 +43,18 @@ def judge(
     settings = config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
     world = start(settings)
     commit = read_chain(run)[-1]
-    manifest = load_manifest(manifest_url or config.data.manifest)
+    data = config.data
+    if manifest_url is not None:
+        data = data.model_copy(update={"manifest": manifest_url, "unindexed": None})
+    (samples,) = open_samples(data, split or data.eval_split)
+    manifest = samples.manifest
     if manifest.classes_sha256 != commit.digests["classes"]:
         raise CheckpointError(
             f"a manifest of {manifest.num_classes} classes, digest {manifest.classes_sha256[:16]}...",
             expected=f"the run's class list, digest {str(commit.digests['classes'])[:16]}...",
             where=manifest.url,
-            next_step="build the shards with the run's classes.csv",
+            next_step="build or index the shards with the run's classes.csv",
         )
-    index = SplitIndex(manifest, split or config.data.eval_split)
     method = config.method.model_copy(
         update={"backbone": config.method.backbone.model_copy(update={"weights": None})}
     ).build(num_classes=manifest.num_classes, image_size=config.transform.size)
@@ -62,10 +63,10 @@ def judge(
         global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
     )  # fmt: skip
     engine.load_model(read_model(run, commit))
-    cache = build_cache(config.data, index, world)
-    stream = build_stream(config, index, cache, world, engine, train=False)
+    cache = build_cache(data, samples, world)
+    stream = build_stream(config, samples, cache, world, engine, train=False)
     try:
-        judged = evaluate(engine, stream, LabelStore(index).at(0), config.evaluation)
+        judged = evaluate(engine, stream, LabelStore(samples).at(0), config.evaluation)
     finally:
         stream.close()
-    return {**judged.metrics, "split": index.split, "step": commit.step}
+    return {**judged.metrics, "split": samples.split, "step": commit.step}

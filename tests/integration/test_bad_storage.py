@@ -26,6 +26,7 @@ from tests.support.sets import (
     order_over,
     small_disk,
     stream_over,
+    wait_until,
     wait_until_quiet,
     whole_epoch,
 )
@@ -114,8 +115,7 @@ def test_what_a_killed_process_left_half_fetched_is_never_read(
             next(stream.train_batches(order_over(index), LabelStore(index).at(0), epoch=0, start=0, global_batch=16))
 
         with killed_at_the_end(train) as kill:
-            while not list(tmp_path.glob("*.part")):
-                assert proxy.is_stalled.wait(60)
+            wait_until(lambda: proxy.is_stalled.is_set() and any(tmp_path.glob("*.part")))
             kill()
     (left, *_) = tmp_path.glob("*.part")
     assert left.stat().st_size > 0
@@ -206,3 +206,14 @@ def test_a_shard_replaced_while_its_extents_are_kept_is_trained_on_as_it_was_pac
         stream.close()
     damaged(local, f"{s3_bucket}/set", "replaced")
     assert_same_batches(whole_epoch(manifest, tmp_path), expected)
+
+
+def test_a_local_shard_replaced_by_one_of_the_same_size_stops_the_run_and_is_named(
+    local: Manifest, tmp_path: Path
+) -> None:
+    index = SplitIndex(damaged(local, f"{tmp_path}/set", "replaced"), "train")
+    stream = stream_over(index)
+    with pytest.raises(ShardError, match="other bytes than were packed") as caught:
+        list(stream.train_batches(order_over(index), LabelStore(index).at(0), epoch=0, start=0, global_batch=16))
+    stream.close()
+    assert caught.value.where == index.manifest.shard_url(index.shards[SHARD])

@@ -1,4 +1,4 @@
-"""Claims about an epoch cut at random: whatever ranks, workers and batches, each planned sample once, each as planned."""
+"""Claims about an epoch cut at random: on any ranks, workers and batches, each sample once, and as it was planned."""
 
 from __future__ import annotations
 

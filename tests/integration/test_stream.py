@@ -74,7 +74,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 def stream_over(
-    index: SplitIndex, *, rank: int = 0, size: int = 1, num_workers: int = 0, train: bool = True, max_bad: float = 1.0
+    index: SplitIndex,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    num_workers: int = 0,
+    train: bool = True,
+    max_bad: float = 1.0,
+    decodes_on_device: bool = False,
 ) -> Stream:
     return Stream(
         index,
@@ -84,6 +91,7 @@ def stream_over(
         num_workers=num_workers,
         device=torch.device("cpu"),
         max_bad_fraction=max_bad,
+        decodes_on_device=decodes_on_device,
     )
 
 
@@ -259,6 +267,26 @@ def test_a_stream_left_in_the_middle_ends_and_serves_the_next_epoch(data: DataSe
     stream.close()
     for batch, other in zip(found, train_batches(data), strict=True):
         assert_same(batch, other)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_decoding_on_the_device_gives_the_same_batches_with_the_same_bad_samples(
+    data: DataSet, num_workers: int
+) -> None:
+    """On a CPU both ways end in the same decoder; on a GPU nvJPEG's pixels differ a little."""
+    index = SplitIndex(data.manifest, "train")
+    order, labels = order_over(index), LabelStore(index).at(0)
+    found = []
+    for decodes_on_device in (False, True):
+        stream = stream_over(index, num_workers=num_workers, decodes_on_device=decodes_on_device)
+        batches = list(stream.train_batches(order, labels, epoch=EPOCH, start=0, global_batch=24))
+        found.append((batches, stream.take_consumed()))
+        stream.close()
+    (host, host_consumed), (device, device_consumed) = found
+    for batch, other in zip(device, host, strict=True):
+        assert_same(batch, other)
+    assert device_consumed.bad == host_consumed.bad
+    assert len(device_consumed.bad) > 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])

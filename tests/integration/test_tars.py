@@ -1,9 +1,12 @@
-"""Claims about batches from tars without an index: what they hold, what every rank gets, and what stops them."""
+"""Claims about tars without an index: what batches hold, what every rank gets, what stops them, and whole runs."""
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,18 +17,25 @@ import torch
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Batch
-from dist_mlpl.data.order import PADDING
+from dist_mlpl.chain import read_chain
+from dist_mlpl.config import load_config
+from dist_mlpl.data.order import PADDING, EpochOrder
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK
 from dist_mlpl.data.tar_stream import TarStream
-from dist_mlpl.data.tars import TarSample, TarSet, TarSettings, mixed, open_tars, read_tar
+from dist_mlpl.data.tars import LIMITS, TarSample, TarSet, TarSettings, mixed, open_tars, read_tar
 from dist_mlpl.data.transform import Transform, TransformSettings
-from dist_mlpl.errors import ConfigError, DataError, MlplError, ShardError, StorageError
+from dist_mlpl.errors import CheckpointError, ConfigError, DataError, MlplError, ShardError, StorageError
 from dist_mlpl.labels import dense_targets
+from dist_mlpl.progress import Report, Row
+from dist_mlpl.tools.audit import audit
+from dist_mlpl.tools.judge import judge
+from dist_mlpl.train import train
 from dist_mlpl.world import World
 from shards.index import index_tars
 from tests.support.images import tiny_jpeg, undecodable
 from tests.support.ranks import run_ranks
+from tests.support.runs import assert_same_end, tiny_config, write_config
 from tests.support.tars import Member, as_json, tar_bytes, write_tar
 
 pytestmark = pytest.mark.integration
@@ -33,6 +43,7 @@ pytestmark = pytest.mark.integration
 CLASSES = tuple(f"c{column}" for column in range(40))
 SETTINGS = TransformSettings(size=16, color_jitter=0.3)
 SEED = 3
+NO_LABELS: Any = None  # what a stream is given whose labels come with the images
 
 
 def sample(number: int) -> list[Member]:
@@ -61,26 +72,35 @@ def opened(folder: Path | str, **changes: Any) -> TarSet:
 
 
 def stream_over(
-    tars: TarSet, *, rank: int = 0, size: int = 1, train: bool = True, epoch_samples: int = 48, **options: Any
-) -> TarStream:
-    given: dict[str, Any] = {"shuffle_buffer": 7, "group_size": 4, "num_workers": 0, "max_bad_fraction": 1.0} | options
+    tars: TarSet, *, rank: int = 0, size: int = 1, train: bool = True, epoch_samples: int = 48, shuffle_buffer: int = 7,
+    **options: Any,
+) -> TarStream:  # fmt: skip
+    settings = tars.settings.model_copy(update={"epoch_samples": epoch_samples, "shuffle_buffer": shuffle_buffer})
+    given: dict[str, Any] = {"num_workers": 0, "max_bad_fraction": 1.0} | options
     return TarStream(
-        tars,
+        replace(tars, settings=settings),
         Transform(SETTINGS, seed=SEED, train=train),
         world=World(rank=rank, size=size),
         seed=SEED,
-        epoch_samples=epoch_samples,
         device=torch.device("cpu"),
         **given,
     )
 
 
+def epoch_over(
+    stream: TarStream, epoch_samples: int = 48, *, epoch: int, start: int, global_batch: int
+) -> Iterator[Batch]:
+    """Training on any order of so many places in the epoch: only the ranks' shares of it matter."""
+    order = EpochOrder([epoch_samples], seed=0, epoch=0, group_size=4)
+    return stream.train_batches(order, NO_LABELS, epoch=epoch, start=start, global_batch=global_batch)
+
+
 def train_batches(
-    tars: TarSet, *, epoch: int = 0, start: int = 0, global_batch: int = 16, **options: Any
+    tars: TarSet, *, epoch: int = 0, start: int = 0, global_batch: int = 16, epoch_samples: int = 48, **options: Any
 ) -> list[Batch]:
-    stream = stream_over(tars, **options)
+    stream = stream_over(tars, epoch_samples=epoch_samples, **options)
     try:
-        return list(stream.train_batches(epoch=epoch, start=start, global_batch=global_batch))
+        return list(epoch_over(stream, epoch_samples, epoch=epoch, start=start, global_batch=global_batch))
     finally:
         stream.close()
 
@@ -180,7 +200,7 @@ def test_an_undecodable_sample_keeps_its_place_is_listed_and_counted(tmp_path: P
     write_tar(tmp_path / "train-0.tar", members)
     (tmp_path / "classes.csv").write_text("class\n" + "\n".join(CLASSES) + "\n")
     stream = stream_over(opened(tmp_path), epoch_samples=8, num_workers=num_workers, max_bad_fraction=0.1)
-    (batch,) = stream.train_batches(epoch=0, start=0, global_batch=8)
+    (batch,) = epoch_over(stream, 8, epoch=0, start=0, global_batch=8)
     consumed = stream.take_consumed()
     (bad,) = consumed.bad
     assert bad.name == f"{tmp_path}/train-0.tar: 00003"
@@ -196,10 +216,10 @@ def test_an_undecodable_sample_keeps_its_place_is_listed_and_counted(tmp_path: P
 def test_a_stream_left_in_the_middle_ends_and_serves_the_next_epoch(tmp_path: Path) -> None:
     tars = make_tars(tmp_path, [8] * 6)
     stream = stream_over(tars, num_workers=2)
-    batches = stream.train_batches(epoch=0, start=0, global_batch=8)
+    batches = epoch_over(stream, epoch=0, start=0, global_batch=8)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
-    again = list(stream.train_batches(epoch=1, start=0, global_batch=16))
+    again = list(epoch_over(stream, epoch=1, start=0, global_batch=16))
     stream.close()
     assert_same(again, train_batches(tars, epoch=1))
 
@@ -209,7 +229,7 @@ def test_tars_in_a_bucket_give_the_batches_of_tars_on_disk(tmp_path: Path, s3_bu
     for path in tmp_path.iterdir():
         storage.upload(path, f"{s3_bucket}/{path.name}")
     remote = opened(s3_bucket, tars={"train": f"{s3_bucket}/train-{{000..005}}.tar"})
-    assert remote.digest == tars.digest
+    assert remote.manifest.digest == tars.manifest.digest
     assert_same(train_batches(remote, num_workers=1), train_batches(tars))
 
 
@@ -220,7 +240,7 @@ def evaluated(rank: int, size: int, folder: str, num_workers: int) -> list[Batch
     assert (comm.rank(), comm.world_size()) == (rank, size)
     stream = stream_over(opened(folder), rank=rank, size=size, train=False, num_workers=num_workers)
     try:
-        return list(stream.evaluation_batches())
+        return list(stream.evaluation_batches(NO_LABELS))
     finally:
         stream.close()
 
@@ -327,4 +347,146 @@ def test_a_split_without_tars_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_classes_have_the_digest_of_a_manifest_with_the_same_classes(tmp_path: Path) -> None:
     tars = make_tars(tmp_path, [8])
-    assert tars.classes_sha256 == index_tars(str(tmp_path), classes=f"{tmp_path}/classes.csv").manifest.classes_sha256
+    indexed = index_tars(str(tmp_path), classes=f"{tmp_path}/classes.csv").manifest
+    assert tars.manifest.classes_sha256 == indexed.classes_sha256
+
+
+def test_the_digest_is_of_the_tars_names_the_classes_and_the_meaning_of_labels(tmp_path: Path) -> None:
+    digests = [make_tars(tmp_path / "a", [1, 2]).manifest.digest, make_tars(tmp_path / "b", [3, 1]).manifest.digest]
+    digests.append(opened(tmp_path / "a", unlisted="unknown").manifest.digest)
+    digests.append(opened(tmp_path / "a", tars={"train": f"{tmp_path}/a/*1.tar"}).manifest.digest)
+    (tmp_path / "a" / "classes.csv").write_text("class\n" + "\n".join(reversed(CLASSES)) + "\n")
+    digests.append(opened(tmp_path / "a").manifest.digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+def test_labels_by_index_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.unindexed"):
+        make_tars(tmp_path, [8]).targets(np.arange(2))
+
+
+# Runs
+
+
+def make_run(folder: Path, url: str, **unindexed: Any) -> str:
+    """Tars of both splits and the config of a run over them, 6 steps an epoch, the tars to be found at `url`."""
+    make_tars(folder / "train", [40, 26, 35])
+    make_tars(folder / "test", [20, 13])
+    where = {"tars": {"train": f"{url}/train", "test": f"{url}/test/train-{{000..001}}.tar"},
+             "classes": f"{url}/train/classes.csv", "epoch_samples": 104, "shuffle_buffer": 9}  # fmt: skip
+    data = {"known_fraction": None, "num_lanes": 5, "window_samples": 16, "unindexed": where | unindexed}
+    return write_config(folder / "run.yaml", tiny_config("", group_size=4, data=data))
+
+
+class Rows(list[Row]):
+    """A sink that keeps its rows."""
+
+    row = list.append
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+def train_on(path: str, out: str, max_steps: int | None = None) -> Rows:
+    """One attempt in this process; returns what it told."""
+    rows = Rows()
+    train(load_config(path, out=out), Report(lambda *_: [rows]), max_steps=max_steps)
+    return rows
+
+
+def test_a_run_over_tars_stops_in_an_epoch_goes_on_evaluates_and_is_refused_by_audit(tmp_path: Path) -> None:
+    path, out = make_run(tmp_path, str(tmp_path)), str(tmp_path / "run")
+    notes = [row["text"] for row in train_on(path, out, 3) if row["event"] == "note"]
+    assert set(LIMITS) <= set(notes)
+    train_on(path, out)
+    chain = read_chain(out)
+    assert [commit.step for commit in chain] == [2, 3, 4, 6, 8, 10, 12]
+    assert [commit.attempt for commit in chain] == ["0001"] * 2 + ["0002"] * 5
+    assert (chain[1].samples_consumed, chain[-1].epoch) == (48, 2)
+
+    found = judge(out)
+    assert (found["num_images"], found["split"], found["step"]) == (33, "test", 12)
+    record = json.loads((tmp_path / "run" / "evaluations" / "00000012.json").read_text())
+    assert found["mAP"] == record["mAP"]
+    classes = f"{tmp_path}/train/classes.csv"
+    indexed = index_tars(f"{tmp_path}/test", out=f"{tmp_path}/index", classes=classes, split="test").manifest
+    by_index = judge(out, manifest_url=indexed.url)
+    assert by_index["num_images"] == 33
+    assert by_index["mAP"] == pytest.approx(found["mAP"], abs=1e-6)
+
+    with pytest.raises(CheckpointError, match=r"data\.unindexed") as caught:
+        audit(out)
+    assert "shards index" in caught.value.next_step
+
+
+def test_a_run_over_tars_in_a_bucket_ends_bit_equal_to_one_over_the_same_tars_on_disk(
+    tmp_path: Path, s3_bucket: str
+) -> None:
+    local, remote = make_run(tmp_path / "local", str(tmp_path / "local")), make_run(tmp_path / "remote", s3_bucket)
+    for path in tmp_path.glob("remote/t*/*"):
+        storage.upload(path, f"{s3_bucket}/{path.parent.name}/{path.name}")
+    for path, out in ((local, str(tmp_path / "run")), (remote, f"{s3_bucket}/run")):
+        train_on(path, out, 7)
+        _, *rows = (
+            row for row in train_on(path, out) if row["event"] == "step"
+        )  # the first counts all that was before
+        assert any(row["bytes_read_per_second"] > 0 for row in rows) == (path == remote)
+    assert_same_end(str(tmp_path / "run"), f"{s3_bucket}/run")
+
+
+def test_a_run_over_tars_goes_from_two_ranks_to_one_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    path, out = make_run(tmp_path, str(tmp_path)), str(tmp_path / "run")
+
+    def attempt(rank: int, world_size: int) -> None:
+        train_on(path, out, 7)
+
+    run_ranks(attempt, 2, use_group=False)
+    train_on(path, out)
+    chain = read_chain(out)
+    assert [(commit.step, commit.world_size) for commit in chain] == [
+        (2, 2), (4, 2), (6, 2), (7, 2), (8, 1), (10, 1), (12, 1)
+    ]  # fmt: skip
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run/evaluations/*.json"))]
+    assert [(record["step"], record["num_images"]) for record in records] == [(6, 33), (12, 33)]
+
+
+def test_a_run_over_tars_goes_on_where_they_lie_now_but_not_over_others(tmp_path: Path) -> None:
+    path, out = make_run(tmp_path, str(tmp_path)), str(tmp_path / "run")
+    train_on(path, out, 2)
+    moved = make_run(tmp_path / "moved", str(tmp_path / "moved"))
+    train_on(moved, out, 1)
+    for change, word in (
+        ({"epoch_samples": 120}, "epoch_samples"),
+        ({"unlisted": "unknown"}, "unlisted"),
+        ({"tars": {"train": f"{tmp_path}/train/*1.tar", "test": f"{tmp_path}/test"}}, "manifest"),
+    ):
+        with pytest.raises(CheckpointError, match=word):
+            train_on(make_run(tmp_path / "other", str(tmp_path / "other"), **change), out)
+    classes = tmp_path / "moved" / "train" / "classes.csv"
+    classes.write_text("class\n" + "\n".join(reversed(CLASSES)) + "\n")
+    with pytest.raises(CheckpointError, match="classes"):
+        train_on(moved, out)
+    with pytest.raises(CheckpointError, match="40 classes"):
+        judge(out)
+
+
+def test_the_driver_finds_tars_from_any_folder_and_too_few_of_them_before_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_mlpl.cluster import check_before_start, with_absolute_paths  # imports Ray
+
+    monkeypatch.chdir(tmp_path)
+    path = make_run(tmp_path, "tars/..")
+    (tmp_path / "tars").mkdir()
+    config = with_absolute_paths(load_config(path, out="run", overrides=["cluster.num_workers=3"]))
+    monkeypatch.chdir("/")
+    check_before_start(config, allow_change=False)
+    more = config.cluster.model_copy(update={"num_workers": (1, 4)})
+    with pytest.raises(ConfigError, match="3 tars for 4 ranks"):
+        check_before_start(config.model_copy(update={"cluster": more}), allow_change=False)
+    data = config.data.model_copy(update={"eval_split": "tset"})
+    with pytest.raises(ConfigError, match="'test'"):
+        check_before_start(config.model_copy(update={"data": data}), allow_change=False)

@@ -234,6 +234,30 @@ def test_a_number_of_workers_that_cannot_be_is_refused(num_workers: Any) -> None
     assert "num_workers" in str(refusal({**BASE, "cluster": {"num_workers": num_workers}}))
 
 
+UNINDEXED = {"tars": {"train": "tars/train", "test": "tars/test"}, "classes": "classes.csv", "epoch_samples": 640}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "give one of data.manifest and data.unindexed"),
+        ({"manifest": "shards", "unindexed": UNINDEXED}, "give one of data.manifest and data.unindexed"),
+        ({"unindexed": UNINDEXED, "known_fraction": 0.1}, "known_fraction and known_rule need tars with an index"),
+        ({"unindexed": UNINDEXED, "known_rule": "single_positive"}, "`dist-mlpl shards index`"),
+        ({"unindexed": UNINDEXED, "decode_on": "gpu"}, "decode_on gpu needs tars with an index"),
+        ({"unindexed": {**UNINDEXED, "epoch_sample": 1}}, "data.unindexed.epoch_sample: no such key; "),
+        ({"unindexed": {"tars": {"train": "tars"}}}, "data.unindexed.classes: Field required"),
+        ({"unindexed": {**UNINDEXED, "shuffle_buffer": 0}}, "data.unindexed.shuffle_buffer"),
+    ],
+)
+def test_a_run_reads_tars_by_a_manifest_or_as_they_are_and_its_message_tells_no_secret(
+    data: dict[str, Any], says: str
+) -> None:
+    found = refusal({**BASE, "data": {**data, "storage_options": {"secret": "of-the-store"}}}).found
+    assert says in found
+    assert "of-the-store" not in found
+
+
 def test_settings_never_change_after_they_are_read() -> None:
     config = with_()
     with pytest.raises(ValueError, match="frozen"):
@@ -264,6 +288,18 @@ def test_free_settings_may_change_on_resume_and_are_told(allow_change: bool) -> 
         (line, *_) = check_resume(old, new, allow_change=allow_change)
         assert line.startswith(name.replace("__", "."))
         assert " -> " in line
+
+
+def test_tars_without_an_index_may_lie_elsewhere_on_resume_but_their_labels_and_epochs_never_change() -> None:
+    def over_tars(**changes: Any) -> Config:
+        return with_(data={"unindexed": {**UNINDEXED, **changes}})
+
+    old = over_tars()
+    free = over_tars(tars={"train": "s3://bucket/train", "test": "s3://bucket/test"}, classes="s3://bucket/c.csv")
+    assert {kind for *_, kind in compare_configs(old, free)} == {"free"}
+    assert {kind for *_, kind in compare_configs(old, over_tars(shuffle_buffer=7))} == {"allowed"}
+    for new in (over_tars(epoch_samples=64), over_tars(unlisted="unknown"), with_(data={"manifest": "shards"})):
+        assert "refused" in {kind for *_, kind in compare_configs(old, new)}
 
 
 def test_some_settings_change_on_resume_only_when_the_change_is_meant() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,31 @@ def test_an_index_round_trips_and_its_targets_equal_a_loop(labels: Any, data: An
     targets = decoded.targets(np.array(rows, dtype=np.int64), NUM_CLASSES, unlisted)
     assert targets.dtype == np.int8
     np.testing.assert_array_equal(targets, oracle)
+
+
+def test_checksums_round_trip_and_an_index_without_them_keeps_its_bytes() -> None:
+    index = make_index([[0], [6], []], [[1], [], []])
+    assert decode_index(encode_index(index), "index").crc32 is None
+    assert "crc32" not in as_table(index).column_names
+    checksums = np.array([0, 1, 2**32 - 1], dtype=np.uint32)
+    checked = dataclasses.replace(index, crc32=checksums)
+    decoded = decode_index(encode_index(checked), "index")
+    assert decoded.crc32 is not None
+    assert (decoded.crc32.tolist(), decoded.crc32.dtype) == (checksums.tolist(), np.uint32)
+    assert as_table(checked).drop_columns(["crc32"]).equals(as_table(index))
+    assert encode_index(dataclasses.replace(decoded, crc32=None)) == encode_index(index)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "says"),
+    [([1, 2], pa.int64(), "type int64"), ([1, None], pa.uint32(), "empty cell")],
+)
+def test_checksums_that_are_wrong_are_refused(values: list[int | None], kind: pa.DataType, says: str) -> None:
+    table = as_table(make_index([[1], []], [[], [2]])).append_column("crc32", pa.array(values, kind))
+    with pytest.raises(ShardError) as caught:
+        decode_index(as_bytes(table), "index")
+    assert says in caught.value.found
+    assert "crc32" in caught.value.found
 
 
 @pytest.mark.parametrize("rows", [[3], [-1], [0, 99]])

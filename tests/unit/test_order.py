@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dist_mlpl.data.order import PADDING, EpochOrder, check_global_batch, last_position
 from dist_mlpl.errors import ConfigError
+from shards.pack import cut_shards, packing_order
 
 pytestmark = pytest.mark.unit
 
@@ -86,6 +87,63 @@ def test_one_order_gives_the_same_however_it_is_cut_or_revisited(case: Case) -> 
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
     backwards = order.at(np.arange(num_samples)[::-1])
     np.testing.assert_array_equal(backwards[::-1], whole)
+
+
+def windows_of(order: EpochOrder) -> list[tuple[int, int]]:
+    """Lane and window, of all windows."""
+    return [(lane, window) for lane in range(order.num_lanes) for window in range(order.num_windows(lane))]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(cases)
+def test_the_spans_of_all_windows_hold_every_sample_once_each_in_one_shard(case: Case) -> None:
+    order, ends = case.order(), np.cumsum(case.shard_sizes)
+    spans = [span for place in windows_of(order) for span in order.spans(*place)]
+    held = [i for first, stop in spans for i in range(first, stop)]
+    assert sorted(held) == list(range(sum(case.shard_sizes)))
+    for first, stop in spans:
+        assert first < stop
+        assert np.searchsorted(ends, first, side="right") == np.searchsorted(ends, stop - 1, side="right")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(cases)
+def test_the_positions_of_a_window_hold_the_samples_of_its_spans(case: Case) -> None:
+    order, num_samples = case.order(), sum(case.shard_sizes)
+    positions = np.arange(num_samples)
+    found: dict[tuple[int, int], list[int]] = {place: [] for place in windows_of(order)}
+    fractions: dict[tuple[int, int], list[float]] = {place: [] for place in found}
+    for position, lane, index in zip(positions, lane_of(positions, order), order.at(positions), strict=True):
+        window, used_fraction = order.window_at(int(position))
+        found[int(lane), window].append(int(index))
+        fractions[int(lane), window].append(used_fraction)
+    for place, indices in found.items():
+        assert sorted(indices) == sorted(i for span in order.spans(*place) for i in range(*span))
+        assert fractions[place] == [number / len(indices) for number in range(len(indices))]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(cases, st.integers(1, 6), st.integers(0, 12), st.integers(0, 6), st.data())
+def test_the_lanes_that_ranks_read_are_those_of_their_shares(
+    case: Case, size: int, more_groups: int, first_group: int, data: st.DataObject
+) -> None:
+    order = case.order()
+    global_batch, start = (size + more_groups) * case.group_size, first_group * case.group_size
+    first = data.draw(st.integers(0, size - 1))
+    ranks = range(first, data.draw(st.integers(first + 1, size)))
+    found = order.lanes_read(start, global_batch, ranks=ranks, size=size)
+
+    def lanes_until(stop: int) -> list[int]:
+        lanes = set()
+        for begin in range(start, stop, global_batch):
+            for rank in ranks:
+                share = order.share(begin, global_batch, rank=rank, size=size)
+                lanes |= set(lane_of(share[share != PADDING], order).tolist())
+        return sorted(lanes)
+
+    assert found == lanes_until(start + 5 * order.num_lanes * global_batch)  # if the epoch were so long
+    end = last_position(start, global_batch=global_batch, num_samples=max(start, order.num_samples))
+    assert set(lanes_until(end)) <= set(found)
 
 
 def test_seed_and_epoch_each_change_the_order() -> None:
@@ -258,14 +316,18 @@ def histogram_spread(labels: npt.NDArray[np.int64], batch: int, num_classes: int
     return float(((counts - expected) ** 2 / expected).sum() / (counts.shape[0] * (num_classes - 1)))
 
 
-def test_windows_of_shuffled_shards_mix_600_classes_like_a_full_shuffle() -> None:
-    num_samples, num_classes, shard = 120_000, 600, 1000
+def test_windows_of_shards_as_they_are_packed_mix_600_classes_like_a_full_shuffle() -> None:
+    num_samples, num_classes, batch = 300_000, 600, 1024
     random = np.random.default_rng(0)
     source = np.sort(random.integers(0, num_classes, num_samples))  # sorted by class at the source
-    packed = source[random.permutation(num_samples)]  # shuffled while packing
-    order = EpochOrder([shard] * (num_samples // shard), seed=0, epoch=0, num_lanes=16, window_samples=1024)
-    found = histogram_spread(packed[order.indices(0, num_samples)], 256, num_classes)
-    shuffled = histogram_spread(source[random.permutation(num_samples)], 256, num_classes)
+    rows = packing_order(0, "train", np.arange(num_samples))
+    sizes = random.integers(50_000, 250_000, num_samples)[rows]  # bytes
+    shard_sizes = [part.stop - part.start for part in cut_shards(sizes, int(sizes.sum()) // 300 + 1)]
+    assert len(shard_sizes) == 300
+    order = EpochOrder(shard_sizes, seed=0, epoch=0, num_lanes=64, window_samples=1024, group_size=8)
+    assert order.num_lanes == 64
+    found = histogram_spread(source[rows][order.indices(0, num_samples)], batch, num_classes)
+    shuffled = histogram_spread(source[random.permutation(num_samples)], batch, num_classes)
     assert 0.95 <= found / shuffled <= 1.05
 
 
