@@ -35,7 +35,15 @@ class HostBatch(NamedTuple):
     encoded: Sequence[bytes | None] = ()  # a JPEG for each row that is still to be decoded on the device
 
 
-def empty_batch(indices: Indices, *, num_classes: int, image_size: int, is_pinned: bool) -> Batch:
+def empty_batch(
+    indices: Indices,
+    *,
+    num_classes: int,
+    image_size: int,
+    is_pinned: bool,
+    has_beliefs: bool = False,
+    has_soft: bool = False,
+) -> Batch:
     """A batch in which no row is valid yet; `put` and `clear` make its rows.
 
     Args:
@@ -43,17 +51,22 @@ def empty_batch(indices: Indices, *, num_classes: int, image_size: int, is_pinne
         num_classes: C.
         image_size: side of the square images.
         is_pinned: page-locked, so that a copy to a GPU needs nobody's attention; torch reuses such memory.
+        has_beliefs: with `pseudo_targets`.
+        has_soft: with `soft_targets`.
     """
     num_images = len(indices)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
 
+    shape = (num_images, image_size, image_size, 3)
+    # numpy asks for huge pages: touching fresh memory costs a third of what it does through torch.
+    images = empty(*shape, dtype=torch.uint8) if is_pinned else torch.from_numpy(np.empty(shape, dtype=np.uint8))
     return Batch(
-        images=empty(num_images, image_size, image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+        images=images.permute(0, 3, 1, 2),
         targets=empty(num_images, num_classes, dtype=torch.int8),
-        pseudo_targets=None,
-        soft_targets=None,
+        pseudo_targets=empty(num_images, num_classes, dtype=torch.int8) if has_beliefs else None,
+        soft_targets=empty(num_images, num_classes, dtype=torch.float32) if has_soft else None,
         index=empty(num_images, dtype=torch.int64).copy_(torch.from_numpy(indices)),
         crop=empty(num_images, 4, dtype=torch.float32),
         flipped=empty(num_images, dtype=torch.bool),
@@ -61,13 +74,24 @@ def empty_batch(indices: Indices, *, num_classes: int, image_size: int, is_pinne
     )
 
 
-def put(batch: Batch, row: int, decoded: DecodedImage | None, targets: npt.NDArray[np.int8]) -> None:
-    """Fill one row with a sample: its image, unless that comes later, and its (C,) labels."""
+def put(
+    batch: Batch,
+    row: int,
+    decoded: DecodedImage | None,
+    targets: npt.NDArray[np.int8],
+    pseudo_targets: npt.NDArray[np.int8] | None = None,
+    soft_targets: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Fill one row with a sample: its image, unless that comes later, and its (C,) labels of each kind."""
     if decoded is not None:
         batch.images[row].copy_(decoded.image)
         batch.crop[row].copy_(decoded.crop)
         batch.flipped[row] = decoded.flipped
-    batch.targets[row].copy_(torch.from_numpy(targets))
+    for field, labels in (
+        (batch.targets, targets), (batch.pseudo_targets, pseudo_targets), (batch.soft_targets, soft_targets)
+    ):  # fmt: skip
+        if field is not None and labels is not None:
+            field[row].copy_(torch.from_numpy(labels))
     batch.valid[row] = True
 
 
@@ -75,6 +99,10 @@ def clear(batch: Batch, row: int) -> None:
     """Make one row that of padding, or of a sample that could not be decoded: black, nothing known."""
     batch.images[row].zero_()
     batch.targets[row].zero_()
+    if batch.pseudo_targets is not None:
+        batch.pseudo_targets[row].zero_()
+    if batch.soft_targets is not None:
+        batch.soft_targets[row].fill_(0.5)
     batch.crop[row].copy_(torch.tensor([0.0, 0.0, 1.0, 1.0]))
     batch.flipped[row] = False
 

@@ -22,6 +22,8 @@ from dist_mlpl.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
 
+Parts = Sequence[tuple[int, float]]  # (number of shards, weight > 0) of each data set of a mixture
+
 PADDING = -1  # the index of a row that stands for no sample
 
 
@@ -38,6 +40,8 @@ class EpochOrder:
         num_lanes: reading tracks at most.
         window_samples: samples at most that are permuted together, the memory of the mixing.
         group_size: consecutive positions that stay together on one rank and come from one lane.
+        parts: (number of shards, weight) of each data set that is mixed, in the order of the shards; None for one
+            data set of weight 1. See `epoch_length`.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class EpochOrder:
         num_lanes: int = 64,
         window_samples: int = 4096,
         group_size: int = 8,
+        parts: Parts | None = None,
     ) -> None:
         if min(num_lanes, window_samples, group_size) < 1:
             raise ConfigError(
@@ -57,7 +62,7 @@ class EpochOrder:
                 where="data.num_lanes, data.window_samples, group_size",
                 next_step="leave them at their defaults (64, 4096, 8) unless you measured otherwise",
             )
-        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        first_index, sizes = _runs(np.asarray(shard_sizes, dtype=np.int64), parts, seed=seed, epoch=epoch)
         self.num_samples = int(sizes.sum())
         self.num_lanes = max(1, min(num_lanes, self.num_samples // window_samples))
         self.window_samples = window_samples
@@ -65,8 +70,7 @@ class EpochOrder:
         self._key = keyed.key("order", seed, epoch)
 
         shard_order = keyed.permutation(keyed.key(self._key, "shards"), len(sizes))
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        self._first_index = ends[:-1][shard_order]  # manifest index of each track shard's first sample
+        self._first_index = first_index[shard_order]  # manifest index of each track shard's first sample
         self._track_start = np.concatenate([[0], np.cumsum(sizes[shard_order])])[:-1]  # its place on the track
         turn = keyed.uniform(keyed.key(self._key, "turn"), 1)[0]
         self._turn = int(turn * self.num_samples)
@@ -233,6 +237,47 @@ class EpochOrder:
         positions = np.full((-(-len(groups) // size), self.group_size), PADDING, dtype=np.int64)
         positions[: len(mine)] = mine[:, None] * self.group_size + np.arange(self.group_size)
         return positions.reshape(-1)
+
+
+def epoch_length(shard_sizes: Sequence[int], parts: Parts | None) -> int:
+    """Positions of an epoch.
+
+    A data set of weight w gives floor(w) copies of each sample, and round((w - floor(w)) * n) of its n samples once
+    more: in each epoch those that follow the ones of the epoch before, so that all have their turn.
+    """
+    ends = np.concatenate([[0], np.cumsum(np.asarray(shard_sizes, dtype=np.int64))])
+    total = first = 0
+    for num_shards, weight in parts or [(len(shard_sizes), 1.0)]:
+        size = int(ends[first + num_shards] - ends[first])
+        total += int(weight) * size + round((weight - int(weight)) * size)
+        first += num_shards
+    return total
+
+
+def _runs(sizes: Indices, parts: Parts | None, *, seed: int, epoch: int) -> tuple[Indices, Indices]:
+    """What an epoch reads, before it is permuted: first sample and length of runs within shards."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    firsts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    begin = 0
+    for number, (num_shards, weight) in enumerate(parts or [(len(sizes), 1.0)]):
+        own = np.arange(begin, begin + num_shards)
+        begin += num_shards
+        copies = np.tile(own, int(weight))
+        firsts.append(ends[copies])
+        lengths.append(sizes[copies])
+        size = int(sizes[own].sum())
+        count = round((weight - int(weight)) * size)
+        if count:  # [start, start + count) of the data set's shards in a fixed order, laid in a circle
+            circle = own[keyed.permutation(keyed.key("part", seed, number), num_shards)]
+            starts = np.concatenate([[0], np.cumsum(sizes[circle])])[:-1]
+            start = epoch * count % size
+            for offset in (0, size):
+                low = np.maximum(starts + offset, start)
+                high = np.minimum(starts + offset + sizes[circle], start + count)
+                inside = high > low
+                firsts.append((ends[circle] + low - starts - offset)[inside])
+                lengths.append((high - low)[inside])
+    return np.concatenate(firsts), np.concatenate(lengths)
 
 
 def check_global_batch(global_batch: int, *, group_size: int, world_size: int, num_samples: int) -> None:

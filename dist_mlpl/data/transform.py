@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import io
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -167,7 +168,7 @@ class Transform:
         image, crop = self._crop(jpeg, settings, chance("crop"))
         flipped = settings.flip and float(uniform(chance("flip"), 1)[0]) < 0.5
         if flipped:
-            image = F.horizontal_flip(image)
+            image = image.flip(-1)
         if settings.color_jitter:
             image = _color_jitter(image, settings.color_jitter, chance("color_jitter"))
         if settings.rand_augment is not None:
@@ -370,11 +371,19 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 
 
 def _resize(pixels: Tensor, height: int, width: int, settings: TransformSettings) -> Tensor:
-    """Resize (H, W, 3) to (3, height, width), in rows of pixels, which torch resizes without a float copy."""
-    if pixels.device.type == "cpu":
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels.numpy()))  # copies a box three times as fast as torch
-    image = pixels.contiguous().permute(2, 0, 1)
-    return F.resize(image, [height, width], interpolation=settings.resample, antialias=True)
+    """Resize (H, W, 3) to (3, height, width), antialiased, in rows of pixels.
+
+    On a CPU torch's own function is called with strides that say channels last beyond doubt: it then neither converts
+    to float nor rearranges, and gives what torchvision's `resize` gives.
+    """
+    if pixels.device.type != "cpu":
+        size = [height, width]
+        return F.resize(pixels.permute(2, 0, 1), size, interpolation=settings.resample, antialias=True)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels.numpy()))  # copies a box three times as fast as torch
+    full_height, full_width, _ = pixels.shape
+    strides = (full_height * full_width * 3, 1, full_width * 3, 3)
+    image = pixels.as_strided((1, 3, full_height, full_width), strides)
+    return interpolate(image, size=(height, width), mode=settings.interpolation, antialias=True)[0]
 
 
 def _cut(jpeg: Picture, box: Box, settings: TransformSettings) -> tuple[Tensor, Crop]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_mlpl.data.order import PADDING, EpochOrder, check_global_batch, last_position
+from dist_mlpl.data.order import PADDING, EpochOrder, check_global_batch, epoch_length, last_position
 from dist_mlpl.errors import ConfigError
 from shards.pack import cut_shards, packing_order
 
@@ -336,3 +336,37 @@ def test_windows_of_sorted_shards_do_not_mix_which_is_why_packing_shuffles() -> 
     source = np.sort(np.random.default_rng(0).integers(0, num_classes, num_samples))
     order = EpochOrder([1000] * 120, seed=0, epoch=0, num_lanes=16, window_samples=1024)
     assert histogram_spread(source[order.indices(0, num_samples)], 256, num_classes) > 2
+
+
+def test_a_mixture_gives_each_sample_its_weight_and_fractions_their_turn() -> None:
+    random = np.random.default_rng(5)
+    for _ in range(20):
+        counts = random.integers(1, 6, size=int(random.integers(1, 4)))
+        sizes = random.integers(1, 40, size=int(counts.sum())).tolist()
+        weights = random.choice([0.25, 0.5, 1.0, 1.5, 2.0, 3.25], size=len(counts)).tolist()
+        parts = list(zip(counts.tolist(), weights, strict=True))
+        part_of = np.repeat(np.repeat(np.arange(len(counts)), counts), sizes)
+        seen = np.zeros((4, sum(sizes)), dtype=int)
+        for epoch in range(4):
+            order = EpochOrder(sizes, seed=3, epoch=epoch, num_lanes=4, window_samples=16, group_size=4, parts=parts)
+            assert order.num_samples == epoch_length(sizes, parts)
+            seen[epoch] = np.bincount(order.indices(0, order.num_samples), minlength=sum(sizes))
+            spans = [order.spans(lane, w) for lane in range(order.num_lanes) for w in range(order.num_windows(lane))]
+            held = np.zeros(sum(sizes), dtype=int)
+            for first, stop in (span for window in spans for span in window):
+                held[first:stop] += 1
+            assert (held == seen[epoch]).all()
+        for part, weight in enumerate(weights):
+            own = seen[:, part_of == part]
+            assert own.min() >= int(weight)
+            assert own.max() <= int(weight) + 1
+            assert own[0].sum() == int(weight) * own.shape[1] + round((weight - int(weight)) * own.shape[1])
+            whole = own.sum(axis=0)  # over four epochs: 0.25 of the samples had one more turn each time
+            assert whole.max() - whole.min() <= 1
+
+
+def test_one_data_set_of_weight_one_has_the_order_of_no_mixture() -> None:
+    sizes = [7, 30, 12, 5]
+    for epoch in range(3):
+        plain, mixed = (EpochOrder(sizes, seed=1, epoch=epoch, parts=parts) for parts in (None, [(4, 1.0)]))
+        assert (plain.indices(0, 54) == mixed.indices(0, 54)).all()

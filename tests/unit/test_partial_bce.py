@@ -170,7 +170,8 @@ def test_second_derivatives_are_right(g):
 
 def test_many_known_labels_keep_nothing_for_the_backward_pass_but_logits_and_targets():
     logits, targets = random_case(14, (8, 9), known_fraction=0.6)
-    kept = partial_bce(logits.requires_grad_(), targets).grad_fn.saved_tensors
+    loss = partial_bce(logits.requires_grad_(), targets)
+    kept = loss.grad_fn.saved_tensors
     assert {tensor.data_ptr() for tensor in kept} == {logits.data_ptr(), targets.data_ptr()}
 
 

@@ -61,7 +61,8 @@ def test_a_second_backward_through_the_same_graph_gives_the_same_gradient():
 
 def test_only_one_buffer_of_the_logits_size_is_kept_for_the_backward_pass():
     logits, targets = random_case(4, (16, 32))
-    kept = sum_of_rows(squared, logits.requires_grad_(), targets).grad_fn.saved_tensors
+    loss = sum_of_rows(squared, logits.requires_grad_(), targets)
+    kept = loss.grad_fn.saved_tensors
     new = [tensor for tensor in kept if tensor.data_ptr() not in (logits.data_ptr(), targets.data_ptr())]
     assert sum(tensor.numel() for tensor in new) == logits.numel()
 
