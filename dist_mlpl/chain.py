@@ -9,14 +9,16 @@ import platform
 from importlib.metadata import version
 
 import safetensors.torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from dist_mlpl import storage
+from dist_mlpl.banks.base import BankSpec
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # 1: without banks
 
 
 class CommitFile(Settings):
@@ -25,6 +27,20 @@ class CommitFile(Settings):
     path: str  # below RUN
     num_bytes: int
     sha256: str
+
+
+class BankPart(Settings):
+    """One file of a bank and what of it is in force."""
+
+    path: str  # below RUN; of the checkpoint that changed these shards
+    shards: list[tuple[int, int]]  # ranges [first, stop) of virtual shards; others in the file are out of date
+
+
+class BankRecord(Settings):
+    """A bank as it stood; rows of shards that no part holds were never written."""
+
+    spec: BankSpec
+    parts: list[BankPart]
 
 
 class RunIdentity(Settings):
@@ -56,7 +72,8 @@ class Commit(Settings):
     versions: dict[str, str]
     metrics: dict[str, float]
     bad_samples: list[tuple[int, str, str]]  # index, name, reason: undecodable since the parent
-    files: list[CommitFile]
+    files: list[CommitFile]  # all that it needs; those of banks may lie in the folders of earlier checkpoints
+    banks: dict[str, BankRecord] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -90,7 +107,7 @@ def read_commit(out: str, step: int) -> Commit:
         commit = Commit.model_validate_json(storage.read_bytes(url))
     except (FileNotFoundError, ValidationError) as error:
         raise _unreadable(type(error).__name__, url) from error
-    if commit.format != FORMAT:
+    if commit.format not in _READABLE:
         raise _unreadable(f"format {commit.format}", url)
     return commit
 
@@ -98,7 +115,7 @@ def read_commit(out: str, step: int) -> Commit:
 def _unreadable(why: str, url: str) -> CheckpointError:
     return CheckpointError(
         f"a commit of the chain cannot be read: {why}",
-        expected=f"a commit record of format {FORMAT}",
+        expected=f"a commit record of format {' or '.join(map(str, _READABLE))}",
         where=url,
         next_step="restore the file; if it is the newest commit, move it away to go on from the one before",
     )
@@ -127,10 +144,15 @@ def read_chain(out: str) -> list[Commit]:
 def read_file(out: str, commit: Commit, name: str) -> bytes:
     """One file of a checkpoint, its digest verified.
 
+    Args:
+        out: RUN.
+        commit: of the checkpoint.
+        name: in its folder, or whole path below RUN.
+
     Raises:
         CheckpointError: missing, or not the bytes that the commit names.
     """
-    entry = next((f for f in commit.files if f.path.endswith("/" + name)), None)
+    entry = next((f for f in commit.files if f"/{f.path}".endswith(f"/{name}")), None)
     where = storage.join(out, entry.path if entry else name)
     try:
         content = storage.read_bytes(where) if entry else b""

@@ -1,7 +1,7 @@
 """Owns everything that resumes a run: a chain of commits, each one small file that makes a checkpoint exist.
 
     RUN/attempts/0002.json             who started, where, under which config
-    RUN/checkpoints/00001200-0002/     model.safetensors  optimizer.safetensors  optimizer.json  consumed.npy
+    RUN/checkpoints/00001200-0002/     model.safetensors  optimizer.safetensors  optimizer.json  consumed.npy  banks/
     RUN/commits/00001200.json          the record; created exclusively after its files, so all of it is there or none
 
 The chain alone says where a run stands. A resumed run goes on from the highest step; commits of an attempt that was
@@ -22,9 +22,12 @@ import numpy.typing as npt
 import safetensors.torch
 
 from dist_mlpl import comm, storage
+from dist_mlpl.bank_files import load_banks, save_banks
+from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.chain import (
     FORMAT,
+    BankRecord,
     Commit,
     CommitFile,
     RunIdentity,
@@ -39,9 +42,9 @@ from dist_mlpl.chain import (
 from dist_mlpl.data.collate import BadSample
 from dist_mlpl.data.order import PADDING, last_position
 from dist_mlpl.data.stream import Consumed
-from dist_mlpl.data.tar_stream import AnyStream
+from dist_mlpl.data.tar_stream import AnyStream, TarStream
 from dist_mlpl.engine import Engine, EngineState
-from dist_mlpl.errors import BankError, OvertakenError, RankMismatchError
+from dist_mlpl.errors import BankError, CheckpointError, OvertakenError, RankMismatchError
 
 
 class Attempt(NamedTuple):
@@ -93,16 +96,16 @@ class Checkpoint:
 
     Args:
         out: RUN, a local path or URL.
-        engine: whose state is saved.
+        engine: whose state is saved, with the banks of its method.
         stream: whose consumed positions are saved as evidence.
         identity: goes into every commit.
         attempt: of this start.
         length: of the run.
-        keep_checkpoints: newest commits whose model and optimiser stay; of older ones the record and the consumed
-            samples stay, which `audit` reads.
+        keep_checkpoints: newest commits whose model, optimiser and banks stay; of older ones the record and the
+            consumed samples stay, which `audit` reads.
 
     Raises:
-        BankError: the method has banks.
+        BankError: the method remembers single samples, and the stream cannot tell which they are.
     """
 
     def __init__(
@@ -116,12 +119,14 @@ class Checkpoint:
         length: RunLength,
         keep_checkpoints: int,
     ) -> None:
-        if engine.method.banks():
+        self._banks = engine.method.banks()
+        by_sample = sorted(name for name, bank in self._banks.items() if isinstance(bank, KeyedBank))
+        if by_sample and isinstance(stream, TarStream):
             raise BankError(
-                f"method with banks {sorted(engine.method.banks())}",
-                expected="a method without memory: banks are not saved yet, and a resumed run would lose them",
-                where="method.name",
-                next_step="use another method",
+                f"banks by sample {by_sample} over tars without an index",
+                expected="samples that keep their index from epoch to epoch",
+                where="method, data.unindexed",
+                next_step="`dist-mlpl shards index` the tars and train with data.manifest, or use another method",
             )
         self._out, self._engine, self._stream = out, engine, stream
         self._identity, self._attempt, self._length = identity, attempt, length
@@ -130,17 +135,21 @@ class Checkpoint:
         self._kept = _newest(out, attempt.parent, keep_checkpoints) if comm.rank() == 0 else []
 
     def restore(self) -> Progress:
-        """Take over the head of the chain, if there is one.
+        """Take over the head of the chain, if there is one; a new run takes over what its method asks of other runs.
 
         Raises:
+            BankError: a bank is missing or of another make.
             CheckpointError: a file is missing or damaged, or belongs to another data set.
 
         Collective: all ranks.
         """
         head = self._head
         if head is None:
+            for name, run in self._engine.method.bank_sources().items():
+                self._take_over(name, run)
             return Progress()
         check_identity(self._identity, head, out=self._out)
+        load_banks(self._out, head, self._banks)
         self._engine.load(read_state(self._out, head))
         self._stream.remember_bad(_num_bad_in_epoch(self._out, head))
         seen = self._length.samples_seen(head.epoch, head.samples_consumed)
@@ -166,17 +175,35 @@ class Checkpoint:
         if self._head is not None and self._head.step == progress.step:
             return progress  # nothing moved since: an epoch's rest too short for one step of a larger global batch
         state = self._engine.state()
+        folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
+        banks, bank_files = save_banks(self._out, folder, self._banks, self._head)
         consumed = self._stream.take_consumed()
         positions, indices = _merge_consumed(consumed)
         bad = sorted({bad for part in comm.gather_objects(consumed.bad) for bad in part})
         self._check_consumed(positions, progress)
         if state is not None:
-            commit = self._write(state, progress, indices, bad, metrics or {})
+            contents = _state_files(state) | {"consumed.npy": _npy(indices)}
+            commit = self._write(folder, contents, banks, bank_files, progress, bad, metrics or {})
             self._prune(commit)
         else:
             commit = None
         self._head = comm.broadcast_object(commit)
+        for bank in self._banks.values():
+            bank.mark_saved()
         return progress
+
+    def _take_over(self, name: str, run: str) -> None:
+        """One bank from the newest commit of another run over the same classes."""
+        source = read_head(run)
+        if source is None or source.digests.get("classes") != self._identity.digests["classes"]:
+            raise CheckpointError(
+                "no commit" if source is None else "a run over other classes",
+                expected=f"a run that has saved its bank {name!r} of the same classes",
+                where=run,
+                next_step="check the path, and that both runs use one class list",
+            )
+        load_banks(run, source, {name: self._banks[name]})
+        self._banks[name].mark_changed()  # the first commit of this run saves it
 
     def _check_consumed(self, positions: npt.NDArray[np.int64], progress: Progress) -> None:
         """Every position between the last commit and this one, once, to the end of an epoch that ends."""
@@ -200,23 +227,16 @@ class Checkpoint:
 
     def _write(
         self,
-        state: EngineState,
+        folder: str,
+        contents: dict[str, bytes],
+        banks: dict[str, BankRecord],
+        bank_files: list[CommitFile],
         progress: Progress,
-        indices: npt.NDArray[np.int64],
         bad: list[BadSample],
         metrics: dict[str, float],
     ) -> Commit:
         """Files first, then the record. Rank 0 only."""
         self._check_newest()
-        folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
-        buffer = io.BytesIO()
-        np.save(buffer, indices)
-        contents = {
-            "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.model.items()}),
-            "optimizer.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.moments.items()}),
-            "optimizer.json": json.dumps({"num_updates": state.num_updates}).encode(),
-            "consumed.npy": buffer.getvalue(),
-        }
         files = []
         for name, content in contents.items():
             path = f"{folder}/{name}"
@@ -234,7 +254,8 @@ class Checkpoint:
             versions=versions(),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             bad_samples=bad,
-            files=files,
+            files=[*files, *bank_files],
+            banks=banks,
             **self._identity.model_dump(),
         )
         self._check_newest()  # again: writing took a while, and a newer attempt may have read the head meanwhile
@@ -250,12 +271,29 @@ class Checkpoint:
             raise _overtaken(self._attempt.name)
 
     def _prune(self, commit: Commit) -> None:
-        """Delete model and optimiser of the commits that are no longer among the newest."""
+        """Delete model, optimiser and banks of the commits that are no longer among the newest."""
         self._kept.append(commit)
         while len(self._kept) > self._keep_checkpoints:
-            for file in self._kept.pop(0).files:
-                if not file.path.endswith("/consumed.npy"):
+            old = self._kept.pop(0)
+            needed = {file.path for newer in self._kept for file in newer.files}  # banks reach back
+            for file in old.files:
+                if file.path not in needed and not file.path.endswith("/consumed.npy"):
                     storage.remove(storage.join(self._out, file.path))
+
+
+def _state_files(state: EngineState) -> dict[str, bytes]:
+    """What `read_state` reads."""
+    return {
+        "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.model.items()}),
+        "optimizer.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.moments.items()}),
+        "optimizer.json": json.dumps({"num_updates": state.num_updates}).encode(),
+    }
+
+
+def _npy(array: npt.NDArray[np.int64]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _newest(out: str, head: Commit | None, count: int) -> list[Commit]:

@@ -12,10 +12,11 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -27,16 +28,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
+from dist_mlpl.curriculum.schedule import check_bounded
 from dist_mlpl.data.order import check_global_batch
 from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.data.tars import TarSet, check_num_tars
 from dist_mlpl.data.views import check_size
-from dist_mlpl.display import Display
+from dist_mlpl.display import Display, work_bar
 from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
-from dist_mlpl.train import open_samples, train
+from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
+from dist_mlpl.train import build_view, open_samples, train
 
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it
@@ -161,13 +164,72 @@ def train_on_ray(
     seen = Seen()
     shown: list[Sink] = [Display(), LastEpoch(last), seen, *([observer] if observer else [])]
     stop = StopRequest()
+    arguments = {"allow_change": allow_change, "max_steps": max_steps, "is_profiled": is_profiled}
+    _run_workers(_train_worker, arguments, config, address=address, shown=shown, seen=seen, stop=stop)
+    if last and is_result_shown:
+        show_last(last, config.run_folder)
+    return stop.is_asked and seen.is_stopped
+
+
+def relabel_on_ray(
+    config: Config, *, step: int | None = None, manifest_url: str | None = None, address: str | None = None
+) -> Relabelled | None:
+    """Make the next round of labels on Ray workers, as many as train the run.
+
+    A lost worker costs the shards that it had not finished: what is scored stays.
+
+    Args:
+        config: from `job_config`.
+        step, manifest_url: as in `relabel_run`.
+        address: as in `train_on_ray`.
+
+    Returns:
+        The round; None when a signal stopped it.
+
+    Raises:
+        MlplError: what stopped the workers, or RunError when they failed too often.
+    """
+    config = with_absolute_paths(config)
+    made: list[Relabelled] = []
+    arguments = {"step": step, "manifest_url": None if manifest_url is None else storage.absolute(manifest_url)}
+    with work_bar() as tell:
+        seen = Seen()
+        stop = StopRequest("stopping; what is scored stays, and the same command goes on from there")
+        shown: list[Sink] = [MadeRound(made, tell), seen]
+        _run_workers(_relabel_worker, arguments, config, address=address, shown=shown, seen=seen, stop=stop)
+    return made[0] if made else None
+
+
+def _run_workers(
+    work: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    config: Config,
+    *,
+    address: str | None,
+    shown: list[Sink],
+    seen: Seen,
+    stop: StopRequest,
+) -> None:
+    """Run a function on every worker until it ends, and show the rows that it tells.
+
+    Args:
+        work: takes `arguments`, with the config and the board among them.
+        arguments: what pickles.
+        config: of the run.
+        address: of a running cluster, before the config's.
+        shown: take the rows.
+        seen: counts them.
+        stop: asked by a signal.
+
+    Raises:
+        MlplError: what stopped the workers, or RunError when they failed too often.
+    """
     with cluster_at(address or config.cluster.address, config):
         stop.listen()  # not before: ray.init takes SIGTERM for itself
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
-        arguments = {"config": config.model_dump(mode="json"), "board": board, "allow_change": allow_change,
-                     "max_steps": max_steps, "is_profiled": is_profiled}  # fmt: skip
-        trainer = _trainer(config, arguments)
+        arguments = arguments | {"config": config.model_dump(mode="json"), "board": board}
+        trainer = _trainer(work, config, arguments)
         failure: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
         fit.start()
@@ -182,7 +244,8 @@ def train_on_ray(
                     told_at = math.inf  # once is enough
                     shown[0].row({"event": "note", "text": _waiting(config)})
                 if seen.count == 0 and stop.is_asked:
-                    return True  # nothing has begun, so there is nothing to save
+                    seen.is_stopped = True
+                    return  # nothing has begun, so there is nothing to save
             _show(board, shown)
             fatal = ray.get(board.fatal.remote())
         finally:
@@ -192,9 +255,6 @@ def train_on_ray(
         raise fatal
     if failure:
         raise _failed(failure[0], config)
-    if last and is_result_shown:
-        show_last(last, config.run_folder)
-    return stop.is_asked and seen.is_stopped
 
 
 def _waiting(config: Config) -> str:
@@ -216,13 +276,20 @@ def with_absolute_paths(config: Config) -> Config:
     if weights is not None and "/" in weights:  # a file; names of torchvision's tables have no slash
         backbone = method.backbone.model_copy(update={"weights": storage.absolute(weights)})
         method = method.model_copy(update={"backbone": backbone})
-    changes = {"out": storage.absolute(config.run_folder), "data": _with_absolute_paths(config.data), "method": method}
+    curriculum = config.curriculum
+    if curriculum is not None:
+        curriculum = curriculum.model_copy(update={"runs": tuple(map(storage.absolute, curriculum.runs))})
+    changes = {"out": storage.absolute(config.run_folder), "data": _with_absolute_paths(config.data), "method": method,
+               "curriculum": curriculum}  # fmt: skip
     return config.model_copy(update=changes)
 
 
 def _with_absolute_paths(data: DataSettings) -> DataSettings:
     if data.unindexed is None:
-        return data.model_copy(update={"manifest": storage.absolute(data.manifest)})
+        if isinstance(data.manifest, str):
+            return data.model_copy(update={"manifest": storage.absolute(data.manifest)})
+        sets = tuple(one.model_copy(update={"manifest": storage.absolute(one.manifest)}) for one in data.manifest)
+        return data.model_copy(update={"manifest": sets})
     tars = {split: storage.absolute(pattern) for split, pattern in data.unindexed.tars.items()}
     changes = {"tars": tars, "classes": storage.absolute(data.unindexed.classes)}
     return data.model_copy(update={"unindexed": data.unindexed.model_copy(update=changes)})
@@ -236,20 +303,26 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
     """
     storage.configure_storage(config.data.storage_options)
     samples, _ = open_samples(config.data, config.data.train_split, config.data.eval_split)
-    num_samples = samples.num_samples
+    num_samples = samples.epoch_samples
     if config.data.is_view_asked:
         check_size(num_samples, samples.manifest.num_classes)
+    elif config.data.view is not None:
+        build_view(config.data, samples)  # missing, or of other shards: found here, not by every worker
     num_workers = config.cluster.num_workers
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
     if isinstance(samples, TarSet):
         check_num_tars(samples, world_size=most)
+    if config.curriculum is not None:
+        check_bounded(config.curriculum, num_samples=num_samples, num_classes=samples.manifest.num_classes)
     storage.check_exclusive_create(config.run_folder)
     if storage.exists(run_config_url(config.run_folder)):
         check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
 
 
-def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:
+def _trainer(
+    work: Callable[[dict[str, Any]], None], config: Config, arguments: dict[str, Any]
+) -> TorchTrainer:  # fmt: skip
     cluster = config.cluster
     environment: dict[str, str] = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -260,7 +333,7 @@ def _trainer(config: Config, arguments: dict[str, Any]) -> TorchTrainer:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from workers that asked for none
     filesystem, path = storage.arrow_filesystem(storage.join(config.run_folder, "ray"))
     return TorchTrainer(
-        _work,
+        work,
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -285,7 +358,7 @@ def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
         failure.append(error)
 
 
-def _work(arguments: dict[str, Any]) -> None:
+def _train_worker(arguments: dict[str, Any]) -> None:
     """One worker: the recipe, with the board as rank 0's display."""
     board = arguments["board"]
     if ray.get(board.fatal.remote()) is not None:
@@ -293,7 +366,7 @@ def _work(arguments: dict[str, Any]) -> None:
     config = Config.model_validate(arguments["config"])
     sink = BoardSink(board)
     report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
-    try:
+    with _telling_failures(board), contextlib.closing(report):
         train(
             config,
             report,
@@ -302,6 +375,62 @@ def _work(arguments: dict[str, Any]) -> None:
             is_profiled=arguments["is_profiled"],
             is_output_logged=True,
         )
+
+
+def _relabel_worker(arguments: dict[str, Any]) -> None:
+    """One worker: a round of labels, told to the board by rank 0."""
+    board = arguments["board"]
+    if ray.get(board.fatal.remote()) is not None:
+        return
+    config = Config.model_validate(arguments["config"])
+    sink = BoardSink(board)
+
+    def tell(done: int, total: int) -> None:
+        if comm.rank() == 0:
+            sink.row({"event": "scoring", "num_scored": done, "num_to_score": total})
+
+    with _telling_failures(board):
+        if comm.rank() == 0:
+            sink.row({"event": "start"})
+        made = relabel_run(
+            config, step=arguments["step"], manifest_url=arguments["manifest_url"],
+            is_asked=lambda: sink.ask() is Action.STOP, tell=tell,
+        )  # fmt: skip
+        if made is not None and comm.rank() == 0:
+            ray.get(board.push.remote([{"event": "made", "made": made}]))
+
+
+class MadeRound:
+    """Shows how a round of labels comes along, and keeps it.
+
+    Args:
+        made: where it goes.
+        tell: takes what is done, how much of it, of how much.
+    """
+
+    def __init__(self, made: list[Relabelled], tell: Callable[[str, int, int], None]) -> None:
+        self._made, self._tell = made, tell
+
+    def row(self, row: Row) -> None:
+        if row["event"] == "made":
+            self._made.append(row["made"])
+        elif row["event"] == "scoring":
+            self._tell("scored by rank 0", row["num_scored"], row["num_to_score"])
+        elif row["event"] == "note":
+            print(row["text"], file=sys.stderr)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _telling_failures(board: Any) -> Iterator[None]:
+    """Tell the driver what ends a worker: an error that a restart would only repeat, or what else went wrong."""
+    try:
+        yield
     except Exception as error:
         if isinstance(error, MlplError) and not isinstance(error, (StorageError, OvertakenError)):
             ray.get(board.give_up.remote(error))
@@ -310,8 +439,6 @@ def _work(arguments: dict[str, Any]) -> None:
             text = f"rank {comm.rank()} stopped: {type(error).__name__}: {first_line}"
             ray.get(board.push.remote([{"event": "note", "text": text}]))
         raise
-    finally:
-        report.close()
 
 
 def _show(board: Any, shown: list[Sink]) -> None:

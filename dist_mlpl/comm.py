@@ -5,11 +5,14 @@ Tensors are moved on the device they live on, so the caller chooses NCCL or gloo
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dist_mlpl.errors import MlplError, RankMismatchError
 
 T = TypeVar("T")
 
@@ -97,29 +100,63 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
     return box[0]
 
 
-def exchange(rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+def exchange(rows: Tensor, counts: list[int], *, error: MlplError | None = None) -> tuple[Tensor, list[int]]:
     """Send each row to one rank and receive the rows meant for this one.
 
     Calling it again on the received rows with the received counts sends every row back where it came from.
 
-    Collective: all ranks; R counts, then one uneven all-to-all of the rows.
+    Collective: all ranks; R pairs of numbers, then one uneven all-to-all of the rows.
 
     Args:
         rows: (n, ...) ordered by destination; n is free, the other dimensions and the type equal on every rank.
         counts: R numbers; the first counts[0] rows go to rank 0, the next counts[1] to rank 1, and so on. Sum is n.
+        error: what this rank found wrong before it could send anything; all ranks raise it in place of moving rows.
 
     Returns:
         The received rows in order of source rank, and how many came from each rank.
+
+    Raises:
+        RankMismatchError: counts that do not cut the rows into one part a rank, or rows whose shape or type differs
+            between ranks; on all ranks.
+        MlplError: `error` of the lowest rank that handed one in, on all ranks.
     """
+    error = error or _counts_error(rows, counts)
     if world_size() == 1:
+        if error is not None:
+            raise error
         return rows, counts
-    sent = torch.tensor(counts, dtype=torch.int64, device=rows.device)
+    # A faulty rank sends -1: every rank sees it, and none waits for rows that will not come.
+    kind = zlib.crc32(f"{rows.dtype} {tuple(rows.shape[1:])}".encode())
+    announced = [-1] * world_size() if error is not None else counts
+    sent = torch.tensor([[count, kind] for count in announced], dtype=torch.int64, device=rows.device)  # (R, 2)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent)
-    from_ranks: list[int] = received.tolist()
+    from_ranks: list[int] = received[:, 0].tolist()
+    if min(from_ranks) < 0:
+        raise next(fault for fault in gather_objects(error) if fault is not None)
+    if bool((received[:, 1] != kind).any()):
+        kinds = gather_objects(f"{rows.dtype} {tuple(rows.shape[1:])}")
+        raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")
     arrived = rows.new_empty((sum(from_ranks), *rows.shape[1:]))
     dist.all_to_all_single(arrived, rows.contiguous(), from_ranks, counts)
     return arrived, from_ranks
+
+
+def _counts_error(rows: Tensor, counts: list[int]) -> RankMismatchError | None:
+    if len(counts) == world_size() and min(counts) >= 0 and sum(counts) == rows.shape[0]:
+        return None
+    return _exchange_error(
+        f"counts {counts} for {rows.shape[0]} rows", expected=f"{world_size()} counts from 0 on whose sum is the rows"
+    )
+
+
+def _exchange_error(found: str, *, expected: str) -> RankMismatchError:
+    return RankMismatchError(
+        found,
+        expected=expected,
+        where=f"comm.exchange on rank {rank()} of {world_size()}",
+        next_step="this is a fault of the caller: keep the log and report it",
+    )
 
 
 def broadcast_tensor(tensor: Tensor, *, source: int = 0) -> Tensor:

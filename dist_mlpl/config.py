@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dist_mlpl import storage
+from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.data.transform import TransformSettings
 from dist_mlpl.engine import EngineSettings
@@ -56,8 +57,26 @@ class Config(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     engine: EngineSettings = EngineSettings()
+    curriculum: CurriculumSettings | None = None  # null: no relabelling by the run itself
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> Config:
+        if self.curriculum is None:
+            return self
+        if self.curriculum.start_epoch >= self.num_epochs:
+            raise ValueError(
+                f"curriculum.start_epoch {self.curriculum.start_epoch} lies beyond the run's last epoch, "
+                f"{self.num_epochs - 1}"
+            )
+        if self.data.unindexed is not None:
+            raise ValueError("curriculum: needs tars with an index: run `dist-mlpl shards index`")
+        if self.curriculum.strategy == "ensemble" and self.curriculum.checkpoints > self.keep_checkpoints:
+            raise ValueError(f"curriculum.checkpoints {self.curriculum.checkpoints} needs as many keep_checkpoints")
+        if self.curriculum.strategy == "uncertainty" and self.engine.compile:
+            raise ValueError("curriculum.strategy uncertainty does not work with engine.compile, which fixes dropout")
+        return self
 
     @property
     def run_folder(self) -> str:
@@ -79,6 +98,14 @@ class Config(Settings):
     def digest(self) -> str:
         """sha256 of the resolved config as canonical JSON, without `data.storage_options`."""
         return storage.sha256_of_bytes(json.dumps(self._public(), sort_keys=True).encode())
+
+    @property
+    def scoring_digest(self) -> str:
+        """sha256 of what a model's answers depend on besides its weights, wherever it runs."""
+        method = self.method.model_dump(mode="json", exclude={"init_from": True, "backbone": {"weights"}})
+        transform = self.transform.model_dump(mode="json")
+        settings = [method, transform, self.data.decode_on, self.engine.precision]
+        return storage.sha256_of_bytes(json.dumps(settings, sort_keys=True).encode())
 
     def to_yaml(self, *, is_whole: bool = False) -> str:
         """The resolved config; `data.storage_options`, which may hold keys and secrets, only if asked for."""
@@ -136,7 +163,7 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
 
 def _explain(finding: Any) -> str:
     place = [str(part) for part in finding["loc"]]
-    name = ".".join(place[:1] + place[2:] if place[0] == "method" and place[1:2] and place[1] in METHODS else place)
+    name = ".".join(place[:1] + place[2:] if place[:1] == ["method"] and place[1:2] and place[1] in METHODS else place)
     if finding["type"] == "extra_forbidden":
         valid = _fields_at(place[:-1])
         return f"{name}: no such key; {nearest_names(place[-1], valid)}"
@@ -149,7 +176,8 @@ def _explain(finding: Any) -> str:
     # A section as a whole is not shown: it is long, and that of the data may hold secrets.
     is_shown = finding["type"] != "missing" and not isinstance(finding["input"], dict)
     given = f" (found {finding['input']!r})" if is_shown else ""
-    return f"{name}: {finding['msg'].removeprefix('Value error, ')}{given}"
+    text = f"{finding['msg'].removeprefix('Value error, ')}{given}"
+    return f"{name}: {text}" if name else text  # of the config as a whole, which names its keys itself
 
 
 def _fields_at(place: list[str]) -> list[str]:
@@ -249,9 +277,9 @@ def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
 
 # What a resumed run may change: freely, or with --allow-change. Everything else is refused.
 _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
-         "data.unindexed.tars", "data.unindexed.classes", "data.cache_bytes", "data.num_workers",
-         "data.storage_options", "data.max_bad_fraction",
-         "save_every_steps", "keep_checkpoints", "evaluation")  # fmt: skip
+         "data.view", "data.unindexed.tars", "data.unindexed.classes", "data.cache_bytes", "data.num_workers",
+         "data.storage_options", "data.max_bad_fraction", "method.bank_folder",
+         "save_every_steps", "keep_checkpoints", "evaluation", "curriculum.measure_hidden")  # fmt: skip
 _NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
           "data.known_seed", "data.train_split", "data.unindexed.epoch_samples", "data.unindexed.unlisted",
           "method.name")  # fmt: skip

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from dist_mlpl.progress import Row
+
+_LINE_SECONDS = 30.0  # between lines about long work in a log
 
 
 class Display:
@@ -47,6 +51,11 @@ class Display:
             self._step(row)
         elif event == "epoch":
             self._say(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
+        elif event == "scoring" and self._task is not None:
+            numbers = f"round {row['round'] + 1}: {row['num_scored']:,} of {row['num_to_score']:,} scored on rank 0"
+            self._bar.update(self._task, numbers=numbers, left="?")
+        elif event == "round":
+            self._say(round_line(row))
         elif event == "stopped":
             self._say(f"stopped and saved at step {row['step']}; the same command goes on from there")
         elif event == "note":
@@ -112,6 +121,17 @@ def epoch_line(row: Row, *, num_epochs: Any) -> str:
     return "  ".join(parts)
 
 
+def round_line(row: Row) -> str:
+    """One line for a round of labels that comes into force."""
+    parts = [f"labels of round {row['round']}: {row['num_present']:,.0f} present, {row['num_absent']:,.0f} absent"]
+    parts += [f"{row['num_proposed']:,.0f} proposed"] if row.get("num_proposed") else []
+    parts.append(f"{row['labelled_fraction']:.1%} of all labels in force")
+    for sign in ("present", "absent"):
+        share = row.get(f"hidden_precision_{sign}")
+        parts += [f"{share:.1%} of {sign} right"] if share is not None and share == share else []  # NaN is not itself
+    return "  ".join(parts)
+
+
 def metrics_table(metrics: dict[str, float]) -> Table:
     """Every metric of one evaluation, fractions with four digits, counts as they are."""
     table = Table()
@@ -123,17 +143,50 @@ def metrics_table(metrics: dict[str, float]) -> Table:
     return table
 
 
-@contextmanager
-def work_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for work that is counted: yields `tell(doing, done, total)`. Silent without a terminal."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
+class _Pace:
+    """How fast one kind of work has gone since it was first told of, which may be in its middle."""
 
-        def tell(doing: str, done: int, total: int) -> None:
+    def __init__(self, done: int, num_bytes: int) -> None:
+        self._began, self._done, self._num_bytes = time.monotonic(), done, num_bytes
+        self._said = self._began
+
+    def text(self, done: int, total: int, num_bytes: int) -> str:
+        """`1,900/s  310 MB/s  1:08:00 left`; empty before there is anything to divide."""
+        seconds = time.monotonic() - self._began
+        if done <= self._done or seconds <= 0:
+            return ""
+        rate, byte_rate = (done - self._done) / seconds, (num_bytes - self._num_bytes) / seconds
+        parts = [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"]
+        if byte_rate > 0:
+            parts.append(f"{byte_rate / 1e6:,.0f} MB/s")
+        return "  ".join([*parts, f"{timedelta(seconds=round((total - done) / rate))} left"])
+
+    def is_due(self) -> bool:
+        """True once in a while: when a log should hear of it again."""
+        is_due = time.monotonic() - self._said > _LINE_SECONDS
+        if is_due:
+            self._said = time.monotonic()
+        return is_due
+
+
+@contextmanager
+def work_bar() -> Iterator[Callable[..., None]]:
+    """A bar for work that is counted: yields `tell(doing, done, total[, bytes done])`.
+
+    Without a terminal, which is to say in a log, it is a line every half minute.
+    """
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, tuple[TaskID, _Pace]] = {}
+
+        def tell(doing: str, done: int, total: int, num_bytes: int = 0) -> None:
             if doing not in tasks:
-                tasks[doing] = bar.add_task(doing, total=total)
-            bar.update(tasks[doing], completed=done, total=total)
+                tasks[doing] = bar.add_task(doing, total=total, pace=""), _Pace(done, num_bytes)
+            task, pace = tasks[doing]
+            text = pace.text(done, total, num_bytes)
+            bar.update(task, completed=done, total=total, pace=text)
+            if not console.is_terminal and pace.is_due():
+                console.print(f"{doing}: {done:,} of {total:,}  {text}", markup=False, highlight=False, soft_wrap=True)
 
         yield tell

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dist_mlpl import comm, keyed
 from dist_mlpl.batch import Batch, Progress, RunLength, StepOutput
-from dist_mlpl.engines.batch_norm import average_statistics, batch_norms
+from dist_mlpl.engines.averages import WeightAverage
+from dist_mlpl.engines.batch_norm import average_over_ranks, batch_norms, running_statistics
 from dist_mlpl.engines.faults import not_finite, watched_gradients
 from dist_mlpl.engines.plain import PlainEngine
 from dist_mlpl.engines.state import EngineState as EngineState  # what callers save and load
@@ -34,7 +35,7 @@ from dist_mlpl.world import World
 
 
 class EngineSettings(Settings):
-    """How a step is computed. Beyond rounding, only `clip_norm` and `batch_norm` change what is learned."""
+    """How a step is computed. Of these, `clip_norm`, `batch_norm` and `weight_average` change what is learned."""
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -42,6 +43,7 @@ class EngineSettings(Settings):
     micro_batch: int | None = Field(None, gt=0)  # rows of a rank at once at most; null: the rank's whole share
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
+    weight_average: float | None = Field(None, gt=0.0, lt=1.0)  # decay of the average that is judged and saved as model
     compile: bool = False  # takes a minute at the first step; not at stage 3, whose hooks sit inside every layer
 
     @model_validator(mode="after")
@@ -151,6 +153,7 @@ class Engine:
             )
         self._num_micro_batches = -(-share_groups // micro_groups)
 
+        method.begin_run(num_samples=length.num_samples, group_size=group_size, seed=seed)
         method.to(self.device)
         if settings.batch_norm == "sync":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -165,7 +168,11 @@ class Engine:
         self._backend: PlainEngine | ZeroEngine
         if settings.kind == "plain":
             self._backend = PlainEngine(
-                method, torch_optimizer, clip_norm=settings.clip_norm, use_bfloat16=use_bfloat16
+                method,
+                torch_optimizer,
+                clip_norm=settings.clip_norm,
+                use_bfloat16=use_bfloat16,
+                keeps_average=settings.weight_average is not None,
             )
         else:
             config = derive_config(
@@ -175,7 +182,10 @@ class Engine:
                 micro_batch=micro_groups * group_size,
                 num_micro_batches=self._num_micro_batches,
             )
-            self._backend = ZeroEngine(method, torch_optimizer, config)
+            keeps_average = settings.weight_average is not None
+            self._backend = ZeroEngine(method, torch_optimizer, config, keeps_average=keeps_average)
+        decay = settings.weight_average
+        self._average = None if decay is None else WeightAverage(self._backend, decay)
 
     def train_step(self, batch: Batch, recalled: dict[str, Tensor], progress: Progress) -> StepOutput:
         """Forward and backward over this rank's share in micro-batches, then one update.
@@ -195,6 +205,7 @@ class Engine:
 
         Collective: all ranks; gradients, and one all-reduce of the loss terms.
         """
+        self._show_average(False)
         learning_rate = self._set_learning_rate(progress)
         outputs = self._accumulate(batch, recalled, progress)
         names = ["loss", *sorted(outputs[0].terms)]
@@ -212,6 +223,8 @@ class Engine:
                 self._accumulate(batch, recalled, progress)
             raise not_finite("the gradient norm", progress, dict(zip(names, own.tolist(), strict=False)), bad)
         self._num_updates += 1
+        if self._average is not None:
+            self._average.update(self._num_updates)
         extras = _joined_extras(outputs)
         extras |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_bad": round(total[-1])}
         return StepOutput(
@@ -222,10 +235,12 @@ class Engine:
         )
 
     def predict(self, batch: Batch) -> StepOutput:
-        """Inference: no losses, no gradient, evaluation mode.
+        """Inference: no losses, no gradient, evaluation mode, with the average of the weights where one is kept.
 
-        Collective: all ranks at stage 3, where forward gathers parameters.
+        Collective: all ranks at stage 3, where forward gathers parameters; with an average, at stages 1 and 2 the first
+        call after a step.
         """
+        self._show_average(True)
         self.method.eval()
         with torch.no_grad():
             return self._backend.forward(batch, None)
@@ -235,16 +250,23 @@ class Engine:
 
         Collective: all ranks, one all-reduce of the statistics.
         """
-        if self.settings.batch_norm == "averaged":
-            average_statistics(self.method)
+        if self.settings.batch_norm != "averaged":
+            return
+        self._show_average(False)
+        average_over_ranks(running_statistics(self.method))
+        if self._average is not None:
+            average_over_ranks(list(self._average.buffers.values()))
 
     def state(self) -> EngineState | None:
         """Everything that training changes, whole, on rank 0; None elsewhere.
 
+        Where an average of the weights is kept, it is the model, and the weights are with the moments.
+
         Collective: all ranks; above stage 0 each parameter and moment is gathered in turn.
         """
         self.average_buffers()
-        return read_state(self._backend, num_updates=self._num_updates, keep=self.world.is_first)
+        self._show_average(False)
+        return read_state(self._backend, self._average, num_updates=self._num_updates, keep=self.world.is_first)
 
     def load(self, state: EngineState) -> None:
         """Take over a state that every rank holds whole, made at any stage on any number of ranks.
@@ -252,7 +274,8 @@ class Engine:
         Raises:
             CheckpointError: names or shapes differ from this method's.
         """
-        write_state(self._backend, state)
+        self._show_average(False)
+        write_state(self._backend, state, self._average)
         self._num_updates = state.num_updates
 
     def load_model(self, model: dict[str, Tensor]) -> None:
@@ -261,7 +284,8 @@ class Engine:
         Raises:
             CheckpointError: names or shapes differ from this method's.
         """
-        write_model(self._backend, model)
+        self._show_average(False)
+        write_model(self._backend, model, self._average)
 
     def load_matching(self, model: dict[str, Tensor]) -> list[str]:
         """Take over the tensors whose name and shape agree with this method's.
@@ -271,7 +295,8 @@ class Engine:
         """
         shapes = tensor_shapes(self._backend)
         taken = {name: tensor for name, tensor in model.items() if shapes.get(name) == tensor.shape}
-        write_tensors(self._backend, taken)
+        self._show_average(False)
+        write_tensors(self._backend, taken, self._average)
         return list(taken)
 
     def _accumulate(self, batch: Batch, recalled: dict[str, Tensor], progress: Progress) -> list[StepOutput]:
@@ -300,6 +325,11 @@ class Engine:
         for group in self._param_groups:
             group["lr"] = group["base_learning_rate"] * factor
         return self._optimizer_settings.learning_rate * factor
+
+    def _show_average(self, is_shown: bool) -> None:
+        """Have forward see the average, or the weights that training goes on with."""
+        if self._average is not None:
+            self._average.show() if is_shown else self._average.hide()
 
     def _train_mode(self) -> None:
         self.method.train()

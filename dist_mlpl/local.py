@@ -9,16 +9,23 @@ from types import FrameType
 import torch.distributed as dist
 from rich.console import Console
 
+from dist_mlpl import comm
 from dist_mlpl.config import Config
-from dist_mlpl.display import Display, metrics_table
+from dist_mlpl.display import Display, metrics_table, work_bar
 from dist_mlpl.progress import Action, JsonLines, Report, Sink, TensorBoard
+from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C, remembered; a second Ctrl-C interrupts at once."""
+    """SIGTERM and Ctrl-C, remembered; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
+    Args:
+        answer: what a person reads who asks.
+    """
+
+    def __init__(self, answer: str = "stopping after this step, with a commit") -> None:
+        self._answer = answer
         self.is_asked = False
 
     def listen(self) -> None:
@@ -30,7 +37,7 @@ class StopRequest:
         if self.is_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_asked = True
-        print("stopping after this step, with a commit", file=sys.stderr)
+        print(self._answer, file=sys.stderr)
 
     def action(self) -> Action:
         """What the loop should do."""
@@ -58,6 +65,33 @@ def train_here(
     if last:
         show_last(last, config.run_folder)
     return stop.is_asked and progress.epoch < config.num_epochs
+
+
+def relabel_here(config: Config, *, step: int | None = None, manifest_url: str | None = None) -> Relabelled | None:
+    """Make the next round of labels in this process.
+
+    Args:
+        config: from `job_config`.
+        step, manifest_url: as in `relabel_run`.
+
+    Returns:
+        The round; None when a signal stopped it.
+    """
+    stop = StopRequest("stopping; what is scored stays, and the same command goes on from there")
+    stop.listen()
+    try:
+        with work_bar() as bar:
+
+            def tell(done: int, total: int) -> None:
+                if comm.rank() == 0:
+                    bar("scored by rank 0", done, total)
+
+            return relabel_run(
+                config, step=step, manifest_url=manifest_url, is_asked=lambda: stop.is_asked, tell=tell
+            )  # fmt: skip
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run_sinks(out: str, attempt: str, *others: Sink) -> list[Sink]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_mlpl.settings import Settings
+
+AVERAGE: Final = "weight_average"  # a tensor of the optimiser's state, so that ZeRO cuts it like a moment
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -124,6 +126,17 @@ def make_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) ->
             state["step"] = torch.zeros(())
         for name in moment_names(optimizer):
             state[name] = torch.zeros_like(tensor)
+
+
+def make_averages(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Keep a copy of every tensor beside its moments, for an average of the weights.
+
+    Args:
+        optimizer: its rule leaves alone what it does not know.
+        tensors: as in `make_moments`.
+    """
+    for tensor in tensors:
+        optimizer.state[tensor][AVERAGE] = tensor.detach().clone()
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:

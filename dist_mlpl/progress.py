@@ -1,6 +1,7 @@
 """Owns what a run tells while it goes on: rows of numbers, as JSON lines and TensorBoard files, and its logs.
 
-Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit, stopped or note.
+Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit, scoring, round,
+stopped or note.
 """
 
 from __future__ import annotations
@@ -129,6 +130,21 @@ class Report:
             sink.flush()
         self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
 
+    def scoring(self, progress: Progress, done: int, total: int) -> None:
+        """A round of labels is being made: so many images of this rank are scored."""
+        self._emit({"event": "scoring", **_position(progress), "num_scored": done, "num_to_score": total})
+
+    def round(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """A round of labels is in force from now on, `progress.round`. Flushed, like a commit."""
+        self._emit({"event": "round", **_position(progress), **metrics})
+        for sink in self._sinks:
+            sink.flush()
+        self._clock = time.perf_counter()
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank was; other ranks may not have been."""
+        return self._ask() is Action.STOP
+
     def train_metrics(self) -> dict[str, float]:
         """Mean loss and rate of the steps since the last evaluation in this attempt; empty before the first step."""
         if not self._losses:
@@ -243,13 +259,13 @@ class TensorBoard:
         self._writer = SummaryWriter(str(self._folder))
 
     def row(self, row: Row) -> None:
-        if row["event"] not in ("step", "epoch"):
+        sections = {"step": "train", "epoch": "evaluation", "round": "labels"}
+        if row["event"] not in sections:
             return
         skipped = ("event", "step", "samples_consumed")
         for name, value in row.items():
             if name not in skipped and isinstance(value, (int, float)):
-                section = "train" if row["event"] == "step" else "evaluation"
-                self._writer.add_scalar(f"{section}/{name}", value, row["step"])
+                self._writer.add_scalar(f"{sections[row['event']]}/{name}", value, row["step"])
 
     def flush(self) -> None:
         self._writer.flush()

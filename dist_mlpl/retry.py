@@ -89,6 +89,11 @@ def set_deadline(seconds: float) -> None:
     _deadline_seconds = seconds
 
 
+def deadline() -> float:
+    """Seconds that calls of this process keep retrying."""
+    return _deadline_seconds
+
+
 def is_transient(error: BaseException) -> bool:
     """True for a fault that may pass by itself: a broken connection, a timeout, a busy or failing server."""
     if isinstance(error, _PERMANENT) or is_tls_fault(error) or is_unknown_host(error):

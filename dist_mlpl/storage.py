@@ -7,12 +7,14 @@ store. All may be called from many threads at once. Messages show URLs without t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,14 +29,16 @@ from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name,
 # The one door to storage: other rooms import this module alone.
 __all__ = [
     "DEADLINE_SECONDS", "STALL_SECONDS", "Traffic", "absolute", "arrow_filesystem", "check_exclusive_create",
-    "configure_storage", "create_exclusive", "download", "exists", "is_remote", "is_transient", "join", "list_files",
-    "list_names", "missing", "name", "open_read", "read_bytes", "remove", "retried", "sha256_of_bytes",
-    "sha256_of_file", "shown", "size", "traffic", "upload", "version", "write_bytes",
+    "configuration", "configure_storage", "create_exclusive", "create_file", "download", "exists", "is_http",
+    "is_remote", "is_transient", "join", "list_files", "list_names", "list_sizes", "missing", "name", "open_read",
+    "read_bytes", "remove", "remove_folder", "retried", "sha256_of_bytes", "sha256_of_file", "shown", "size", "sync",
+    "traffic", "upload", "version", "write_bytes",
 ]  # fmt: skip
 
 _PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
 _STREAM_BYTES = 4 << 20
+_LISTERS = 16  # parts of an S3 folder that are listed at once
 _CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
 
 
@@ -59,6 +63,12 @@ def configure_storage(
     retry.set_deadline(DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds)
 
 
+def configuration() -> dict[str, Any]:
+    """The keywords that `configure_storage` was last called with, for processes that are to read the same stores."""
+    options, stall_seconds = stores.configured()
+    return {"options": options, "deadline_seconds": retry.deadline(), "stall_seconds": stall_seconds}
+
+
 def missing(url: str, *, what: str, next_step: str) -> StorageError:
     """The error for an object that must exist and does not."""
     where = shown(url)
@@ -79,6 +89,9 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     def read() -> bytes:
         if is_remote(url):
             return stores.read_range(url, start, end)
+        if start is None and end is None:  # the quickest way: millions of small files are read so
+            with open(url.removeprefix("file://"), "rb", buffering=0) as whole:
+                return whole.readall()
         with open(local_path(url), "rb") as file:
             if start:
                 file.seek(start)
@@ -214,8 +227,92 @@ def list_files(url: str) -> Iterator[str]:
     yield from retried(ask, url=url, doing="listing")
 
 
-def write_bytes(url: str, content: bytes) -> None:
+def list_sizes(url: str, *, starts: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """Paths of all files below a folder URL, relative to it, and their sizes; in any order.
+
+    S3 is listed a page at a time, so millions of files need little memory; other object stores in one piece.
+
+    Args:
+        url: of the folder.
+        starts: some of the paths, ascending. On S3 the parts between them are listed at once.
+
+    Raises:
+        FileNotFoundError: no such folder, or, in an object store, nothing in it.
+        StorageError: it could not be listed; no HTTP server can.
+    """
+    if is_http(url):
+        raise StorageError(
+            "a web server cannot be asked for a list", expected="a disk or an object store", where=shown(url),
+            next_step="ask for the size of every file by itself",
+        )  # fmt: skip
+    if not is_remote(url):
+        found = _sizes_below(local_path(url))
+    elif url.startswith(("s3://", "s3a://")):
+        found = _pages(url, starts)
+    else:
+        found = _find_sizes(url)
+    is_empty = True
+    for entry in found:
+        is_empty = False
+        yield entry
+    if is_empty and is_remote(url):
+        raise FileNotFoundError(shown(url))
+
+
+def _sizes_below(root: Path) -> Iterator[tuple[str, int]]:
+    if not root.is_dir():
+        raise FileNotFoundError(str(root))
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{below}{entry.name}/")
+                elif entry.is_file():
+                    yield f"{below}{entry.name}", entry.stat().st_size
+
+
+def _pages(url: str, starts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """All objects of an S3 folder: every part between two starts page after page, several parts at once."""
+
+    def page(after: str) -> tuple[list[tuple[str, int]], bool]:
+        return retried(lambda: stores.list_page(url, after), url=url, doing="listing")
+
+    edges = ["", *(start for start in starts if start)]
+    with ThreadPoolExecutor(_LISTERS, "list") as pool:
+        parts = {pool.submit(page, first): last for first, last in zip(edges, [*edges[1:], None], strict=True)}
+        while parts:
+            for done in wait(parts, return_when=FIRST_COMPLETED).done:
+                last = parts.pop(done)
+                found, is_end = done.result()
+                if not is_end and (last is None or found[-1][0] < last):
+                    parts[pool.submit(page, found[-1][0])] = last
+                yield from (
+                    entry for entry in found if (last is None or entry[0] <= last) and not entry[0].endswith("/")
+                )
+
+
+def _find_sizes(url: str) -> Iterator[tuple[str, int]]:
+    filesystem, path = stores.remote(url)
+
+    def find() -> dict[str, Any]:
+        filesystem.invalidate_cache(path)
+        return filesystem.find(path, detail=True)
+
+    skipped = len(path.rstrip("/")) + 1
+    for entry, about in retried(find, url=url, doing="listing").items():
+        yield entry[skipped:], int(about["size"])
+
+
+def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str | None = None) -> None:
     """Write an object whole: a reader sees the old bytes or the new ones, never a part.
+
+    Args:
+        url: of the object.
+        content: its bytes.
+        durable: return only when a local disk holds it; without, a machine that loses power may forget it.
+        scratch: as in `create_file`.
 
     Raises:
         StorageError: it could not be written.
@@ -226,15 +323,16 @@ def write_bytes(url: str, content: bytes) -> None:
             filesystem, path = stores.remote(url)
             filesystem.pipe_file(path, content)
             return
-        with _temporary_beside(local_path(url)) as temporary:
-            _write_durably(temporary, content)
+        with _temporary_beside(local_path(url), scratch) as temporary:
+            (_write_durably if durable else Path.write_bytes)(temporary, content)
             os.replace(temporary, local_path(url))
-        _sync_folder(local_path(url))
+        if durable:
+            _sync_folder(local_path(url))
 
     _no_missing(write, url=url)
 
 
-def create_exclusive(url: str, content: bytes) -> bool:
+def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
     """Create an object only if none is there: one winner among any number of writers.
 
     Locally a hard link, which fails when the name exists; on object stores a conditional put (`If-None-Match`).
@@ -244,6 +342,7 @@ def create_exclusive(url: str, content: bytes) -> bool:
         content: bytes that no other writer of the same object writes; let them hold a name or a random token. A put
             whose answer was lost is repeated, by us or by the library below, and then finds the object there: only
             its content says who made it.
+        durable: as in `write_bytes`.
 
     Returns:
         True when this call made the object, False when it was there already.
@@ -258,9 +357,10 @@ def create_exclusive(url: str, content: bytes) -> bool:
         attempts += 1
         if not is_remote(url):
             with _temporary_beside(local_path(url)) as temporary:
-                _write_durably(temporary, content)
+                (_write_durably if durable else Path.write_bytes)(temporary, content)
                 os.link(temporary, local_path(url))
-            _sync_folder(local_path(url))
+            if durable:
+                _sync_folder(local_path(url))
             return
         filesystem, path = stores.remote(url)
         try:
@@ -273,7 +373,10 @@ def create_exclusive(url: str, content: bytes) -> bool:
     try:
         _no_missing(create, url=url)
     except FileExistsError:
-        return (is_remote(url) or attempts > 1) and read_bytes(url) == content
+        try:
+            return (is_remote(url) or attempts > 1) and read_bytes(url) == content
+        except FileNotFoundError:  # its maker has removed it
+            return False
     return True
 
 
@@ -340,6 +443,71 @@ def upload(path: Path, url: str) -> None:
     _no_missing(copy, url=url)
 
 
+@contextlib.contextmanager
+def create_file(url: str, *, scratch: str | None = None) -> Iterator[io.FileIO]:
+    """A file to fill, unbuffered, which becomes the object when the block ends, whole; after an error nothing does.
+
+    A local one is renamed into its place without waiting for the disk (`sync` does that). A remote one is filled on
+    this machine's temporary disk, under no name, so that a killed process leaves nothing behind, and then uploaded.
+
+    Args:
+        url: of the object.
+        scratch: local folder, on the disk of a local `url`, for its file while it is filled; None: beside it.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    _refuse_http(url)
+    try:
+        if is_remote(url):
+            with tempfile.TemporaryFile(buffering=0) as file:
+                yield file
+                path = f"/proc/self/fd/{file.fileno()}"
+                filesystem, remote_path = stores.remote(url, in_parts=True)
+                _no_missing(lambda: filesystem.put_file(path, remote_path), url=url)
+            return
+        with _temporary_beside(local_path(url), scratch) as temporary:
+            with open(temporary, "r+b", buffering=0) as file:  # ext4 flushes at its close what "w" has truncated
+                yield file
+            os.replace(temporary, local_path(url))
+    except OSError as error:  # of the file: reading and uploading raise StorageError
+        raise failure(error, url=url, doing="writing", tries=1, waited=0.0) from error
+
+
+def sync(url: str) -> None:
+    """Wait until the disk holds the bytes of a local file (not yet its name, which the next durable write into its
+    folder settles); object stores have them already.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if is_remote(url):
+        return
+
+    def flush() -> None:
+        with open(local_path(url), "rb") as file:
+            os.fsync(file.fileno())
+
+    retried(flush, url=url, doing="writing")
+
+
+def remove_folder(url: str) -> None:
+    """Delete all files below a folder, and the folder; a missing one is fine, also one that others delete now."""
+    _refuse_http(url)
+
+    def delete() -> None:
+        if not is_remote(url):
+            _remove_tree(local_path(url))
+            return
+        filesystem, path = stores.remote(url)
+        filesystem.invalidate_cache()
+        filesystem.rm(path, recursive=True)
+        filesystem.invalidate_cache()
+
+    with contextlib.suppress(FileNotFoundError):
+        retried(delete, url=url, doing="deleting")
+
+
 def remove(url: str) -> None:
     """Delete an object; a missing one is fine."""
 
@@ -396,11 +564,25 @@ def _refuse_http(url: str) -> None:
         )
 
 
+def _remove_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root, topdown=False):
+        for file in files:
+            Path(folder, file).unlink(missing_ok=True)
+        try:
+            os.rmdir(folder)
+        except OSError as error:  # removed by another process, or filled by one that removes it later
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
+
+
 @contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder, so that a rename or link stays on one disk; removed at the end if still there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, text = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _temporary_beside(path: Path, scratch: str | None = None) -> Iterator[Path]:
+    """A name in the same folder, or in `scratch`, so that a rename or link stays on one disk; removed at the end if
+    still there."""
+    folder = path.parent if scratch is None else local_path(scratch)
+    for needed in {path.parent, folder}:
+        needed.mkdir(parents=True, exist_ok=True)
+    handle, text = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     os.close(handle)
     temporary = Path(text)
     temporary.chmod(0o644)

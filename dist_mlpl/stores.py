@@ -18,6 +18,7 @@ from dist_mlpl.urls import hide_secrets_of, is_http, scrubbed, shown
 
 STALL_SECONDS = 30.0  # how long a connection may be silent before it is given up, unless configured
 _CONNECT_SECONDS = 10.0
+_PAGE_KEYS = 1000  # the most that S3 lists at once
 _NUM_CONNECTIONS = 64  # at once to one S3 endpoint; more threads wait
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
@@ -43,6 +44,11 @@ def configure(options: dict[str, Any], *, stall_seconds: float) -> None:
     _options.update(options)
     _stall_seconds = stall_seconds
     hide_secrets_of(options)
+
+
+def configured() -> tuple[dict[str, Any], float]:
+    """The options and seconds that `configure` was last called with."""
+    return copy.deepcopy(_options), _stall_seconds
 
 
 def remote(url: str, *, in_parts: bool = False) -> tuple[Any, str]:
@@ -121,6 +127,26 @@ def look_up(url: str) -> dict[str, Any]:
         return fsspec.asyn.sync(filesystem.loop, _head, filesystem, url)
     filesystem.invalidate_cache(path)
     return filesystem.info(path)
+
+
+def list_page(url: str, after: str) -> tuple[list[tuple[str, int]], bool]:
+    """Up to 1,000 objects below a folder on S3, in one try.
+
+    Args:
+        url: of the folder, `s3://...`.
+        after: path in it that the page begins behind; empty for the first page.
+
+    Returns:
+        (path below the folder, bytes) of each, in the order of UTF-8; and whether these were the last.
+    """
+    filesystem, path = remote(url)
+    bucket, _, prefix = path.partition("/")
+    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
+    begin = {"StartAfter": prefix + after} if after else {}
+    asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE_KEYS, **begin, **filesystem.req_kw}
+    answer = filesystem.call_s3("list_objects_v2", **asked)
+    found = [(entry["Key"][len(prefix) :], int(entry["Size"])) for entry in answer.get("Contents", ())]
+    return found, not answer.get("IsTruncated", False)
 
 
 async def _get(filesystem: Any, url: str, start: int | None, end: int | None) -> bytes:

@@ -14,26 +14,35 @@ import torch
 
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Progress, RunLength
-from dist_mlpl.chain import RunIdentity, read_chain, read_model
+from dist_mlpl.chain import RunIdentity, read_chain, read_head, read_model
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
+from dist_mlpl.curriculum.schedule import check_bounded, is_due
+from dist_mlpl.curriculum.uncertainty import check_dropout
 from dist_mlpl.data.cache import ExtentCache, cache_folder
 from dist_mlpl.data.fetch import Fetcher, check_cache_limit
 from dist_mlpl.data.label_store import Labels, LabelStore
-from dist_mlpl.data.manifest import Manifest, load_manifest
+from dist_mlpl.data.manifest import Manifest
+from dist_mlpl.data.mixture import load_sets
 from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
+from dist_mlpl.data.overlays import newest_round
 from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.stored_view import StoredView
 from dist_mlpl.data.stream import DataSettings, Stream
 from dist_mlpl.data.tar_stream import AnyStream, TarStream
 from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet, open_tars
 from dist_mlpl.data.transform import Transform
-from dist_mlpl.data.views import View
+from dist_mlpl.data.view_files import view_url
+from dist_mlpl.data.views import LabelView, View
 from dist_mlpl.engine import Engine, start
 from dist_mlpl.errors import CheckpointError, StorageError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
 from dist_mlpl.profile import StepProfile
 from dist_mlpl.progress import Action, LogFile, Report, without_nan
+from dist_mlpl.relabel import relabel
+from dist_mlpl.round_commit import on_first_rank
+from dist_mlpl.round_truth import measure, summary
 from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
@@ -79,6 +88,11 @@ def train(
 
         for epoch in range(progress.epoch, config.num_epochs):
             if progress.samples_consumed == 0:  # never again after a resume in the middle of an epoch
+                renewed = rooms.renew_labels(progress, report)
+                if renewed is None:
+                    report.stopped(progress)
+                    return progress
+                progress = renewed
                 method.begin_epoch(progress)
             order = epoch_order(config, rooms.samples, epoch)
             start_at = progress.samples_consumed
@@ -125,6 +139,7 @@ class Rooms:
     method: Method
     engine: Engine
     store: LabelStore
+    cache: ExtentCache | None
     stream: AnyStream
     judged: AnyStream
     judged_labels: Labels
@@ -176,6 +191,38 @@ class Rooms:
         report.saved(progress)
         self.log_file.copy()
 
+    def renew_labels(self, progress: Progress, report: Report) -> Progress | None:
+        """Make a round of labels if one is due, then take over the newest one, whoever made it.
+
+        Returns:
+            The same position under the newest labels; None when the run was asked to stop in the middle of a round.
+
+        Collective: all ranks.
+        """
+        config, curriculum, out = self.config, self.config.curriculum, self.config.run_folder
+        if curriculum is not None and is_due(curriculum, progress.epoch):
+            head = on_first_rank(lambda: read_head(out))
+            assert head is not None  # no round is due before the first epoch, which ends in a commit
+            made = relabel(
+                out, head, curriculum, self.engine, self.store.at(0),
+                open_stream=lambda: build_stream(
+                    config, self.samples, self.cache, self.engine.world, self.engine, train=False
+                ),
+                build=lambda: build_method(config, self.manifest),
+                seed=config.seed, scored_with=config.scoring_digest,
+                is_asked=report.is_asked_to_stop, tell=lambda done, total: report.scoring(progress, done, total),
+            )  # fmt: skip
+            if made is None:
+                return None
+        newest = on_first_rank(lambda: newest_round(out))
+        if newest == progress.round:
+            return progress
+        labels, progress = self.store.at(newest), progress._replace(round=newest)
+        assert labels.round is not None
+        commit, is_measured = labels.round.commit, curriculum is None or curriculum.measure_hidden
+        report.round(progress, summary(commit) | (measure(out, commit, labels) if is_measured else {}))
+        return progress
+
     def judge_if_due(self, progress: Progress, report: Report) -> None:
         """Evaluate the epoch that just ended, unless that is done; RUN/evaluations holds one record a step.
 
@@ -225,7 +272,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
     out, data = config.run_folder, config.data
     samples, judged_samples = open_samples(data, data.train_split, data.eval_split)
     manifest = samples.manifest
-    length = RunLength(config.num_epochs, samples.num_samples)
+    length = RunLength(config.num_epochs, samples.epoch_samples)
     check_global_batch(
         config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
     )
@@ -238,9 +285,13 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
         method, config.engine, config.optimizer, config.schedule,
         length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
     )  # fmt: skip
+    if config.curriculum is not None:
+        check_bounded(config.curriculum, num_samples=length.num_samples, num_classes=manifest.num_classes)
+        if config.curriculum.strategy == "uncertainty":
+            check_dropout(method)
     if attempt.parent is None and config.method.init_from:
         notes.append(start_from(config.method.init_from, engine))
-    store = LabelStore(samples, build_view(data, samples))
+    store = LabelStore(samples, build_view(data, samples), run=out)
     notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
     cache = build_cache(data, samples, world)
     stream = build_stream(config, samples, cache, world, engine, train=True)
@@ -258,6 +309,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
         method=method,
         engine=engine,
         store=store,
+        cache=cache,
         stream=stream,
         judged=build_stream(config, judged_samples, cache, world, engine, train=False),
         judged_labels=LabelStore(judged_samples).at(0),
@@ -301,7 +353,7 @@ def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
     """
     if data.unindexed is not None:
         return [open_tars(data.unindexed, split) for split in splits]
-    manifest = load_manifest(data.manifest)
+    manifest = load_sets(data.manifest)
     return [SplitIndex(manifest, split) for split in splits]
 
 
@@ -311,9 +363,13 @@ def build_method(config: Config, manifest: Manifest) -> Method:
     return config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
 
 
-def build_view(data: DataSettings, index: AnySamples) -> View | None:
-    """The view that hides train labels, or None when every label may be seen."""
-    if not data.is_view_asked or isinstance(index, TarSet):
+def build_view(data: DataSettings, index: AnySamples) -> LabelView | None:
+    """What train labels are seen through, or None when every label may be seen as it is."""
+    if isinstance(index, TarSet):
+        return None
+    if data.view is not None:
+        return StoredView(view_url(index.manifest.url, data.view), index)
+    if not data.is_view_asked:
         return None
     return View(
         data.known_rule,
@@ -328,7 +384,7 @@ def build_view(data: DataSettings, index: AnySamples) -> View | None:
 
 def build_cache(data: DataSettings, index: AnySamples, world: World) -> ExtentCache | None:
     """This node's cache of remote shards, or None where there is nothing to cache."""
-    if isinstance(index, TarSet) or data.cache_bytes == 0 or not storage.is_remote(index.manifest.tars_url):
+    if isinstance(index, TarSet) or data.cache_bytes == 0 or not index.is_remote:
         return None
     return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
 
@@ -343,7 +399,7 @@ def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
         ConfigError: too small.
     """
     data = config.data
-    if not storage.is_remote(index.manifest.tars_url):
+    if not index.is_remote:
         return []
     if data.cache_bytes == 0:
         return ["no cache (data.cache_bytes 0): every sample is read from the store by itself, in every epoch"]
@@ -394,6 +450,7 @@ def epoch_order(config: Config, samples: AnySamples, epoch: int) -> EpochOrder:
         num_lanes=config.data.num_lanes,
         window_samples=config.data.window_samples,
         group_size=config.group_size,
+        parts=samples.parts,
     )
 
 

@@ -1,53 +1,35 @@
-"""Owns the build of a packed data set: check every input, plan, write the shards, write the manifest last."""
+"""Owns the build of a packed data set: plan, pack, and write the manifest last."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import ValidationError
 
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import (
     Manifest,
     Packing,
-    ShardEntry,
     SourceEntry,
     Split,
     classes_digest,
     load_manifest,
     manifest_url,
-    write_manifest,
 )
-from dist_mlpl.errors import ConfigError, DataError, ManifestError
-from shards.pack import (
-    CheckedImage,
-    OnProgress,
-    bytes_in_tar,
-    check_images,
-    cut_shards,
-    packing_order,
-    record_json,
-    run_tasks,
-    write_shard,
-)
-from shards.sources.base import Record, Source
-from shards.verify import verify
+from dist_mlpl.errors import ConfigError, ManifestError
+from shards.assemble import check_fraction, entries_by_split, finish, pack_plan, plan_document, write_skipped
+from shards.ledger import Ledger
+from shards.pack import OnProgress
+from shards.plan import Plan, differences, make_plan
+from shards.processes import Mapper, on_processes
+from shards.repair import rewrite
+from shards.sources.base import Source
+from shards.work import FinishedElsewhereError, sizes_in
 
-Plan = dict[str, list[npt.NDArray[np.int64]]]  # by split, for each shard, positions in `source.records` in tar order
-
-SKIPPED_FILE = "skipped.csv"
-_IMAGES_PER_TASK = 64
-_MAX_KEY_BYTES = 100 - len(".json")  # a USTAR header has 100 bytes for a name without folders
+TARGET_SHARD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +38,8 @@ class BuildSummary:
 
     Args:
         manifest: as written, with its `url` and `digest`; sizes and skipped images are in it.
-        was_complete: True when the folder already held this data set, whole and verified, and nothing was written.
+        was_complete: True when the folder already held this data set, every file with its size, and nothing was
+            written.
     """
 
     manifest: Manifest
@@ -68,130 +51,88 @@ def build(
     out: str,
     *,
     seed: int = 0,
-    target_shard_bytes: int = 256 << 20,
-    workers: int | None = None,
-    max_bad_fraction: float = 0.0,
+    target_shard_bytes: int = TARGET_SHARD_BYTES,
+    max_side: int | None = None,
+    quality: int = 90,
+    convert: bool = False,
     decode: bool = True,
+    max_bad_fraction: float = 0.0,
+    workers: int | None = None,
+    mapper: Mapper | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildSummary:
-    """Pack a data set. Equal inputs, seed and target give equal bytes, whatever the workers, the run and the storage.
+    """Pack a data set. Equal records, files and settings give equal bytes, whatever the workers, kills and storage.
 
-    Every image is read twice: once to check it, once to pack it, with its digest compared in between. Unreadable
-    images are listed in OUT/skipped.csv and left out.
+    Every image is read once, when its shard is packed. Killed anywhere and called again, it goes on where it stood;
+    several calls on one `out`, on any machines, share the work. Images that cannot be packed are listed in
+    OUT/skipped.csv and left out. A folder that holds the set already is looked at by sizes alone: files that are
+    missing or cut short are written again (`repair` finds the rest).
 
     Args:
         source: what to pack.
         out: folder or URL to pack into.
         seed: of the shuffle.
-        target_shard_bytes: upper bound of the shards' mean size.
-        workers: processes; None: one for each core.
-        max_bad_fraction: of images that may be unreadable, in [0, 1].
-        decode: decode every image when checking it.
-        on_progress: called after each finished task.
+        target_shard_bytes: upper bound of the shards' mean size; where images are resized, a guess at it.
+        max_side, quality, convert, decode: see `Packing`.
+        max_bad_fraction: of images that may be left out, in [0, 1].
+        workers: processes of this machine; None: one for each core.
+        mapper: runs the work elsewhere; None: on `workers`.
+        on_progress: told what is being done, how many are done, how many there are, and bytes where they are known.
 
     Raises:
         ConfigError: an argument out of range.
-        DataError: records that cannot be packed, too many unreadable images, an image that changed meanwhile.
-        ManifestError: `out` holds another data set.
+        DataError: records that cannot be packed, too many unfit images, an image that changed meanwhile.
+        ManifestError: `out` holds another data set, or an unfinished build of another.
         StorageError: reading or writing failed.
+        RunError: a worker died.
     """
-    out, workers = storage.absolute(out), os.cpu_count() or 1 if workers is None else workers
-    _check_arguments(target_shard_bytes, workers, max_bad_fraction)
-    _check_records(source)
-    tell = on_progress or (lambda *_: None)
-    packing = Packing(seed=seed, target_shard_bytes=target_shard_bytes)
-
-    checked = _check_all(source, decode, workers, tell)
-    origin = SourceEntry(name=source.name, arguments=source.arguments, digest=_input_digest(source, checked))
-    existing = _existing(out, origin, packing)
-    if existing and not verify(out, workers=workers, on_progress=on_progress).faults:
-        return BuildSummary(existing, was_complete=True)
-    _report_skipped(source, checked, out, max_bad_fraction)
-
-    plan = _plan(source, checked, seed, target_shard_bytes)
-    entries = _write_all(source, checked, plan, out, workers, tell)
+    out, tell = storage.absolute(out), on_progress or (lambda *_: None)
+    packing = _packing(
+        seed=seed, target_shard_bytes=target_shard_bytes, max_side=max_side, quality=quality, convert=convert,
+        decode=decode,
+    )  # fmt: skip
+    check_fraction(max_bad_fraction)
+    mapper = mapper or on_processes(workers)
+    plan = make_plan(source, packing, tell=tell)
+    ledger = Ledger(out)
+    if existing := _existing(out, plan):
+        ledger.sweep(existing.digest)
+        return _made_whole(plan, existing, mapper, tell)
+    try:
+        packed = pack_plan(
+            plan, ledger, mapper, plan_document(plan), max_bad_fraction=max_bad_fraction, folder=out, tell=tell
+        )
+    except FinishedElsewhereError:
+        existing = load_manifest(out)
+        ledger.sweep(existing.digest)
+        return BuildSummary(existing, was_complete=False)
+    skipped = sorted({*plan.skipped, *(image for shard in packed.values() for image in shard.skipped)})
     manifest = Manifest(
         version=version("dist-mlpl"),
         classes=source.classes,
         classes_sha256=classes_digest(source.classes),
         unlisted=source.unlisted,
-        splits={name: _split(shards) for name, shards in entries.items()},
-        source=origin,
+        splits={name: Split.of(entries) for name, entries in entries_by_split(plan, packed).items()},
+        source=SourceEntry(name=source.name, arguments=source.arguments, digest=plan.digest),
         packing=packing,
-        skipped=dict(sorted(Counter(image.fault for image in checked if image.fault).items())),
+        skipped=dict(sorted(Counter(image.reason for image in skipped).items())),
     )
-    return BuildSummary(write_manifest(manifest, out), was_complete=False)
+    write_skipped([(image.image, image.reason) for image in skipped], out, scratch=ledger.folder)
+    return BuildSummary(finish(manifest, ledger, tell), was_complete=False)
 
 
-def _check_arguments(target_shard_bytes: int, workers: int, max_bad_fraction: float) -> None:
-    for name, value, is_good, expected in (
-        ("target_shard_bytes", target_shard_bytes, target_shard_bytes > 0, "a positive number of bytes"),
-        ("workers", workers, workers > 0, "at least 1"),
-        ("max_bad_fraction", max_bad_fraction, 0 <= max_bad_fraction <= 1, "a fraction in [0, 1]"),
-    ):
-        if not is_good:
-            raise ConfigError(f"{name} {value}", expected=expected, where=name, next_step="correct the option")
+def _packing(**settings: Any) -> Packing:
+    try:
+        return Packing(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(
+            f"{name} {first['input']}", expected=first["msg"], where=name, next_step="correct the option"
+        ) from error
 
 
-def _check_records(source: Source) -> None:
-    """What the format asks of records, whatever source they come from."""
-    image_of: dict[str, str] = {}
-    for record in source.records:
-        fault = _record_fault(record, len(source.classes))
-        if record.key in image_of:
-            fault = f"key {record.key!r} is also that of {image_of[record.key]!r}", "a key of its own"
-        if fault:
-            raise DataError(
-                fault[0],
-                expected=fault[1],
-                where=f"image {record.image!r}, row {record.source_row} of source {source.name!r}",
-                next_step="rename the image or split, or correct its labels, in the source",
-            )
-        image_of[record.key] = record.image
-    if not image_of:
-        raise DataError(
-            "no image", expected="at least one", where=f"source {source.name!r}", next_step="check the source's files"
-        )
-
-
-def _record_fault(record: Record, num_classes: int) -> tuple[str, str] | None:
-    """What was found and what was expected, or None."""
-    if not 0 < len(record.key.encode()) <= _MAX_KEY_BYTES or "." in record.key or "/" in record.key:
-        return f"key {record.key!r}", f"1 to {_MAX_KEY_BYTES} bytes, escaped as `key_of` does"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", record.split):
-        return f"split {record.split!r}", "letters, digits, `_` and `-`: it names files"
-    for columns in (record.positives, record.negatives):
-        if list(columns) != sorted(set(columns)) or (columns and not 0 <= columns[0] <= columns[-1] < num_classes):
-            return f"class columns {columns}", f"strictly ascending, in [0, {num_classes})"
-    if set(record.positives) & set(record.negatives):
-        return "a class both present and absent", "one of the two"
-    return None
-
-
-def _check_all(source: Source, decode: bool, workers: int, tell: OnProgress) -> list[CheckedImage]:
-    """Read and check every image, in the order of the records."""
-    names = [record.image for record in source.records]
-    starts = range(0, len(names), _IMAGES_PER_TASK)
-    calls = [(source.images, names[start : start + _IMAGES_PER_TASK], decode) for start in starts]
-    parts: list[list[CheckedImage]] = [[] for _ in calls]
-    done = 0
-    for number, part in run_tasks(check_images, calls, workers):
-        parts[number] = part
-        done += len(part)
-        tell("checking", done, len(names))
-    return [image for part in parts for image in part]
-
-
-def _input_digest(source: Source, checked: Sequence[CheckedImage]) -> str:
-    """sha256 over all that the output depends on, seed and target apart."""
-    classes = [(entry.id, entry.name) for entry in source.classes]
-    digest = hashlib.sha256(json.dumps([source.name, source.arguments, classes, source.unlisted]).encode())
-    for record, image in zip(source.records, checked, strict=True):
-        digest.update(json.dumps([*record, image.sha256.hex(), image.fault]).encode())
-    return digest.hexdigest()
-
-
-def _existing(out: str, origin: SourceEntry, packing: Packing) -> Manifest | None:
+def _existing(out: str, plan: Plan) -> Manifest | None:
     """The manifest already in the folder, None without one.
 
     Raises:
@@ -200,86 +141,36 @@ def _existing(out: str, origin: SourceEntry, packing: Packing) -> Manifest | Non
     if not storage.exists(manifest_url(out)):
         return None
     manifest = load_manifest(out)
-    if (manifest.source, manifest.packing) != (origin, packing):
+    packing = manifest.packing.model_dump() if manifest.packing else "none: tars indexed where they lie"
+    there = {"source": manifest.source.name, "inputs": manifest.source.digest, "packing": packing}
+    here = {"source": plan.source.name, "inputs": plan.digest, "packing": plan.packing.model_dump()}
+    if there != here:
         raise ManifestError(
-            f"another data set: inputs {manifest.source.digest[:16]}..., {manifest.packing}",
-            expected=f"no manifest, or that of inputs {origin.digest[:16]}..., {packing}",
-            where=manifest_url(out),
-            next_step="pack into a new folder: a packed set is never changed",
+            f"another data set: {differences(there, here)}",
+            expected="the same inputs and options, or a folder without a set",
+            where=storage.shown(manifest_url(out)),
+            next_step="pack into a new folder: what a packed set holds is never changed (`shards extend` adds to it)",
         )
     return manifest
 
 
-def _report_skipped(source: Source, checked: Sequence[CheckedImage], out: str, max_bad_fraction: float) -> None:
-    """Write skipped.csv; refuse to go on with too many unreadable images or a split without any readable one."""
+def _made_whole(plan: Plan, manifest: Manifest, mapper: Mapper, tell: OnProgress) -> BuildSummary:
+    """A finished set with the files that are missing or cut short written again."""
+    sizes = sizes_in(manifest.url)
     bad = [
-        (record.image, image.fault)
-        for record, image in zip(source.records, checked, strict=True)
-        if image.fault is not None
+        entry
+        for split in manifest.splits.values()
+        for entry in split.shards
+        if sizes.get(entry.file) != entry.num_bytes or not sizes.get(entry.index)
     ]
-    url = storage.join(out, SKIPPED_FILE)
     if not bad:
-        storage.remove(url)  # of an earlier try, when the inputs were worse
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "reason"))
-    writer.writerows(bad)
-    storage.write_bytes(url, text.getvalue().encode())
-    readable = {record.split for record, image in zip(source.records, checked, strict=True) if image.fault is None}
-    bare = sorted({record.split for record in source.records} - readable)
-    if bare or len(bad) > max_bad_fraction * len(checked):
-        first = ", ".join(f"{image!r} ({fault})" for image, fault in bad[:3])
-        raise DataError(
-            f"{len(bad)} of {len(checked)} images cannot be packed: {first}" + " ..." * (len(bad) > 3),
-            expected=f"a fraction of at most {max_bad_fraction}, and a readable image in every split",
-            where=f"all are listed in {url}",
-            next_step="repair or remove them, or allow for them with --max-bad-fraction",
+        return BuildSummary(manifest, was_complete=True)
+    written = rewrite(plan, manifest.before(0), bad, mapper, tell)
+    if left := [entry.file for entry in bad if entry.file not in written]:
+        raise ManifestError(
+            f"{len(left)} shards are damaged that are not of this source: {', '.join(left[:3])}",
+            expected="whole shards",
+            where=storage.shown(manifest.url),
+            next_step="run `dist-mlpl shards repair` with the source that they were added from",
         )
-
-
-def _plan(source: Source, checked: Sequence[CheckedImage], seed: int, target_shard_bytes: int) -> Plan:
-    """Who lies where: fixed before the first byte is written, so that workers cannot matter."""
-    rows_of: dict[str, list[int]] = {}
-    for row, (record, image) in enumerate(zip(source.records, checked, strict=True)):
-        if image.fault is None:
-            rows_of.setdefault(record.split, []).append(row)
-    class_ids = [entry.id for entry in source.classes]
-    plan: Plan = {}
-    for split, rows in rows_of.items():
-        source_rows = np.array([source.records[row].source_row for row in rows])
-        order = np.array(rows)[packing_order(seed, split, source_rows)]
-        sizes = np.array(
-            [bytes_in_tar(checked[row].num_bytes, len(record_json(source.records[row], class_ids))) for row in order]
-        )
-        plan[split] = [order[part] for part in cut_shards(sizes, target_shard_bytes)]
-    return plan
-
-
-def _write_all(
-    source: Source, checked: Sequence[CheckedImage], plan: Plan, out: str, workers: int, tell: OnProgress
-) -> dict[str, list[ShardEntry]]:
-    """Write every shard; returns their entries by split, in shard order."""
-    places = [(split, number) for split, shards in plan.items() for number in range(len(shards))]
-    class_ids = [entry.id for entry in source.classes]
-    calls = []
-    for split, number in places:
-        rows = plan[split][number]
-        records, digests = [source.records[row] for row in rows], [checked[row].sha256 for row in rows]
-        calls.append((source.images, out, f"{split}-{number:06d}", records, digests, class_ids))
-    entries: dict[tuple[str, int], ShardEntry] = {}
-    num_samples = sum(len(rows) for shards in plan.values() for rows in shards)
-    done = 0
-    for call, entry in run_tasks(write_shard, calls, workers):
-        entries[places[call]] = entry
-        done += entry.num_samples
-        tell("writing", done, num_samples)
-    return {split: [entries[split, number] for number in range(len(shards))] for split, shards in plan.items()}
-
-
-def _split(entries: Sequence[ShardEntry]) -> Split:
-    return Split(
-        num_samples=sum(entry.num_samples for entry in entries),
-        num_bytes=sum(entry.num_bytes for entry in entries),
-        shards=tuple(entries),
-    )
+    return BuildSummary(manifest, was_complete=False)

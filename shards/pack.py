@@ -1,93 +1,93 @@
-"""Owns a shard's bytes: which images may enter, their order, the boundaries between shards, the tar and its index.
+"""Owns a shard's bytes: the order of samples, the boundaries between shards, the tar and its index.
 
 Everything here is a function of the input's content, so any number of workers writes the same bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import os
 import tarfile
-import tempfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import ShardEntry
-from dist_mlpl.data.shard_index import ClassLists, ShardIndex, encode_index
-from dist_mlpl.errors import DataError, RunError, ShardError, StorageError
-from shards.sources.base import Record
+from dist_mlpl.data.manifest import Packing, ShardEntry
+from dist_mlpl.data.shard_index import ShardIndex, encode_index
+from dist_mlpl.errors import DataError, StorageError
+from shards.images import fit_image
+from shards.sources.base import Record, Records, keys_of
 
-T = TypeVar("T")
-OnProgress = Callable[[str, int, int], None]  # what is being done, samples done, samples in all
+# (what is being done, how many done, how many in all[, bytes done])
+OnProgress = Callable[..., None]
 
 BLOCK = tarfile.BLOCKSIZE  # 512: a header takes one block, data are padded to whole blocks
+_READERS = 32  # threads that read remote images ahead
+_READ_AHEAD = 64  # images
+_ZEROS = bytes(BLOCK)
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a file of mode 644; time, owner and group are 0
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-class CheckedImage(NamedTuple):
-    """What reading one input image showed."""
-
-    num_bytes: int
-    sha256: bytes  # empty when the file is missing
-    fault: str | None  # why it may not be packed
-
-
-def check_image(content: bytes, *, decode: bool) -> str | None:
-    """Why an image may not be packed, or None.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all shards of a build share; it crosses to every worker once.
 
     Args:
-        content: the file's bytes.
-        decode: decode every pixel too; finds what the markers do not show.
+        images: folder or URL of the inputs.
+        out: folder or URL of the shards.
+        scratch: folder of unfinished files, removed at the end; on the disk of a local `out`.
+        class_ids: stable keys in column order.
+        packing: how images and shards are made.
     """
-    if not content:
-        return "empty file"
-    if not content.startswith(b"\xff\xd8\xff"):
-        return "not a JPEG"
-    # The end marker must follow the last scan's start: a thumbnail in the header has an end marker of its own,
-    # and some cameras append bytes to the end.
-    if not 0 <= content.rfind(b"\xff\xda") < content.rfind(b"\xff\xd9"):
-        return "truncated JPEG"
-    if decode:
-        from dist_mlpl.data.transform import decode_jpeg  # brings torch, which a run without decoding does not need
 
-        try:
-            decode_jpeg(content)
-        except ShardError:
-            return "undecodable JPEG"
-    return None
+    images: str
+    out: str
+    scratch: str
+    class_ids: tuple[str, ...]
+    packing: Packing
 
 
-def check_images(images: str, names: Sequence[str], decode: bool) -> list[CheckedImage]:
-    """Read and check some input images, one in memory at a time.
+@dataclass(frozen=True, eq=False, slots=True)
+class ShardJob:
+    """One shard as planned.
 
     Args:
-        images: folder or URL.
-        names: paths below it.
-        decode: as in `check_image`.
-
-    Raises:
-        StorageError: the storage failed; a missing file is a fault of the image instead.
+        stem: file name without ending, `SPLIT-000000`.
+        records: n images in tar order.
+        sizes: (n,) int64, bytes of their files when the plan was made.
     """
-    checked = []
-    for name in names:
-        try:
-            content = storage.read_bytes(storage.join(images, name))
-        except FileNotFoundError:
-            checked.append(CheckedImage(0, b"", "missing file"))
-            continue
-        digest = hashlib.sha256(content).digest()
-        checked.append(CheckedImage(len(content), digest, check_image(content, decode=decode)))
-    return checked
+
+    stem: str
+    records: Records
+    sizes: npt.NDArray[np.int64]
+
+
+class Skipped(NamedTuple):
+    """An image that was left out."""
+
+    source_row: int
+    image: str
+    reason: str
+
+
+class PackedShard(NamedTuple):
+    """What became of a job."""
+
+    entry: ShardEntry | None  # None: no image of it could be packed, and nothing was written
+    index_bytes: int  # of the index
+    skipped: tuple[Skipped, ...]
 
 
 def packing_order(seed: int, split: str, source_rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
@@ -129,104 +129,211 @@ def cut_shards(sample_bytes: npt.NDArray[np.int64], target_shard_bytes: int) -> 
     return [slice(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(sample_bytes)], strict=True)]
 
 
-def record_json(record: Record, class_ids: Sequence[str]) -> bytes:
-    """The labels of a record as the shard stores them beside the image."""
+def record_json(key: str, record: Record, class_ids: Sequence[str], *, has_machine: bool) -> bytes:
+    """The labels of a record as the shard stores them beside the image.
+
+    Args:
+        key: `record.key`.
+        record: of the image.
+        class_ids: stable keys in column order.
+        has_machine: the source has machine labels; `machine` is then written, even if it is empty.
+    """
     document = {
-        "key": record.key,
+        "key": key,
         "positives": [class_ids[column] for column in record.positives],
         "negatives": [class_ids[column] for column in record.negatives],
         "source": {"image": record.image, "row": record.source_row},
     }
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    if has_machine:
+        pairs = zip(record.machine, record.confidences, strict=True)
+        document["machine"] = {class_ids[column]: shortest(confidence) for column, confidence in pairs}
+    return _JSON.encode(document).encode()
 
 
-def bytes_in_tar(num_image_bytes: int, num_json_bytes: int) -> int:
-    """Bytes that a sample takes in a tar: two headers, two contents in whole blocks."""
-    return sum(BLOCK + -(-size // BLOCK) * BLOCK for size in (num_image_bytes, num_json_bytes))
+@functools.cache
+def shortest(confidence: float) -> float:
+    """The number of fewest digits that float16 rounds to this one: 0.7 for 0.70019..."""
+    return float(str(np.float16(confidence)))
 
 
-def write_shard(
-    images: str, out: str, stem: str, records: Sequence[Record], digests: Sequence[bytes], class_ids: Sequence[str]
-) -> ShardEntry:
-    """Write one tar and its index.
+def tar_header(name: bytes, num_bytes: int) -> bytes:
+    """The USTAR header of a regular file, as `tarfile` makes it, without time, owner and group.
 
     Args:
-        images: folder or URL of the inputs.
-        out: folder or URL of the shards.
-        stem: file name without ending, `SPLIT-000000`.
-        records: in tar order.
-        digests: sha256 of each image when it was checked.
-        class_ids: stable keys in column order.
+        name: 1 to 100 bytes.
+        num_bytes: of the content, below 8 GiB.
+    """
+    size = b"%011o\0" % num_bytes
+    checksum = _HEADER_SUM + sum(name) + sum(size)
+    return b"%b%b%b%b%06o\0%b" % (
+        name, _HEADER[len(name) : 124], size, _HEADER[136:148], checksum, _HEADER[155:],
+    )  # fmt: skip
+
+
+# Of the bytes that never change; those of the checksum itself count as blanks.
+_HEADER_SUM = sum(_HEADER[:124]) + sum(_HEADER[136:148]) + 8 * ord(" ") + sum(_HEADER[156:])
+
+
+def padding(num_bytes: int) -> bytes:
+    """Zeros up to the next whole block."""
+    return _ZEROS[: -num_bytes % BLOCK]
+
+
+class TarWriter:
+    """Appends samples to a tar, and knows the digest of all it wrote.
+
+    Args:
+        file: unbuffered, at its start.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0  # written so far
+
+    def add(self, key: str, image: bytes, labels: bytes) -> int:
+        """Append KEY.jpg and KEY.json. Returns the offset of the image's first byte."""
+        name = key.encode()
+        offset = self.num_bytes + BLOCK
+        header = tar_header(name + b".json", len(labels))
+        rest = b"".join((padding(len(image)), header, labels, padding(len(labels))))
+        self._write(tar_header(name + b".jpg", len(image)), image, rest)
+        return offset
+
+    def close(self) -> str:
+        """Write the end of the archive, which is one of whole records. Returns the sha256."""
+        size = self.num_bytes + 2 * BLOCK
+        self._write(bytes(2 * BLOCK + -size % tarfile.RECORDSIZE))
+        return self._digest.hexdigest()
+
+    def _write(self, *parts: bytes) -> None:
+        """Write all parts in one call of the system, if it takes them."""
+        total = sum(map(len, parts))
+        written = os.writev(self._file.fileno(), parts)
+        if written < total:
+            rest = memoryview(b"".join(parts))[written:]
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        for part in parts:
+            self._digest.update(part)
+        self.num_bytes += total
+
+
+class _NothingToPackError(Exception):
+    """No image of a job can be packed."""
+
+
+def write_shard(setting: Setting, job: ShardJob, expected: ShardEntry | None = None) -> PackedShard:
+    """Write one tar and its index; every image is read once. Images that cannot be packed are left out.
+
+    Args:
+        setting: of the build.
+        job: the shard.
+        expected: what must come of it, or nothing is written.
 
     Raises:
-        DataError: an image is no longer what was checked.
+        DataError: an image is no longer as it was when the plan was made, or something other than `expected` came out.
         StorageError: reading or writing failed.
     """
-    with tempfile.TemporaryDirectory(prefix="mlpl-shard-") as folder:
-        path = Path(folder, f"{stem}.tar")
-        with open(path, "wb") as stream:
-            index = _write_tar(stream, images, records, digests, class_ids)
-        index_content = encode_index(index)
-        tar_url, index_url = storage.join(out, path.name), storage.join(out, f"{stem}.arrow")
-        num_bytes = path.stat().st_size
-        storage.upload(path, tar_url)
-        storage.write_bytes(index_url, index_content)
-        _check_size(tar_url, num_bytes)
-        _check_size(index_url, len(index_content))
-        return ShardEntry(
-            file=storage.name(tar_url),
-            index=storage.name(index_url),
-            num_samples=len(records),
-            num_bytes=num_bytes,
-            sha256=storage.sha256_of_file(path),
-            index_sha256=storage.sha256_of_bytes(index_content),
-        )
+    skipped: list[Skipped] = []
+    tar_url = storage.join(setting.out, f"{job.stem}.tar")
+    index_url = storage.join(setting.out, f"{job.stem}.arrow")
+    scratch = None if storage.is_remote(setting.out) else setting.scratch
+    try:
+        with storage.create_file(tar_url, scratch=scratch) as file:
+            tar = TarWriter(file)
+            index = _write_samples(tar, setting, job, skipped)
+            sha256, content = tar.close(), encode_index(index)
+            entry = ShardEntry(
+                file=storage.name(tar_url),
+                index=storage.name(index_url),
+                num_samples=index.num_samples,
+                num_bytes=tar.num_bytes,
+                sha256=sha256,
+                index_sha256=storage.sha256_of_bytes(content),
+            )
+            if expected not in (None, entry):
+                raise _changed(f"another shard came out of it: {entry.num_samples} samples, sha256 {sha256}", tar_url)
+    except _NothingToPackError as error:
+        if expected is not None:
+            raise _changed("no image of it can be packed any more", tar_url) from error
+        return PackedShard(None, 0, tuple(skipped))
+    storage.write_bytes(index_url, content, durable=False, scratch=scratch)  # `storage.sync` precedes the manifest
+    if storage.is_remote(setting.out):
+        _check_size(tar_url, entry.num_bytes)
+    return PackedShard(entry, len(content), tuple(skipped))
 
 
-def _write_tar(
-    stream: IO[bytes], images: str, records: Sequence[Record], digests: Sequence[bytes], class_ids: Sequence[str]
-) -> ShardIndex:
-    offsets, sizes, checksums = [], [], []
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
-        for record, digest in zip(records, digests, strict=True):
-            content = _read_again(storage.join(images, record.image), digest)
-            offsets.append(_add(tar, stream, f"{record.key}.jpg", content))
-            sizes.append(len(content))
-            checksums.append(zlib.crc32(content))
-            _add(tar, stream, f"{record.key}.json", record_json(record, class_ids))
+def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: list[Skipped]) -> ShardIndex:
+    """Fill a tar, append to `skipped`, and return the index."""
+    has_machine = job.records.machine is not None
+    rows, offsets, sizes, checksums = [], [], [], []
+    samples = zip(keys_of(job.records.images).to_pylist(), job.records, _contents(setting.images, job), strict=True)
+    for row, (key, record, content) in enumerate(samples):
+        image, fault = fit_image(content, record.rotation, setting.packing)
+        if fault is not None:
+            skipped.append(Skipped(record.source_row, record.image, fault))
+            continue
+        labels = record_json(key, record, setting.class_ids, has_machine=has_machine)
+        offsets.append(tar.add(key, image, labels))
+        rows.append(row)
+        sizes.append(len(image))
+        checksums.append(zlib.crc32(image))
+    if not rows:
+        raise _NothingToPackError
+    packed = job.records if not skipped else job.records.take(np.array(rows))
     return ShardIndex(
-        keys=pa.array([record.key for record in records], pa.string()),
+        keys=keys_of(packed.images),
         offsets=np.array(offsets, dtype=np.uint64),
         num_bytes=np.array(sizes, dtype=np.uint32),
-        source_rows=np.array([record.source_row for record in records], dtype=np.uint64),
-        positives=ClassLists.of([record.positives for record in records]),
-        negatives=ClassLists.of([record.negatives for record in records]),
+        source_rows=packed.source_rows,
+        positives=packed.positives,
+        negatives=packed.negatives,
         crc32=np.array(checksums, dtype=np.uint32),
+        machine=packed.machine,
+        confidences=packed.confidences,
     )
 
 
-def _read_again(url: str, digest: bytes) -> bytes:
-    try:
-        content = storage.read_bytes(url)
-    except FileNotFoundError:
-        content = b""
-    if hashlib.sha256(content).digest() != digest:
-        raise DataError(
-            "an image that changed or vanished after it was checked",
-            expected="inputs that stay as they are while they are packed",
-            where=url,
-            next_step="run the same command again when nothing writes to the inputs",
-        )
-    return content
+def _contents(images: str, job: ShardJob) -> Iterator[bytes]:
+    """The images of a job in order; remote ones are read ahead, for each costs a round trip.
+
+    Raises:
+        DataError: one vanished, or has another size than when the plan was made.
+    """
+
+    def read(name: str, size: int) -> bytes:
+        url = storage.join(images, name)
+        try:
+            content = storage.read_bytes(url)
+        except FileNotFoundError:
+            content = None
+        if content is None or len(content) != size:
+            found = "vanished" if content is None else f"changed, {len(content)} bytes for {size},"
+            raise _changed(f"an image that {found} after the build was planned", url)
+        return content
+
+    calls = zip(job.records.images.to_pylist(), job.sizes.tolist(), strict=True)
+    if not storage.is_remote(images):
+        yield from (read(*call) for call in calls)
+        return
+    with ThreadPoolExecutor(_READERS, "images") as pool:
+        reads: deque[Future[bytes]] = deque(pool.submit(read, *call) for call in islice(calls, _READ_AHEAD))
+        try:
+            while reads:
+                yield reads.popleft().result()
+                reads.extend(pool.submit(read, *call) for call in islice(calls, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _add(tar: tarfile.TarFile, stream: IO[bytes], name: str, content: bytes) -> int:
-    """Append a member; a fresh TarInfo has mtime, uid and gid 0 and no names. Returns the offset of its data."""
-    offset = stream.tell() + BLOCK
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-    return offset
+def _changed(found: str, where: str) -> DataError:
+    return DataError(
+        found,
+        expected="inputs that stay as they are while they are packed, and one version of dist-mlpl and Pillow",
+        where=storage.shown(where),
+        next_step="put the inputs back as they were; or pack them as they are now into a new folder",
+    )
 
 
 def _check_size(url: str, num_bytes: int) -> None:
@@ -235,39 +342,3 @@ def _check_size(url: str, num_bytes: int) -> None:
         raise StorageError(
             f"{found} bytes arrived", expected=f"{num_bytes} bytes", where=url, next_step="run the same command again"
         )
-
-
-def run_tasks(task: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, T]]:
-    """Run a function on many arguments in worker processes; with one worker, in this process.
-
-    Workers are spawned, not forked: a forked child would inherit the threads of open connections.
-
-    Args:
-        task: a module's function; arguments and result cross processes.
-        calls: arguments of each call.
-        workers: processes at most.
-
-    Yields:
-        (number of the call, its result), as they finish. The first error ends the rest and is raised.
-
-    Raises:
-        RunError: a worker process died.
-    """
-    if workers == 1 or len(calls) <= 1:
-        for number, call in enumerate(calls):
-            yield number, task(*call)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(calls)), mp_context=get_context("spawn"))
-    try:
-        futures = {pool.submit(task, *call): number for number, call in enumerate(calls)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a worker process died",
-            expected="workers that live until they are told to stop",
-            where=f"one of {min(workers, len(calls))} workers",
-            next_step="look for the out-of-memory killer in the system's log; run again with fewer workers",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)

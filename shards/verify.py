@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest
 from dist_mlpl.data.shard_index import ShardIndex, read_index
-from dist_mlpl.errors import ConfigError, DataError, ShardError
-from shards.pack import OnProgress, check_image, run_tasks
+from dist_mlpl.errors import DataError, ShardError
+from shards.images import check_image
+from shards.pack import OnProgress, shortest
+from shards.processes import Mapper, on_processes
 from shards.scan import scan_tar
 
 _MAX_FAULTS_PER_SHARD = 20  # a shard that is wrong from some byte on would otherwise repeat itself by the thousand
@@ -50,7 +53,12 @@ class VerifyReport:
 
 
 def verify(
-    url: str, *, decode: bool = False, workers: int | None = None, on_progress: OnProgress | None = None
+    url: str,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    mapper: Mapper | None = None,
+    on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Read a packed data set again and compare everything with everything.
 
@@ -62,25 +70,25 @@ def verify(
     Args:
         url: folder or manifest.json.
         decode: decode every image too.
-        workers: processes; None: one for each core.
-        on_progress: called after each shard.
+        workers: processes of this machine; None: one for each core.
+        mapper: runs the work elsewhere; None: on `workers`.
+        on_progress: told after each shard.
 
     Raises:
         ManifestError: the manifest is missing or not in agreement with itself.
         StorageError: the storage failed; a missing file is a fault instead.
     """
-    workers = os.cpu_count() or 1 if workers is None else workers
-    if workers < 1:
-        raise ConfigError(f"workers {workers}", expected="at least 1", where="workers", next_step="correct the option")
+    mapper, tell = mapper or on_processes(workers), on_progress or (lambda *_: None)
     manifest = load_manifest(url)
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
-    num_samples, done = sum(entry.num_samples for entry in entries), 0
+    num_samples, done, num_bytes = sum(entry.num_samples for entry in entries), 0, 0
     faults: list[list[Fault]] = [[] for _ in entries]
-    for number, found in run_tasks(verify_shard, [(manifest, entry, decode) for entry in entries], workers):
+    frame = manifest.model_copy(update={"splits": {}})  # all that a worker needs; the list of shards may be long
+    for number, found in mapper(partial(_verify_entry, frame, decode), ((entry,) for entry in entries)):
         faults[number] = found
         done += entries[number].num_samples
-        if on_progress is not None:
-            on_progress("verifying", done, num_samples)
+        num_bytes += entries[number].num_bytes
+        tell("verifying", done, num_samples, num_bytes)
     listed = {file for entry in entries for file in (entry.file, entry.index)}
     endings = (".tar", ".arrow") if manifest.packing else (".arrow",)  # beside indexed tars other tars may lie
     strays = [
@@ -89,6 +97,10 @@ def verify(
         if name.endswith(endings) and name not in listed
     ]
     return VerifyReport(manifest, tuple(fault for part in [*faults, strays] for fault in part))
+
+
+def _verify_entry(manifest: Manifest, decode: bool, entry: ShardEntry) -> list[Fault]:
+    return verify_shard(manifest, entry, decode)
 
 
 def verify_shard(manifest: Manifest, entry: ShardEntry, decode: bool) -> list[Fault]:
@@ -155,8 +167,11 @@ def _member_faults(
                 if place != wanted:
                     yield fault(key, f"offset and length {place}", f"{wanted}, from the index")
                 images.seek(wanted[0])
-                if reason := check_image(images.read(wanted[1]), decode=decode):
+                content = images.read(wanted[1])
+                if reason := check_image(content, decode=decode):
                     yield fault(key, reason, "a whole JPEG where the index points")
+                if index.crc32 is not None and zlib.crc32(content) != index.crc32[row]:
+                    yield fault(key, "another image", "the one whose checksum is in the index")
                 yield from (fault(key, *pair) for pair in _label_faults(tar, labels, index, row, class_ids))
                 row += 1
     except (
@@ -205,16 +220,22 @@ def _label_faults(
     file = tar.extractfile(member)
     try:
         document: Any = json.loads(file.read() if file else b"")
-        found = (document["key"], document["positives"], document["negatives"], document["source"]["row"])
+        found = [document["key"], document["positives"], document["negatives"], document["source"]["row"]]
+        if index.machine is not None:
+            found.append(document["machine"])
     except (ValueError, KeyError, TypeError) as error:
         yield f"labels that do not read: {error!r}", "a JSON object with key, positives, negatives, source"
         return
-    wanted = (
+    wanted = [
         index.keys[row].as_py(),
         [class_ids[column] for column in index.positives_of(row)],
         [class_ids[column] for column in index.negatives_of(row)],
         int(index.source_rows[row]),
-    )
-    for name, ours, theirs in zip(("key", "positives", "negatives", "source row"), found, wanted, strict=True):
+    ]
+    if index.machine is not None:
+        columns, confidences = index.machine_of(row)
+        wanted.append({class_ids[c]: shortest(x) for c, x in zip(columns, confidences.tolist(), strict=True)})
+    names = ("key", "positives", "negatives", "source row", "machine")
+    for name, ours, theirs in zip(names, found, wanted, strict=False):
         if ours != theirs:
             yield f"{name} {ours} in the tar", f"{theirs}, from the index"

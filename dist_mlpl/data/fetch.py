@@ -72,7 +72,7 @@ class Fetcher:
 
     def __init__(self, index: SplitIndex, cache: ExtentCache | None = None) -> None:
         self._index, self._cache = index, cache
-        self.is_remote = storage.is_remote(index.manifest.shard_url(index.shards[0])) if index.shards else False
+        self.is_remote = index.is_remote
         self._keys: dict[int, str] = {}  # of each shard's extents: full URL and digest
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._lock = threading.Lock()
@@ -120,6 +120,8 @@ class Fetcher:
             yield self._read_here(shard, row) if content is None else content
 
     def _read_if_missing(self, shard: int, row: int) -> bytes | None:
+        if not storage.is_remote(self._url(shard)):
+            return None
         if self._cache is not None and self._cache.has(self._extent(shard, row).key):
             return None
         return self._read_sample(shard, row)
@@ -127,7 +129,7 @@ class Fetcher:
     def _read_here(self, shard: int, row: int) -> bytes:
         table = self._index.shard_index(shard)
         offset, num_bytes = int(table.offsets[row]), int(table.num_bytes[row])
-        if not self.is_remote:
+        if not self.is_remote or not storage.is_remote(self._url(shard)):
             return self._read_local(shard, row, offset, num_bytes)
         if self._cache is not None:
             extent = self._extent(shard, row)
@@ -222,6 +224,8 @@ class Fetcher:
         """Fetch the extents that hold samples [first, stop) of one shard."""
         assert self._cache is not None
         ((shard, row),) = self._index.rows(np.array([first]))
+        if not storage.is_remote(self._url(shard)):
+            return
         end = row + stop - first
         while row < end:
             extent = self._extent(shard, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -34,6 +34,8 @@ class ShardEntry(Settings):
     num_bytes: int = Field(ge=1)  # of the tar
     sha256: str = ""  # empty: indexed where it lies and never read whole, so its digest is unknown
     index_sha256: str
+    folder: str = Field(default="", exclude=True)  # of the index, and of the tar, where sets are mixed in memory
+    tars: str = Field(default="", exclude=True)
 
 
 class Split(Settings):
@@ -43,21 +45,43 @@ class Split(Settings):
     num_bytes: int
     shards: tuple[ShardEntry, ...]
 
+    @classmethod
+    def of(cls, shards: Iterable[ShardEntry]) -> Split:
+        """A split of these shards, counted."""
+        listed = tuple(shards)
+        return cls(
+            num_samples=sum(entry.num_samples for entry in listed),
+            num_bytes=sum(entry.num_bytes for entry in listed),
+            shards=listed,
+        )
+
 
 class SourceEntry(Settings):
     """What the shards were made from; nothing here depends on where the inputs lay."""
 
     name: str
     arguments: dict[str, Any]
-    digest: str  # sha256 over classes, records and image bytes
+    digest: str  # sha256 over classes, records and the images' sizes
+
+
+class Extension(SourceEntry):
+    """What was added to a finished set."""
+
+    version: str  # of dist-mlpl that added it
+    num_samples: int
+    first_source_row: int  # its own row 0 in the order of the whole
+    first_shards: dict[str, int]  # by split, the place of its first shard in the list
 
 
 class Packing(Settings):
     """How the shards were made."""
 
     seed: int
-    max_side: int | None = None  # pixels; None: images copied byte for byte
-    target_shard_bytes: int
+    max_side: int | None = Field(None, ge=1)  # pixels; larger images were resized; None: copied byte for byte
+    quality: int = Field(90, ge=1, le=100)  # of images that were resized, turned or converted: JPEG's own scale
+    convert: bool = False  # images in other formats became JPEGs; else they were left out
+    decode: bool = True  # images that do not decode were left out; else only their markers were looked at
+    target_shard_bytes: int = Field(ge=1)
 
 
 class Manifest(Settings):
@@ -75,11 +99,14 @@ class Manifest(Settings):
     group_size_hint: int = 8
     splits: dict[str, Split]
     source: SourceEntry
+    extensions: tuple[Extension, ...] = ()  # added later, in this order; left out of the document when empty
     packing: Packing | None  # None: tars of other people's, indexed as they are
     tars: str = ""  # folder URL of the tars where that is not the manifest's own; left out of the document when empty
     skipped: dict[str, int] = Field(default_factory=dict)  # unreadable images by reason
     url: str = Field(default="", exclude=True)
     digest: str = Field(default="", exclude=True)
+    # By split, (number of shards, weight) of each set of a mixture; empty for a set by itself.
+    parts: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict, exclude=True)
 
     @property
     def tars_url(self) -> str:
@@ -115,13 +142,23 @@ class Manifest(Settings):
         """Samples of each shard of a split, in manifest order."""
         return [entry.num_samples for entry in self.split(split).shards]
 
+    def before(self, number: int) -> Manifest:
+        """The set as it was before extension `number` was added: its splits and extensions; the classes are today's."""
+        later = self.extensions[number:]
+        splits = {}
+        for name, split in self.splits.items():
+            ends = [extension.first_shards[name] for extension in later if name in extension.first_shards]
+            if kept := split.shards[: min(ends, default=len(split.shards))]:
+                splits[name] = Split.of(kept)
+        return self.model_copy(update={"splits": splits, "extensions": self.extensions[:number]})
+
     def shard_url(self, entry: ShardEntry) -> str:
         """Where the tar lies."""
-        return storage.join(self.tars_url, entry.file)
+        return storage.join(entry.tars or self.tars_url, entry.file)
 
     def index_url(self, entry: ShardEntry) -> str:
         """Where the tar's index lies."""
-        return storage.join(self.url, entry.index)
+        return storage.join(entry.folder or self.url, entry.index)
 
 
 def classes_digest(classes: Sequence[ClassEntry]) -> str:
@@ -165,8 +202,13 @@ def load_manifest(url: str) -> Manifest:
     return manifest.model_copy(update={"url": folder, "digest": storage.sha256_of_bytes(content)})
 
 
-def write_manifest(manifest: Manifest, url: str) -> Manifest:
+def write_manifest(manifest: Manifest, url: str, *, scratch: str | None = None) -> Manifest:
     """Write manifest.json into a folder, whole or not at all, after every shard it lists is there.
+
+    Args:
+        manifest: as it shall be.
+        url: of the folder.
+        scratch: as in `storage.create_file`.
 
     Returns:
         The manifest with its `url` and `digest`.
@@ -177,9 +219,10 @@ def write_manifest(manifest: Manifest, url: str) -> Manifest:
     folder = storage.absolute(url)
     where = manifest_url(folder)
     _check(manifest, where)
-    document = manifest.model_dump(mode="json", exclude=None if manifest.tars else {"tars"})
+    unset = {field for field in ("tars", "extensions") if not getattr(manifest, field)}
+    document = manifest.model_dump(mode="json", exclude=unset)
     content = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
-    storage.write_bytes(where, content)
+    storage.write_bytes(where, content, scratch=scratch)
     return manifest.model_copy(update={"url": folder, "digest": storage.sha256_of_bytes(content)})
 
 

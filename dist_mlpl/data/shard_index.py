@@ -81,6 +81,9 @@ class ShardIndex:
         positives, negatives: class columns verified present, verified absent.
         crc32: (n,) uint32, checksum of each JPEG, by which a fetched one is checked; None in indexes of tars whose
             images were never read.
+        machine: class columns that only a machine calls present, in neither list above; None where the source has no
+            machine labels.
+        confidences: (total,) float16 in [0, 1], of the entries of `machine`; None with it.
     """
 
     keys: pa.StringArray
@@ -90,6 +93,8 @@ class ShardIndex:
     positives: ClassLists
     negatives: ClassLists
     crc32: npt.NDArray[np.uint32] | None = None
+    machine: ClassLists | None = None
+    confidences: npt.NDArray[np.float16] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -103,6 +108,12 @@ class ShardIndex:
     def negatives_of(self, row: int) -> npt.NDArray[np.uint16]:
         """Class columns absent from one sample, ascending."""
         return self.negatives.row(row)
+
+    def machine_of(self, row: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
+        """Class columns that only a machine calls present in one sample, ascending, and its confidences."""
+        if self.machine is None or self.confidences is None:
+            return np.empty(0, np.uint16), np.empty(0, np.float16)
+        return self.machine.row(row), self.confidences[self.machine.offsets[row] : self.machine.offsets[row + 1]]
 
     def targets(self, rows: npt.ArrayLike, num_classes: int, unlisted: Unlisted) -> Targets:
         """Dense labels of some samples.
@@ -147,24 +158,32 @@ _SCHEMA = pa.schema(
         ("negatives", pa.list_(pa.uint16())),
     ]
 )
+# Where they are known.
 _CRC = pa.field("crc32", pa.uint32())
+_MACHINE = pa.field("machine", pa.list_(pa.uint16()))
+_CONFIDENCES = pa.field("confidences", pa.list_(pa.float16()))
 
 
 def encode_index(index: ShardIndex) -> bytes:
     """An index as an Arrow IPC file; equal indexes give equal bytes."""
-    lists = [
-        pa.ListArray.from_arrays(pa.array(part.offsets.astype(np.int32)), pa.array(part.values))
-        for part in (index.positives, index.negatives)
-    ]
+    lists = [_list_column(part.offsets, part.values) for part in (index.positives, index.negatives)]
     numbers = [pa.array(column) for column in (index.offsets, index.num_bytes, index.source_rows)]
-    schema, columns = _SCHEMA, [index.keys, *numbers, *lists]
+    fields, columns = list(_SCHEMA), [index.keys, *numbers, *lists]
     if index.crc32 is not None:
-        schema, columns = _SCHEMA.append(_CRC), [*columns, pa.array(index.crc32)]
+        fields, columns = [*fields, _CRC], [*columns, pa.array(index.crc32)]
+    if index.machine is not None and index.confidences is not None:
+        parts = [_list_column(index.machine.offsets, part) for part in (index.machine.values, index.confidences)]
+        fields, columns = [*fields, _MACHINE, _CONFIDENCES], [*columns, *parts]
+    schema = pa.schema(fields)
     batch = pa.record_batch(columns, schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
+
+
+def _list_column(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
 def decode_index(content: bytes, where: str) -> ShardIndex:
@@ -188,7 +207,8 @@ def decode_index(content: bytes, where: str) -> ShardIndex:
         raise wrong(f"an index that does not read: {error}", "an Arrow IPC file") from error
     columns = {}
     has_crc = _CRC.name in table.column_names
-    for field in [*_SCHEMA, _CRC] if has_crc else _SCHEMA:
+    has_machine = _MACHINE.name in table.column_names or _CONFIDENCES.name in table.column_names
+    for field in [*_SCHEMA, *[_CRC] * has_crc, *[_MACHINE, _CONFIDENCES] * has_machine]:
         if table.column_names.count(field.name) != 1:
             raise wrong(f"columns {', '.join(table.column_names)}", f"one column {field.name!r}")
         column = table.column(field.name)
@@ -206,18 +226,34 @@ def decode_index(content: bytes, where: str) -> ShardIndex:
         positives=_lists_of(columns["positives"]),
         negatives=_lists_of(columns["negatives"]),
         crc32=columns["crc32"].to_numpy() if has_crc else None,
+        machine=_lists_of(columns["machine"]) if has_machine else None,
+        confidences=columns["confidences"].flatten().to_numpy() if has_machine else None,
     )
-    for name, lists in (("positives", index.positives), ("negatives", index.negatives)):
+    for name, lists in _class_lists(index).items():
         if not lists.ascends():
             raise wrong(f"a list in {name!r} that is out of order", "strictly ascending class columns")
     if not (index.offsets[1:] > index.offsets[:-1]).all():
         raise wrong("offsets that do not rise", "rows in tar order")
+    if index.machine is not None and index.confidences is not None:
+        if not np.array_equal(index.machine.offsets, _offsets_of(columns["confidences"])):
+            raise wrong("lists in 'machine' and 'confidences' of different lengths", "a confidence for each class")
+        if not ((index.confidences >= 0) & (index.confidences <= 1)).all():
+            raise wrong("a confidence outside [0, 1]", "fractions")
     return index
 
 
+def _class_lists(index: ShardIndex) -> dict[str, ClassLists]:
+    lists = {"positives": index.positives, "negatives": index.negatives}
+    return lists if index.machine is None else {**lists, "machine": index.machine}
+
+
 def _lists_of(column: Any) -> ClassLists:
+    return ClassLists(column.flatten().to_numpy(), _offsets_of(column))
+
+
+def _offsets_of(column: Any) -> npt.NDArray[np.int64]:
     offsets = column.offsets.to_numpy().astype(np.int64)
-    return ClassLists(column.flatten().to_numpy(), offsets - offsets[0])
+    return offsets - offsets[0]
 
 
 def read_index(manifest: Manifest, entry: ShardEntry) -> ShardIndex:
@@ -242,7 +278,7 @@ def read_index(manifest: Manifest, entry: ShardEntry) -> ShardIndex:
     index = decode_index(content, where)
     if index.num_samples != entry.num_samples:
         raise wrong(f"{index.num_samples} rows", f"{entry.num_samples}, from the manifest")
-    highest = max(int(lists.values.max(initial=0)) for lists in (index.positives, index.negatives))
+    highest = max(int(lists.values.max(initial=0)) for lists in _class_lists(index).values())
     if highest >= manifest.num_classes:
         raise wrong(f"class column {highest}", f"below {manifest.num_classes}, the number of classes")
     return index

@@ -11,7 +11,9 @@ from itertools import islice, pairwise
 import numpy as np
 import numpy.typing as npt
 
+from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry
+from dist_mlpl.data.order import Parts, epoch_length
 from dist_mlpl.data.shard_index import ShardIndex, read_index
 
 KEPT_INDEXES = 2048  # of a split, in memory: about 80 bytes a sample, so 160 MB with 1,000 samples a shard
@@ -45,6 +47,21 @@ class SplitIndex:
     def num_bytes(self) -> int:
         """Bytes of the split's tars."""
         return self.manifest.split(self.split).num_bytes
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of a training epoch: N, or what the weights of a mixture make of it."""
+        return epoch_length(self.shard_sizes, self.parts)
+
+    @property
+    def parts(self) -> Parts | None:
+        """Shards and weight of each set of a mixture; None for a set by itself."""
+        return self.manifest.parts.get(self.split)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some tar lies in a store."""
+        return any(storage.is_remote(url) for url in {entry.tars or self.manifest.tars_url for entry in self.shards})
 
     @property
     def shard_sizes(self) -> list[int]:

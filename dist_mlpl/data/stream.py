@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dist_mlpl import storage
 from dist_mlpl.batch import Batch, Loading
@@ -29,6 +31,7 @@ from dist_mlpl.data.collate import (
 )
 from dist_mlpl.data.fetch import Fetcher, Spans, Ticket
 from dist_mlpl.data.label_store import Labels
+from dist_mlpl.data.mixture import MixedSet
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.tars import TarSettings
@@ -52,13 +55,15 @@ Indices = npt.NDArray[np.int64]
 class DataSettings(Settings):
     """What is read, and which of its labels a run may see."""
 
-    manifest: str = ""  # folder or URL of the shards
+    # Folder or URL of the shards; or a list of such, or of {manifest, weight}, that are mixed in training.
+    manifest: str | tuple[MixedSet, ...] = ""
     unindexed: TarSettings | None = None  # tars to read as they are, in place of a manifest
     train_split: str = "train"
     eval_split: str = "test"
     known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # of the train labels; null keeps all
     known_rule: Literal["bernoulli", "single_positive", "dense_subset", "exact_count"] = "bernoulli"
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
+    view: str | None = None  # on disk: its name beside the shards, or its URL; train labels are seen through it
     num_lanes: int = Field(64, ge=1)
     window_samples: int = Field(4096, ge=1)
     cache_bytes: int = Field(64 << 30, ge=0)  # of this node's cache of remote shards; 0: none, each sample by itself
@@ -70,15 +75,27 @@ class DataSettings(Settings):
 
     @property
     def is_view_asked(self) -> bool:
-        """Whether train labels are hidden."""
+        """Whether train labels are hidden by a view drawn in memory."""
         return self.known_fraction is not None or self.known_rule != "bernoulli"
+
+    @field_validator("manifest", mode="before")
+    @classmethod
+    def _sets(cls, value: Any) -> Any:
+        """A plain string in the list is a set of weight 1."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple({"manifest": one} if isinstance(one, str) else one for one in value)
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
         if bool(self.manifest) == (self.unindexed is not None):
             raise ValueError("give one of data.manifest and data.unindexed, and not both")
-        if self.unindexed is not None and self.is_view_asked:
-            raise ValueError("known_fraction and known_rule need tars with an index: run `dist-mlpl shards index`")
+        if not isinstance(self.manifest, str) and (self.is_view_asked or self.view is not None):
+            raise ValueError("a view is drawn over one set: name one data.manifest, or leave the view out")
+        if self.view is not None and self.is_view_asked:
+            raise ValueError("give data.view or known_fraction and known_rule, and not both")
+        if self.unindexed is not None and (self.is_view_asked or self.view is not None):
+            raise ValueError("view, known_fraction and known_rule need tars with an index: `dist-mlpl shards index`")
         if self.unindexed is not None and self.decode_on != "cpu":
             raise ValueError(f"decode_on {self.decode_on} needs tars with an index: run `dist-mlpl shards index`")
         if self.is_view_asked:
@@ -225,21 +242,50 @@ class Stream:
         num_samples = self._index.num_samples
         num_blocks = -(-num_samples // EVALUATION_BLOCK)
         rank, size = self._world.rank, self._world.size
-        blocks = list(range(rank * num_blocks // size, (rank + 1) * num_blocks // size))
-        blocks += [num_blocks] * (-(-num_blocks // size) - len(blocks))  # beyond the end: all padding
+        first, stop = (min(n * num_blocks // size * EVALUATION_BLOCK, num_samples) for n in (rank, rank + 1))
+        yield from self._blocks([(first, stop)], labels, num_blocks=-(-num_blocks // size))
+
+    def shard_batches(self, labels: Labels, shards: Sequence[int], *, num_blocks: int) -> Iterator[Batch]:
+        """Every sample of some shards once, in fixed blocks of 32 of one shard: what a block holds depends on nothing
+        else.
+
+        Args:
+            labels: in force.
+            shards: places in the split.
+            num_blocks: blocks of padding follow until there are so many, at least `num_shard_blocks` of the shards.
+        """
+        starts = self._index.starts
+        yield from self._blocks([(int(starts[s]), int(starts[s + 1])) for s in shards], labels, num_blocks=num_blocks)
+
+    def _blocks(self, spans: Spans, labels: Labels, *, num_blocks: int) -> Iterator[Batch]:
+        """Samples [first, stop) of every span in blocks of one span, the last one padded, then blocks of padding."""
 
         def shares() -> Iterator[_Share]:
-            for block in blocks:
-                indices = np.arange(block * EVALUATION_BLOCK, (block + 1) * EVALUATION_BLOCK)
-                indices[indices >= num_samples] = PADDING
-                yield _Share(indices, indices, (block - blocks[0]) * EVALUATION_BLOCK // EVALUATION_ROUND)
+            number = seen = 0
+            for first, stop in spans:
+                for start in range(first, stop, EVALUATION_BLOCK):
+                    indices = np.arange(start, start + EVALUATION_BLOCK)
+                    indices[indices >= stop] = PADDING
+                    yield _Share(indices, indices, (seen + start - first) // EVALUATION_ROUND)
+                    number += 1
+                seen += stop - first
+            padding = np.full(EVALUATION_BLOCK, PADDING, dtype=np.int64)
+            for _ in range(number, num_blocks):
+                yield _Share(padding, padding, seen // EVALUATION_ROUND)
+
+        def pieces() -> Iterator[tuple[int, int, int]]:
+            seen = 0
+            for first, stop in spans:
+                while first < stop:
+                    end = min(stop, first + EVALUATION_ROUND - seen % EVALUATION_ROUND)
+                    yield seen // EVALUATION_ROUND, first, end
+                    seen, first = seen + end - first, end
 
         def rounds() -> Iterator[tuple[int, Spans]]:
-            first, stop = (block * EVALUATION_BLOCK for block in (blocks[0], blocks[-1] + 1))
-            for number, start in enumerate(range(first, min(stop, num_samples), EVALUATION_ROUND)):
-                yield number, self._index.spans(start, min(start + EVALUATION_ROUND, stop, num_samples))
+            for number, parts in groupby(pieces(), key=itemgetter(0)):
+                yield number, [span for _, first, end in parts for span in self._index.spans(first, end)]
 
-        if blocks:
+        if spans:
             self.fetcher.follow(rounds())
         host_batches = self._decoded(shares(), labels, epoch=0)
         for host in to_device(host_batches, self._device, self._finish(0)):
@@ -285,14 +331,14 @@ class Stream:
         read_ahead = self._begun(shares)
         if self._pool is None:
             for share, jobs in read_ahead:
-                batch = self._empty(share)
+                batch = self._empty(share, labels)
                 yield _joined(share, batch, [self._fill(batch, share, labels, epoch, *job) for job in jobs])
             return
         pending: deque[tuple[_Share, Batch, list[Future[Filled]]]] = deque()
         num_jobs = 0
         try:
             for share, jobs in read_ahead:
-                batch = self._empty(share)
+                batch = self._empty(share, labels)
                 futures = [self._pool.submit(self._fill, batch, share, labels, epoch, *job) for job in jobs]
                 pending.append((share, batch, futures))
                 num_jobs += len(futures)
@@ -331,12 +377,14 @@ class Stream:
             jobs.append((row, row + len(indices), self.fetcher.begin(indices[indices != PADDING])))
         return jobs
 
-    def _empty(self, share: _Share) -> Batch:
+    def _empty(self, share: _Share, labels: Labels) -> Batch:
         return empty_batch(
             share.indices,
             num_classes=self._index.manifest.num_classes,
             image_size=self._transform.settings.size,
             is_pinned=self._device.type == "cuda",
+            has_beliefs=labels.round is not None,
+            has_soft=labels.has_soft,
         )
 
     def _fill(
@@ -348,19 +396,38 @@ class Stream:
         rows = [row for row in range(first, stop) if share.indices[row] != PADDING]
         for row in set(range(first, stop)).difference(rows):
             clear(batch, row)
-        targets = labels.targets(share.indices[rows])
-        for row, content, known in zip(rows, self.fetcher.take(ticket), targets, strict=True):
+        told = _told(labels, share.indices[rows])
+        for row, content, known in zip(rows, self.fetcher.take(ticket), told, strict=True):
             if self._decodes_on_device:
-                put(batch, row, None, known)
+                put(batch, row, None, *known)
                 encoded[row - first] = content
                 continue
             try:
-                put(batch, row, self._transform(content, epoch=epoch, position=int(share.positions[row])), known)
+                put(batch, row, self._transform(content, epoch=epoch, position=int(share.positions[row])), *known)
             except ShardError as error:
                 clear(batch, row)
                 index = int(share.indices[row])
                 bad.append(BadSample(index, self._index.name(index), error.found))
         return Filled(bad, encoded)
+
+
+def num_shard_blocks(shard_sizes: Sequence[int]) -> int:
+    """Blocks of `Stream.shard_batches`.
+
+    Args:
+        shard_sizes: samples of each shard.
+    """
+    return sum(-(-size // EVALUATION_BLOCK) for size in shard_sizes)
+
+
+def _told(labels: Labels, indices: Indices) -> Iterator[tuple[Any, ...]]:
+    """The labels of each sample, of every kind that this round has: human ones, beliefs, soft ones."""
+    targets = labels.targets(indices)
+    kinds: list[Any] = [targets]
+    if labels.round is not None:
+        beliefs = labels.round.of(targets, indices)
+        kinds += [beliefs.values] if beliefs.soft is None else [beliefs.values, beliefs.soft]
+    return zip(*kinds, strict=True)
 
 
 class Filled(NamedTuple):

@@ -84,6 +84,16 @@ class TarSet:
         return self.settings.epoch_samples
 
     @property
+    def epoch_samples(self) -> int:
+        """Samples of a training epoch."""
+        return self.num_samples
+
+    @property
+    def parts(self) -> None:
+        """Tars without an index are not mixed."""
+        return None
+
+    @property
     def shard_sizes(self) -> list[int]:
         """One stretch of N: an order over it deals places in the epoch to ranks, not samples."""
         return [self.num_samples]

@@ -1,7 +1,8 @@
-"""Owns partial-label views in memory: which known labels of a split a run pretends not to know.
+"""Owns partial-label views: what one is, and those drawn in memory, which hide some known labels of a split.
 
 A view is drawn once, in source order (the order of the data set, which defines a benchmark), then addressed in
-manifest order. It hides known labels only, never changes one, and is the same on every rank.
+manifest order. It touches known labels only and is the same on every rank. Views on disk, which may also replace
+labels, are `dist_mlpl.data.stored_view`'s; where both exist, their digests are equal.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,23 @@ _BLOCK_ENTRIES: Final = 4_000_000  # of rows worked on at once: 32 MB of float64
 
 TargetsOf = Callable[[int, int], Targets]  # (start, stop) in manifest order -> (stop - start, C) int8
 Bits = npt.NDArray[np.uint8]  # (n, ceil(C / 8)), one bit a class
+
+
+class LabelView(Protocol):
+    """What a run, and whoever judges its beliefs, may ask of a view."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that the view changes: equal digests mean equal labels."""
+        ...
+
+    def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which entries of samples (n,) in [0, N) are known and hidden, (n, C) bool."""
+        ...
+
+    def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
+        """What is seen of human labels (n, C) of samples (n,) in [0, N): (n, C) int8, a new array."""
+        ...
 
 
 class View:
@@ -72,7 +90,7 @@ class View:
         self.rule, self.fraction = rule, fraction
         self.seed = DEFAULT_SEEDS[rule] if seed is None else seed
         self.num_classes = num_classes
-        order = _source_order(source_rows, sum(shard_sizes))
+        order = source_order(source_rows, sum(shard_sizes))
         self._bits = _draw(rule, fraction, self.seed, order, num_classes, targets_of)
         self.num_hidden = 0
         digests, start = [], 0
@@ -105,6 +123,21 @@ class View:
         """
         return _unpack(self._bits[indices], self.num_classes)
 
+    def hidden_entries(
+        self, indices: npt.NDArray[np.integer], classes: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.bool_]:
+        """Which single entries are known and hidden.
+
+        Args:
+            indices: (k,) integers in [0, N).
+            classes: (k,) integers in [0, C).
+
+        Returns:
+            (k,) bool.
+        """
+        places = np.asarray(classes, dtype=np.int64)
+        return (self._bits[indices, places >> 3] & (0x80 >> (places & 7))) != 0
+
     def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
         """Make hidden labels unknown.
 
@@ -118,18 +151,22 @@ class View:
         return np.where(self.hidden(indices), np.int8(UNKNOWN), targets)
 
 
-def shard_digest(rows: npt.NDArray, classes: npt.NDArray) -> str:
-    """Digest of one shard's hidden entries: sha256 over all rows as int32, then all classes as uint16, little endian.
+def shard_digest(rows: npt.NDArray, classes: npt.NDArray, values: npt.NDArray | None = None) -> str:
+    """Digest of what a view changes in one shard: sha256 over all rows as int32, then all classes as uint16, little
+    endian, then all values as int8.
 
     Args:
         rows: (n,) integers, row of the shard; entries are in row-major order.
         classes: (n,) integers, class column.
+        values: (n,) -1, 0 or +1, what each label becomes; None for a rule that only hides.
 
     Returns:
-        64 hexadecimal digits. The two columns of a view's file give the same.
+        64 hexadecimal digits. The columns of a view's file give the same.
     """
     digest = hashlib.sha256(rows.astype("<i4", copy=False).data)
     digest.update(classes.astype("<u2", copy=False).data)
+    if values is not None:
+        digest.update(values.astype(np.int8, copy=False).data)
     return digest.hexdigest()
 
 
@@ -175,12 +212,16 @@ def check_size(num_samples: int, num_classes: int) -> None:
             f"a view in memory of {num_samples:,} samples and {num_classes:,} classes",
             expected=f"at most {MAX_ENTRIES:,} entries",
             where="data.known_fraction and data.known_rule",
-            next_step="train on all labels, or on a split or class list that is smaller",
+            next_step="draw it on disk, `dist-mlpl shards simulate`, and name it in data.view; or take a smaller split",
         )
 
 
-def _source_order(source_rows: npt.NDArray[np.uint64], num_samples: int) -> npt.NDArray[np.int64]:
-    """Manifest position of each sample in source order, (N,) int64."""
+def source_order(source_rows: npt.NDArray[np.uint64], num_samples: int) -> npt.NDArray[np.int64]:
+    """Manifest position of each sample in source order, (N,) int64.
+
+    Raises:
+        ManifestError: source rows repeat, or are not one a sample.
+    """
     order = np.argsort(source_rows, kind="stable")
     in_order = np.asarray(source_rows)[order]
     repeated = in_order[1:][in_order[1:] == in_order[:-1]]
@@ -201,16 +242,56 @@ def _draw(
     """Draw what to hide, known or not: bits in manifest order, (N, ceil(C / 8))."""
     if fraction is None:
         return _draw_single_positive(seed, order, num_classes, targets_of)
-    random = np.random.RandomState(seed)
     bits = np.empty((len(order), -(-num_classes // 8)), dtype=np.uint8)
     if rule == "dense_subset":
-        bits[:] = 0xFF
-        bits[order[random.permutation(len(order))[: round(fraction * len(order))]]] = 0
+        bits[:] = np.where(dense_rows(fraction, seed, order), 0, 0xFF)[:, None]
         return bits
+    random = np.random.RandomState(seed)
     draw = _draw_bernoulli if rule == "bernoulli" else _draw_exact_count
     for start, stop in _row_blocks(0, len(order), num_classes):
         bits[order[start:stop]] = np.packbits(draw(random, fraction, stop - start, num_classes), axis=1)
     return bits
+
+
+def dense_rows(fraction: float, seed: int, order: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which samples keep their labels under `dense_subset`.
+
+    Args:
+        fraction: r.
+        seed: of the draw.
+        order: (N,) manifest position of each sample in source order.
+
+    Returns:
+        (N,) bool in manifest order.
+    """
+    is_kept = np.zeros(len(order), dtype=bool)
+    is_kept[order[np.random.RandomState(seed).permutation(len(order))[: round(fraction * len(order))]]] = True
+    return is_kept
+
+
+def single_positive_places(
+    seed: int, order: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Which of its positives each sample keeps under `single_positive`.
+
+    Args:
+        seed: of the draw.
+        order: (N,) manifest position of each sample in source order.
+        counts: (N,) positives of each sample in manifest order.
+
+    Returns:
+        (N,) place among the sample's positives in manifest order; -1 without any.
+    """
+    drawers = order[counts[order] > 0]  # in source order
+    kept = np.full(len(order), -1, dtype=np.int64)
+    kept[drawers] = np.random.RandomState(seed).randint(0, counts[drawers])
+    return kept
+
+
+def num_dropped(fraction: float, num_labels: int) -> int:
+    """floor((1 - r) n) of n labels, without binary error."""
+    # In decimals: 0.1 of 20 classes is 2, while (1 - 0.9) * 20 in binary is 1.9999999999999996.
+    return int((1 - Decimal(str(fraction))) * num_labels)
 
 
 def _draw_bernoulli(
@@ -224,11 +305,10 @@ def _draw_exact_count(
     random: np.random.RandomState, fraction: float, num_rows: int, num_classes: int
 ) -> npt.NDArray[np.bool_]:
     """Hide the same number of entries in every row, (n, C) bool."""
-    # In decimals: 0.1 of 20 classes is 2, while (1 - 0.9) * 20 in binary is 1.9999999999999996.
-    num_dropped = int((1 - Decimal(str(fraction))) * num_classes)
+    size = num_dropped(fraction, num_classes)
     hidden = np.zeros((num_rows, num_classes), dtype=bool)
     for row in hidden:
-        row[random.choice(num_classes, num_dropped, replace=False)] = True
+        row[random.choice(num_classes, size, replace=False)] = True
     return hidden
 
 
@@ -238,9 +318,7 @@ def _draw_single_positive(seed: int, order: npt.NDArray[np.int64], num_classes: 
     counts = np.zeros(len(order), dtype=np.int64)
     for start, stop in blocks:
         counts[start:stop] = np.count_nonzero(targets_of(start, stop) == PRESENT, axis=1)
-    drawers = order[counts[order] > 0]  # in source order
-    kept = np.full(len(order), -1, dtype=np.int64)
-    kept[drawers] = np.random.RandomState(seed).randint(0, counts[drawers])
+    kept = single_positive_places(seed, order, counts)
     bits = np.empty((len(order), -(-num_classes // 8)), dtype=np.uint8)
     for start, stop in blocks:
         positive = targets_of(start, stop) == PRESENT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_mlpl import comm
@@ -16,14 +16,18 @@ def batch_norms(method: nn.Module) -> Iterator[_BatchNorm]:
     return (module for module in method.modules() if isinstance(module, _BatchNorm))
 
 
-def average_statistics(method: nn.Module) -> None:
-    """Make running means and variances the mean over ranks, in place.
+def running_statistics(method: nn.Module) -> list[Tensor]:
+    """Running means and variances, the buffers themselves."""
+    return [b for layer in batch_norms(method) for b in (layer.running_mean, layer.running_var) if b is not None]
 
-    Summed in float64, so that statistics which are equal already, frozen ones say, keep their bits.
 
-    Collective: all ranks, one all-reduce of the statistics.
+def average_over_ranks(buffers: list[Tensor]) -> None:
+    """Make floating buffers the mean over ranks, in place.
+
+    Summed in float64, so that those which are equal already, frozen statistics say, keep their bits.
+
+    Collective: all ranks, one all-reduce of the buffers.
     """
-    buffers = [b for layer in batch_norms(method) for b in (layer.running_mean, layer.running_var) if b is not None]
     if comm.world_size() == 1 or not buffers:
         return
     flat = comm.reduce_sum(torch.cat(buffers).double()) / comm.world_size()

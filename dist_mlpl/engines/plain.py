@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
 from dist_mlpl.methods.base import Method
-from dist_mlpl.optimizer import clip_gradients, make_moments
+from dist_mlpl.optimizer import clip_gradients, make_averages, make_moments
 
 
 class PlainEngine:
@@ -21,17 +21,26 @@ class PlainEngine:
         optimizer: over the method's trainable parameters.
         clip_norm: largest gradient norm, 0 for none.
         use_bfloat16: autocast the forward.
+        keeps_average: of the weights, beside the moments.
 
     Collective: all ranks, one broadcast of each tensor.
     """
 
     def __init__(
-        self, method: Method, optimizer: torch.optim.Optimizer, *, clip_norm: float, use_bfloat16: bool
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float,
+        use_bfloat16: bool,
+        keeps_average: bool,
     ) -> None:
         self.method, self.optimizer = method, optimizer
         self._clip_norm, self._use_bfloat16 = clip_norm, use_bfloat16
         broadcast_tensors(method)
-        make_moments(optimizer, self._trained())
+        make_moments(optimizer, self.updated_tensors())
+        if keeps_average:
+            make_averages(optimizer, self.updated_tensors())
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         """The method's forward under the engine's precision."""
@@ -82,11 +91,23 @@ class PlainEngine:
         """Set one optimiser tensor of a trainable parameter to a whole value that every rank holds."""
         self.optimizer.state[parameter][name].copy_(value)
 
-    def _trained(self) -> list[nn.Parameter]:
+    def updated_tensors(self) -> list[Tensor]:
+        """What the optimiser updates: the trainable parameters."""
         return [p for p in self.method.parameters() if p.requires_grad]
 
+    def seen_part(self, parameter: nn.Parameter) -> Tensor:
+        """What forward computes with, in place."""
+        return parameter.detach()
+
+    def seen_part_of_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """The same part of an optimiser tensor."""
+        return self.read_moment(parameter, name)
+
+    def forget_gathered(self, parameter: nn.Parameter) -> None:
+        """Nothing: parameters are whole on every rank."""
+
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._trained() if p.grad is not None]
+        return [p.grad for p in self.updated_tensors() if p.grad is not None]
 
 
 def broadcast_tensors(method: Method) -> None:

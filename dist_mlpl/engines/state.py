@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dist_mlpl.engines.averages import WeightAverage
 from dist_mlpl.engines.plain import PlainEngine
 from dist_mlpl.engines.zero import ZeroEngine
 from dist_mlpl.errors import CheckpointError
-from dist_mlpl.optimizer import moment_names, set_num_updates
+from dist_mlpl.optimizer import AVERAGE, moment_names, set_num_updates
+
+_TRAINED: Final = "/trained"  # after a tensor's name, among the moments: its value, where the model holds the average
 
 
 class EngineState(NamedTuple):
     """Everything that training changes, whole and on the CPU: nothing in it knows of stages or ranks."""
 
-    model: dict[str, Tensor]  # parameters and buffers by name
-    moments: dict[str, Tensor]  # `parameter/moment`
+    model: dict[str, Tensor]  # parameters and buffers by name; their average where one is kept
+    moments: dict[str, Tensor]  # `parameter/moment`, and `name/trained`: what training goes on with beside an average
     num_updates: int
 
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Parameters and buffers that training goes on with."""
+        return {name: self.moments.get(name + _TRAINED, value) for name, value in self.model.items()}
 
-def read_state(engine: PlainEngine | ZeroEngine, *, num_updates: int, keep: bool) -> EngineState | None:
+
+def read_state(
+    engine: PlainEngine | ZeroEngine, average: WeightAverage | None = None, *, num_updates: int, keep: bool
+) -> EngineState | None:
     """Gather everything, one tensor at a time.
 
     Args:
         engine: what holds it.
+        average: of its weights, hidden.
         num_updates: since training began.
         keep: whether this rank wants it; the others take part and get None.
 
@@ -34,6 +45,7 @@ def read_state(engine: PlainEngine | ZeroEngine, *, num_updates: int, keep: bool
     """
     model: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    averages: dict[str, Tensor] = {}
     for name, parameter in engine.method.named_parameters():
         value = engine.read_parameter(parameter)
         if keep:
@@ -42,11 +54,19 @@ def read_state(engine: PlainEngine | ZeroEngine, *, num_updates: int, keep: bool
             value = engine.read_moment(parameter, moment)
             if keep:
                 moments[f"{name}/{moment}"] = _own_copy(value)
-    model |= {name: _own_copy(buffer) for name, buffer in engine.method.named_buffers() if keep}
-    return EngineState(model, moments, num_updates) if keep else None
+        if average is not None and parameter.requires_grad:
+            value = engine.read_moment(parameter, AVERAGE)
+            if keep:
+                averages[name] = _own_copy(value)
+    if not keep:
+        return None
+    model |= {name: _own_copy(buffer) for name, buffer in engine.method.named_buffers()}
+    averages |= {name: _own_copy(buffer) for name, buffer in average.buffers.items()} if average is not None else {}
+    moments |= {name + _TRAINED: model[name] for name in averages}
+    return EngineState(model | averages, moments, num_updates)
 
 
-def write_state(engine: PlainEngine | ZeroEngine, state: EngineState) -> None:
+def write_state(engine: PlainEngine | ZeroEngine, state: EngineState, average: WeightAverage | None = None) -> None:
     """Take over a state that every rank holds whole, made at any stage on any number of ranks.
 
     Raises:
@@ -55,31 +75,40 @@ def write_state(engine: PlainEngine | ZeroEngine, state: EngineState) -> None:
     shapes = tensor_shapes(engine)
     parameters = {name: p for name, p in engine.method.named_parameters() if p.requires_grad}
     names = [(name, moment) for name in parameters for moment in moment_names(engine.optimizer)]
-    _check_same({f"{name}/{moment}": shapes[name] for name, moment in names}, state.moments, "optimizer.safetensors")
-    write_model(engine, state.model)
+    moments = {name: moment for name, moment in state.moments.items() if not name.endswith(_TRAINED)}
+    _check_same({f"{name}/{moment}": shapes[name] for name, moment in names}, moments, "optimizer.safetensors")
+    write_model(engine, state.trained)
+    if average is not None:
+        average.take(state.model)
     for name, moment in names:
         engine.write_moment(parameters[name], moment, state.moments[f"{name}/{moment}"])
     set_num_updates(engine.optimizer, state.num_updates)
 
 
-def write_model(engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor]) -> None:
-    """Take over parameters and buffers that every rank holds whole.
+def write_model(
+    engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor], average: WeightAverage | None = None
+) -> None:
+    """Take over parameters and buffers that every rank holds whole; their average begins with them.
 
     Raises:
         CheckpointError: names or shapes differ from this method's; nothing was written.
     """
     _check_same(tensor_shapes(engine), model, "model.safetensors")
-    write_tensors(engine, model)
+    write_tensors(engine, model, average)
 
 
-def write_tensors(engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor]) -> None:
-    """Take over the parameters and buffers in `model`, whose shapes fit, and leave the others."""
+def write_tensors(
+    engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor], average: WeightAverage | None = None
+) -> None:
+    """Take over the parameters and buffers in `model`, whose shapes fit, and leave the others; so their average."""
     for name, parameter in engine.method.named_parameters():
         if name in model:
             engine.write_parameter(parameter, model[name])
     for name, buffer in engine.method.named_buffers():
         if name in model:
             buffer.copy_(model[name])
+    if average is not None:
+        average.take(model)
 
 
 def tensor_shapes(engine: PlainEngine | ZeroEngine) -> dict[str, torch.Size]:

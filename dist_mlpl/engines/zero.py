@@ -21,7 +21,7 @@ from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
 from dist_mlpl.engines.plain import broadcast_tensors
 from dist_mlpl.methods.base import Method
-from dist_mlpl.optimizer import clip_gradients, make_moments
+from dist_mlpl.optimizer import clip_gradients, make_averages, make_moments
 
 # DeepSpeed allocates a buffer of this many gradient elements (its default takes 2 GB for any model).
 _BUCKET_ELEMENTS = 1 << 25
@@ -78,11 +78,14 @@ class ZeroEngine:
             forward.
         optimizer: over the method's trainable parameters.
         config: from `derive_config`.
+        keeps_average: of the weights, beside the moments.
 
     Collective: all ranks, one broadcast of each tensor.
     """
 
-    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+    def __init__(
+        self, method: Method, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, keeps_average: bool
+    ) -> None:
         broadcast_tensors(method)  # DeepSpeed would leave out the buffers
         self._deepspeed = _import_deepspeed()
         self.method, self.optimizer = method, optimizer
@@ -91,7 +94,9 @@ class ZeroEngine:
         if self._stage == 0:  # clipped here: the norm is needed before DeepSpeed's step, which has no way to refuse one
             config = config | {"gradient_clipping": 0.0}
         self._engine, self._zero, _, _ = self._deepspeed.initialize(model=method, optimizer=optimizer, config=config)
-        make_moments(optimizer, self._updated_tensors())
+        make_moments(optimizer, self.updated_tensors())
+        if keeps_average:
+            make_averages(optimizer, self.updated_tensors())
         if self._stage in (1, 2):  # links parameters to their slices; by itself it would link one group of several
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -158,7 +163,7 @@ class ZeroEngine:
             return
         part = self._own_part(parameter, value)
         parameter.ds_tensor.copy_(part)  # the copy that forward gathers
-        parameter.partition()  # drops the gathered copy, which small parameters keep between steps
+        self.forget_gathered(parameter)
         if parameter.requires_grad:
             self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)  # the copy that is updated
 
@@ -172,13 +177,31 @@ class ZeroEngine:
             part = self._own_part(parameter, value)
             self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
 
-    def _updated_tensors(self) -> list[Tensor]:
+    def updated_tensors(self) -> list[Tensor]:
         """What the optimiser updates: whole parameters at stage 0, above it this rank's parts of flat groups."""
         if self._stage == 0:
             return [p for p in self.method.parameters() if p.requires_grad]
         if self._stage < 3:
             return list(self._zero.single_partition_of_fp32_groups)
         return list(self._zero.fp32_partitioned_groups_flat)
+
+    def seen_part(self, parameter: Any) -> Tensor:
+        """What forward computes with, in place; at stage 3 this rank's slice of it."""
+        return parameter.detach() if self._stage < 3 else parameter.ds_tensor.detach()
+
+    def seen_part_of_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """The same part of an optimiser tensor.
+
+        Collective: at stages 1 and 2, all ranks, one all-reduce of the parameter's size.
+        """
+        if self._stage < 3:
+            return self.read_moment(parameter, name)
+        return self._deepspeed.utils.safe_get_local_optimizer_state(parameter, name)
+
+    def forget_gathered(self, parameter: Any) -> None:
+        """At stage 3, drop a parameter's whole copy, which small ones keep between steps: its slice has changed."""
+        if self._stage == 3:
+            parameter.partition()
 
     def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a whole value at stage 3; the last slices are padded."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_mlpl import comm
+from dist_mlpl.banks.base import Bank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.models.backbone import BackboneSettings, build_backbone
@@ -82,6 +83,17 @@ class Method(nn.Module):
                 groups["backbone" if name.startswith("backbone.") else "head"].append(parameter)
         return groups
 
+    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
+        """Learn what the run is made of and make banks, which take memory when they are first used.
+
+        Called once, by the engine, on every rank. Nothing by default.
+
+        Args:
+            num_samples: N of the train split.
+            group_size: consecutive images that may interact; every micro-batch holds whole groups.
+            seed: of the run.
+        """
+
     def begin_epoch(self, progress: Progress) -> None:
         """Prepare an epoch that starts from its beginning; may read and write banks. Nothing by default.
 
@@ -137,8 +149,12 @@ class Method(nn.Module):
         Collective: allowed, on all ranks alike.
         """
 
-    def banks(self) -> dict[str, Any]:
+    def banks(self) -> dict[str, Bank]:
         """The method's banks by name, for saving and loading. None by default."""
+        return {}
+
+    def bank_sources(self) -> dict[str, str]:
+        """Banks that a new run takes from another run's newest commit: RUN by the bank's name. None by default."""
         return {}
 
     @contextmanager

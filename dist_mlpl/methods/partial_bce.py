@@ -1,63 +1,86 @@
-"""Owns the partial-BCE method: a trunk, a pooled linear head and one loss over known labels, with its baselines."""
+"""Owns the partial-BCE method: trunk, linear head, a graph over the labels if asked for, one loss over known labels."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from dist_mlpl.batch import Batch, StepOutput
+from dist_mlpl import comm
+from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.labels import ABSENT, UNKNOWN
-from dist_mlpl.losses.partial_bce import masked_mean_bce, partial_bce
+from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce, partial_bce, solve_normaliser
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
 from dist_mlpl.models.classifier import PooledHead
+from dist_mlpl.models.graph import LabelGraph, LabelGraphSettings
 
 
 class PartialBceSettings(MethodSettings):
-    """Partial-BCE and the two plain losses it is compared with.
+    """Partial-BCE and the plain losses it is compared with.
 
     Args:
-        normalization: `durand`: mean over images, each weighed by g of its known share; `masked_mean`: mean over the
-            known labels of the global batch; `assume_negative`: unknown counts as absent, mean over all labels.
+        graph: a label graph on top of the logits; null for none.
+        normalization: `durand`: mean over images, each weighed by g of its known share; `image_mean`: mean over images
+            of the mean over the image's known labels; `masked_mean`: mean over the known labels of the global batch;
+            `assume_negative`: unknown counts as absent, mean over all labels.
         alpha, beta, gamma: g(p) = alpha * p**gamma + beta of `durand`; alpha + beta is 1, so that images with all
             labels known get plain binary cross-entropy.
+        p0, g0: instead of alpha and beta: a share of known labels in (0, 1) and the weight g(p0) wanted there; 0.1 and
+            5 give the paper's alpha and beta before rounding.
+        pseudo_weight: w in [0, 1] of pseudo-labels: the loss is w times that with them plus 1 - w times that without.
+            At 1, the paper's way, a pseudo-label counts like a human one, in the loss and in p; at 0 it has no part.
     """
 
     name: Literal["partial_bce"] = "partial_bce"
-    normalization: Literal["durand", "masked_mean", "assume_negative"] = "durand"
+    graph: LabelGraphSettings | None = None
+    normalization: Literal["durand", "image_mean", "masked_mean", "assume_negative"] = "durand"
     alpha: float = -4.45
     beta: float = 5.45
     gamma: float = 1.0
+    p0: float | None = Field(None, gt=0.0, lt=1.0)
+    g0: float | None = Field(None, gt=0.0)
+    pseudo_weight: float = Field(1.0, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _check_normaliser(self) -> PartialBceSettings:
-        alpha, beta, gamma = self.alpha, self.beta, self.gamma
         fields = type(self).model_fields
-        changed = [key for key in ("alpha", "beta", "gamma") if getattr(self, key) != fields[key].default]
+        changed = [k for k in ("alpha", "beta", "gamma", "p0", "g0") if getattr(self, k) != fields[k].default]
         if changed and self.normalization != "durand":
             raise ValueError(f"{', '.join(changed)} set, but normalization {self.normalization!r} does not use g(p)")
+        if (self.p0 is None) != (self.g0 is None):
+            raise ValueError("p0 and g0 go together: the share of known labels p0 at which the weight shall be g0")
+        if self.p0 is not None and {"alpha", "beta"} & set(changed):
+            raise ValueError("alpha and beta follow from p0 and g0: set one pair or the other")
+        if self.p0 is not None and self.gamma == 0.0:
+            raise ValueError("gamma 0 makes g(p) the same for every p; p0 and g0 need another")
+        alpha, beta = self.coefficients
         if not abs(alpha + beta - 1.0) <= 1e-6:
+            raise ValueError(f"alpha + beta is {alpha + beta:g}; it must be 1, so that g(1) = 1 (or set p0 and g0)")
+        if (beta < 0 and self.gamma > 0) or (alpha < 0 and self.gamma < 0):
             raise ValueError(
-                f"alpha + beta is {alpha + beta:g}; it must be 1, so that g(1) = 1 "
-                "(losses.partial_bce.solve_normaliser gives both from g at a known share)"
-            )
-        if (beta < 0 and gamma > 0) or (alpha < 0 and gamma < 0):
-            raise ValueError(
-                f"g(p) = {alpha:g} * p**{gamma:g} + {beta:g} is negative for small p: choose a larger g there"
+                f"g(p) = {alpha:g} * p**{self.gamma:g} + {beta:g} is negative for small p: choose a larger g there"
             )
         return self
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """(alpha, beta), as given or as p0 and g0 make them."""
+        if self.p0 is None or self.g0 is None:
+            return self.alpha, self.beta
+        return solve_normaliser(self.gamma, self.p0, self.g0)
 
     def build(self, *, num_classes: int, image_size: int) -> PartialBce:
         return PartialBce(self, num_classes=num_classes, image_size=image_size)
 
 
 class PartialBce(Method):
-    """One loss over known labels; no banks.
+    """One loss over known labels, human and, from the first round on, believed; no banks.
 
-    Source: Durand et al., CVPR 2019, section 3.1.
-    Differs: global average pooling for the paper's WELDON pooling.
+    With a graph, the loss and the scores are of its corrected logits; heatmaps stay those of the head.
+
+    Source: Durand et al., CVPR 2019, sections 3.1 and 3.2.
     """
 
     def __init__(self, settings: PartialBceSettings, *, num_classes: int, image_size: int) -> None:
@@ -66,24 +89,51 @@ class PartialBce(Method):
         self.head = PooledHead(
             self.backbone.num_features, num_classes, dropout=settings.dropout, pooling=settings.pooling
         )
+        self.graph = None if settings.graph is None else LabelGraph(settings.graph, num_classes)
+
+    @torch.no_grad()
+    def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """As every method's, and `num_human`, the known labels without pseudo-labels, where the loss divides by them.
+
+        Collective: all ranks, one all-reduce of 8 bytes, or two, of 8 and of 4.
+        """
+        recalled = super().recall(batch, progress)
+        if self.settings.normalization == "masked_mean" and self.settings.pseudo_weight < 1.0:
+            num_human = (training_targets(batch._replace(pseudo_targets=None)) != UNKNOWN).sum()
+            recalled["num_human"] = comm.reduce_sum(num_human.float()[None])
+        return recalled
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         head = self.head(self.backbone(batch.images), with_heatmaps=self.is_asked(HEATMAPS))
+        logits = head.logits if self.graph is None else self.graph(head.logits)
         extras = {"embedding": head.embedding, HEATMAPS: head.heatmaps}
         if recalled is None:
-            return step_output(head.logits, {}, extras)
-        with torch.autocast(head.logits.device.type, enabled=False):
-            return step_output(head.logits, {"bce": self._share(head.logits, batch, recalled)}, extras)
+            return step_output(logits, {}, extras)
+        with torch.autocast(logits.device.type, enabled=False):
+            return step_output(logits, {"bce": self._share(logits, batch, recalled)}, extras)
 
     def _share(self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
         """() this micro-batch's part of the global batch's loss."""
-        targets, settings = training_targets(batch), self.settings
+        weight = self.settings.pseudo_weight
+        believed = self._loss(logits, training_targets(batch), batch.valid, recalled, "num_known")
+        if weight == 1.0 or batch.pseudo_targets is None:
+            return believed
+        human = training_targets(batch._replace(pseudo_targets=None))
+        return torch.lerp(self._loss(logits, human, batch.valid, recalled, "num_human"), believed, weight)
+
+    def _loss(
+        self, logits: Tensor, targets: Tensor, valid: Tensor, recalled: dict[str, Tensor], num_known: str
+    ) -> Tensor:
+        """() the part of the global batch's loss on `targets` (B, C); `num_known` names their count in `recalled`."""
+        settings = self.settings
         if settings.normalization == "masked_mean":
-            num_known = (targets != UNKNOWN).sum()
-            return masked_mean_bce(logits, targets) * (num_known / recalled["num_known"].clamp(min=1)).squeeze()
-        part = (batch.num_images / recalled["num_valid"].clamp(min=1)).squeeze()  # the loss divides by padding too
+            own = (targets != UNKNOWN).sum()
+            return masked_mean_bce(logits, targets) * (own / recalled[num_known].clamp(min=1)).squeeze()
+        part = (len(valid) / recalled["num_valid"].clamp(min=1)).squeeze()  # the losses divide by padding too
+        if settings.normalization == "image_mean":
+            return image_mean_bce(logits, targets) * part
         if settings.normalization == "assume_negative":
-            is_assumed = (targets == UNKNOWN) & batch.valid[:, None]
-            everything = torch.where(is_assumed, ABSENT, targets)
+            everything = torch.where((targets == UNKNOWN) & valid[:, None], ABSENT, targets)
             return partial_bce(logits, everything, alpha=0.0, beta=1.0) * part
-        return partial_bce(logits, targets, alpha=settings.alpha, beta=settings.beta, gamma=settings.gamma) * part
+        alpha, beta = settings.coefficients
+        return partial_bce(logits, targets, alpha=alpha, beta=beta, gamma=settings.gamma) * part

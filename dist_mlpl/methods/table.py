@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from dist_mlpl.methods.base import MethodSettings
+from dist_mlpl.methods.csl import CslSettings
 from dist_mlpl.methods.partial_bce import PartialBceSettings
+from dist_mlpl.methods.single_positive import SinglePositiveSettings
 
 METHODS: dict[str, type[MethodSettings]] = {
+    "csl": CslSettings,
     "partial_bce": PartialBceSettings,
+    "single_positive": SinglePositiveSettings,
 }
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import numpy as np
 from dist_mlpl import storage
 from dist_mlpl.chain import Commit, read_chain, read_file
 from dist_mlpl.config import read_run_config
-from dist_mlpl.data.manifest import Manifest, load_manifest
-from dist_mlpl.data.order import EpochOrder
+from dist_mlpl.data.manifest import Manifest
+from dist_mlpl.data.mixture import load_sets
+from dist_mlpl.data.order import EpochOrder, epoch_length
 from dist_mlpl.errors import CheckpointError
 
 
@@ -58,10 +59,11 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
             where=run,
             next_step="`dist-mlpl shards index` the tars and train with data.manifest: such a run can be audited",
         )
-    manifest = load_manifest(manifest_url or config.data.manifest)
+    manifest = load_sets(manifest_url or config.data.manifest)
     chain = read_chain(run)
     _check_manifest(manifest, chain[-1])
-    sizes = manifest.shard_sizes(config.data.train_split)
+    sizes, parts = manifest.shard_sizes(config.data.train_split), manifest.parts.get(config.data.train_split)
+    num_samples = epoch_length(sizes, parts)
     seen: dict[int, list[np.ndarray]] = {}
     bad: dict[int, int] = {}
     commits: dict[int, int] = {}
@@ -75,7 +77,7 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
         indices = np.load(io.BytesIO(read_file(run, commit, "consumed.npy")))
         order = EpochOrder(
             sizes, seed=config.seed, epoch=epoch, num_lanes=commit.num_lanes,
-            window_samples=commit.window_samples, group_size=commit.group_size,
+            window_samples=commit.window_samples, group_size=commit.group_size, parts=parts,
         )  # fmt: skip
         faults += _compare(commit, order, indices, start, is_end=is_end)
         seen.setdefault(epoch, []).append(indices)
@@ -85,15 +87,15 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
             left_under.setdefault(earlier, commit.global_batch)
         before = commit
     epochs = []
-    for epoch, parts in sorted(seen.items()):
-        consumed = np.concatenate(parts)
+    for epoch, pieces in sorted(seen.items()):
+        consumed = np.concatenate(pieces)
         num_distinct = len(np.unique(consumed))
-        if num_distinct != len(consumed):
+        if num_distinct != len(consumed) and parts is None:  # a mixture's weights repeat samples by plan
             faults.append(f"epoch {epoch}: {len(consumed) - num_distinct} samples were consumed twice")
         is_finished = epoch < chain[-1].epoch
-        if is_finished and sum(sizes) - len(consumed) >= left_under[epoch]:
-            faults.append(f"epoch {epoch} was left with {sum(sizes) - len(consumed)} samples still to come")
-        dropped = sum(sizes) - len(consumed) if is_finished else 0
+        if is_finished and num_samples - len(consumed) >= left_under[epoch]:
+            faults.append(f"epoch {epoch} was left with {num_samples - len(consumed)} samples still to come")
+        dropped = num_samples - len(consumed) if is_finished else 0
         epochs.append(EpochProof(epoch, len(consumed), num_distinct, dropped, bad[epoch], commits[epoch], is_finished))
     expected = list(range(chain[-1].epoch + (chain[-1].samples_consumed > 0)))
     if sorted(seen) != expected:

@@ -1,4 +1,4 @@
-"""Owns the evaluation of a finished or running run: its newest commit, on any split, on any number of ranks."""
+"""Owns what is asked of a finished or running run's model: its newest commit judged on any split, on any ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Any
 
 from dist_mlpl import storage
 from dist_mlpl.batch import RunLength
-from dist_mlpl.chain import read_chain, read_model
-from dist_mlpl.config import read_run_config
+from dist_mlpl.chain import Commit, read_chain, read_model
+from dist_mlpl.config import Config, read_run_config
 from dist_mlpl.data.label_store import LabelStore
-from dist_mlpl.engine import Engine, start
+from dist_mlpl.data.manifest import Manifest
+from dist_mlpl.engine import Engine, EngineSettings, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
+from dist_mlpl.methods.base import Method
 from dist_mlpl.train import build_cache, build_stream, open_samples
+from dist_mlpl.world import World
 
 
 def judge(
@@ -40,29 +43,13 @@ def judge(
     """
     storage.configure_storage(storage_options)
     config = read_run_config(run)
-    settings = config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
-    world = start(settings)
+    world = start(inference_settings(config))
     commit = read_chain(run)[-1]
     data = config.data
     if manifest_url is not None:
         data = data.model_copy(update={"manifest": manifest_url, "unindexed": None})
     (samples,) = open_samples(data, split or data.eval_split)
-    manifest = samples.manifest
-    if manifest.classes_sha256 != commit.digests["classes"]:
-        raise CheckpointError(
-            f"a manifest of {manifest.num_classes} classes, digest {manifest.classes_sha256[:16]}...",
-            expected=f"the run's class list, digest {str(commit.digests['classes'])[:16]}...",
-            where=manifest.url,
-            next_step="build or index the shards with the run's classes.csv",
-        )
-    method = config.method.model_copy(
-        update={"backbone": config.method.backbone.model_copy(update={"weights": None})}
-    ).build(num_classes=manifest.num_classes, image_size=config.transform.size)
-    engine = Engine(
-        method, settings, config.optimizer, config.schedule, length=RunLength(1, 1), world=world,
-        global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
-    )  # fmt: skip
-    engine.load_model(read_model(run, commit))
+    engine = open_engine(run, config, commit, samples.manifest, world)
     cache = build_cache(data, samples, world)
     stream = build_stream(config, samples, cache, world, engine, train=False)
     try:
@@ -70,3 +57,39 @@ def judge(
     finally:
         stream.close()
     return {**judged.metrics, "split": samples.split, "step": commit.step}
+
+
+def inference_settings(config: Config) -> EngineSettings:
+    """The plain engine, which answers as the run's own does."""
+    return config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
+
+
+def empty_method(config: Config, manifest: Manifest) -> Method:
+    """The run's method without the weights that its backbone began with."""
+    backbone = config.method.backbone.model_copy(update={"weights": None})
+    method = config.method.model_copy(update={"backbone": backbone})
+    return method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
+
+
+def open_engine(run: str, config: Config, commit: Commit, manifest: Manifest, world: World) -> Engine:
+    """An engine that holds the model of a commit.
+
+    Raises:
+        CheckpointError: a damaged file, or a manifest of other classes.
+
+    Collective: all ranks; weights are broadcast.
+    """
+    if manifest.classes_sha256 != commit.digests["classes"]:
+        raise CheckpointError(
+            f"a manifest of {manifest.num_classes} classes, digest {manifest.classes_sha256[:16]}...",
+            expected=f"the run's class list, digest {str(commit.digests['classes'])[:16]}...",
+            where=manifest.url,
+            next_step="build or index the shards with the run's classes.csv",
+        )
+    engine = Engine(
+        empty_method(config, manifest), inference_settings(config), config.optimizer, config.schedule,
+        length=RunLength(1, 1), world=world,
+        global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
+    )  # fmt: skip
+    engine.load_model(read_model(run, commit))
+    return engine

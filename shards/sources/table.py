@@ -7,13 +7,25 @@ import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
+from pydantic import Field
+
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import MAX_CLASSES, ClassEntry
 from dist_mlpl.errors import DataError, StorageError, nearest_names
 from dist_mlpl.labels import Unlisted
-from shards.sources.base import Record, Source, key_of
+from dist_mlpl.settings import Settings
+from shards.sources.base import Record, Records, Source, key_of
 
 _SEPARATOR = "|"
+
+
+class TableSettings(Settings):
+    """Files of a data set in CSV tables."""
+
+    images: str = Field(description="folder of the images")
+    labels: str = Field(description="CSV: image,labels with all else absent, or image,positives,negatives")
+    classes: str | None = Field(None, description="CSV whose first column lists the classes in order")
+    splits: str | None = Field(None, description="CSV: image,split; without it all are train")
 
 
 class _Row(NamedTuple):
@@ -79,7 +91,6 @@ def read_table(images: str, labels: str, *, classes: str | None = None, splits: 
             positives=_columns(table, row, row.positives, columns),
             negatives=_columns(table, row, row.negatives, columns),
             source_row=number,
-            key=row.key,
         )
         for number, row in enumerate(rows)
     ]
@@ -93,7 +104,7 @@ def read_table(images: str, labels: str, *, classes: str | None = None, splits: 
         classes=tuple(ClassEntry(id=name, name=name) for name in names),
         unlisted=unlisted,
         arguments={f"{part}_sha256": read.sha256 for part, read in parts.items() if read is not None},
-        records=records,
+        records=Records.of(records),
     )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_mlpl import comm
+from dist_mlpl.errors import BankError, RankMismatchError
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -85,3 +86,40 @@ def test_every_rank_hears_what_the_lists_say(world_size: int) -> None:
         assert heard["sum is in place"]
         assert torch.equal(heard["sum"], torch.arange(6.0).reshape(2, 3) * sum(r + 1 for r in ranks))
         assert heard["max"].tolist() == [world_size - 1, 0, 5]
+
+
+def exchange_what_cannot_be(rank: int, world_size: int) -> dict[str, tuple[str, str]]:
+    """What every rank raises when one of them, the last, is at fault; and that they go on together after it."""
+    is_faulty = rank == world_size - 1
+    rows, counts = torch.zeros(world_size, 3), [1] * world_size
+    own_fault = BankError("a fault of its own", expected="none", where=f"rank {rank}", next_step="nothing")
+    cases: dict[str, dict[str, Any]] = {
+        "too few counts": {"counts": counts[:-1]},
+        "a count below 0": {"counts": [world_size + 1, *counts[2:], -1]},
+        "counts of other rows": {"counts": [2, *counts[1:]]},
+        "an own fault": {"error": own_fault},
+        "rows of another type": {"rows": rows.int()},
+        "rows of another width": {"rows": rows[:, :2]},
+    }
+    heard = {}
+    for name, keys in cases.items():
+        arguments = {"rows": rows, "counts": counts} | (keys if is_faulty else {})
+        try:
+            comm.exchange(**arguments)
+            heard[name] = "nothing", ""
+        except (RankMismatchError, BankError) as error:
+            heard[name] = type(error).__name__, error.where
+        assert comm.exchange(rows, counts)[1] == counts
+    return heard
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_exchange_that_cannot_be_stops_all_ranks_alike(world_size: int) -> None:
+    heard = run_ranks(exchange_what_cannot_be, world_size)
+    last = world_size - 1
+    for one in heard:
+        for name in ("too few counts", "a count below 0", "counts of other rows"):
+            assert one[name] == ("RankMismatchError", f"comm.exchange on rank {last} of {world_size}")
+        assert one["an own fault"] == ("BankError", f"rank {last}")
+        for name in ("rows of another type", "rows of another width"):
+            assert one[name][0] == ("nothing" if world_size == 1 else "RankMismatchError")

@@ -34,3 +34,9 @@ def undecodable(content: bytes) -> bytes:
     """All markers in place, but a Huffman table (FF C4) that no decoder accepts."""
     at = content.index(b"\xff\xc4") + 5
     return content[:at] + b"\xff" * 16 + content[at + 16 :]
+
+
+def bomb(content: bytes) -> bytes:
+    """The same image with a header that promises 60,000 x 60,000 pixels."""
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + (60_000).to_bytes(2, "big") * 2 + content[at + 4 :]

@@ -118,6 +118,7 @@ def train_on(engine: Engine, batch: Batch, step: int) -> Step:
     progress = Progress(step=step, samples_consumed=step * batch.num_images)
     share = own_share(batch)
     output = engine.train_step(share, engine.method.recall(share, progress), progress)
+    engine.method.observe(share, output)
     terms = {name: float(term) for name, term in output.terms.items()}
     return Step(float(output.loss), output.extras["grad_norm"], terms)
 

@@ -28,19 +28,22 @@ FLOORS = {
     "dist_mlpl.curriculum": 2, "dist_mlpl.metrics": 2,
     "dist_mlpl.methods": 3, "dist_mlpl.optimizer": 3,
     "dist_mlpl.engine": 4, "dist_mlpl.engines": 4, "dist_mlpl.chain": 4, "dist_mlpl.checkpoint": 4,
+    "dist_mlpl.bank_files": 4,
     "dist_mlpl.evaluate": 4,
-    "dist_mlpl.relabel": 4, "dist_mlpl.progress": 4, "dist_mlpl.display": 4,
+    "dist_mlpl.relabel": 4, "dist_mlpl.round_commit": 4, "dist_mlpl.round_models": 4, "dist_mlpl.round_truth": 4,
+    "dist_mlpl.progress": 4, "dist_mlpl.display": 4,
     "dist_mlpl.profile": 4,
     "dist_mlpl.config": 5, "shards": 5,
     "dist_mlpl.train": 6,
-    "dist_mlpl.local": 7, "dist_mlpl.cluster": 7, "dist_mlpl.tools": 7, "dist_mlpl.cli": 7,
+    "dist_mlpl.local": 7, "dist_mlpl.cluster": 7, "dist_mlpl.tasks": 7, "dist_mlpl.tools": 7,
+    "dist_mlpl.cli": 7, "dist_mlpl.cli_options": 7, "dist_mlpl.cli_shards": 7, "dist_mlpl.cli_labels": 7,
 }  # fmt: skip
 SEPARATE_FLOOR = 2  # rooms here do not import one another; methods bring them together
 SHARDS_CEILING = 2  # the highest floor that the sharding tool may import, itself apart
 
 # An outside package and the only modules that may import it.
 HOMES = {
-    "ray": {"dist_mlpl.cluster"},
+    "ray": {"dist_mlpl.cluster", "dist_mlpl.tasks"},
     "deepspeed": {"dist_mlpl.engines.zero"},
     "torch.distributed": {"dist_mlpl.comm", "dist_mlpl.engine", "dist_mlpl.local"},
     "fsspec": {"dist_mlpl.stores"},

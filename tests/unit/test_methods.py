@@ -21,7 +21,7 @@ from tests.support.methods import (
 
 pytestmark = pytest.mark.unit
 
-NORMALIZATIONS = ["durand", "masked_mean", "assume_negative"]
+NORMALIZATIONS = ["durand", "image_mean", "masked_mean", "assume_negative"]
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__.removeprefix("check_"))
@@ -112,6 +112,7 @@ def test_the_loss_is_the_one_named_over_valid_rows_alone():
         logits = output.logits[batch.valid]
         expected = {
             "durand": partial_bce_oracle(logits, kept, alpha=-4.45, beta=5.45, gamma=1.0),
+            "image_mean": partial_bce_oracle(logits, kept, alpha=1.0, beta=0.0, gamma=-1.0),
             "masked_mean": masked_mean_bce_oracle(logits, kept),
             "assume_negative": float(F.binary_cross_entropy_with_logits(logits, (kept == 1).float())),
         }

@@ -1,25 +1,34 @@
-"""Claims about what enters a shard: keys, CSV tables, image checks, packing order, boundaries."""
+"""Claims about what enters a shard: keys, CSV tables, packing order, boundaries, the bytes of tar and index."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
+import json
 import os
+import tarfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_mlpl.data.manifest import load_manifest
-from dist_mlpl.errors import DataError, ManifestError, RunError, StorageError
-from shards.pack import check_image, cut_shards, packing_order, run_tasks
-from shards.sources.base import Source, key_of
+from dist_mlpl.data.shard_index import ClassLists, ShardIndex, decode_index, encode_index
+from dist_mlpl.errors import DataError, ManifestError, RunError, ShardError, StorageError
+from shards.pack import TarWriter, cut_shards, packing_order, record_json, shortest, tar_header
+from shards.processes import run_tasks
+from shards.sources.base import Record, Records, Source, key_of, keys_of
 from shards.sources.table import read_table
-from tests.support.images import tiny_jpeg, truncated, undecodable
 
 pytestmark = pytest.mark.unit
+
+ENDINGS = [".jpg", ".JPEG", ".jpg.jpeg", "/.jpg", ".png", "%2E", ".jpg\n", ""]
 
 
 @given(stem=st.text(st.characters(codec="utf-8"), min_size=1))
@@ -46,6 +55,13 @@ def test_keys_of_known_names(name: str, key: str) -> None:
     assert key_of(name) == key
 
 
+@settings(deadline=None)
+@given(names=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=8), ending=st.sampled_from(ENDINGS))
+def test_keys_of_many_names_are_those_of_each(names: list[str], ending: str) -> None:
+    names = [name + ending for name in names]
+    assert keys_of(pa.array(names, pa.string())).to_pylist() == [key_of(name) for name in names]
+
+
 def table(folder: Path, labels: str | bytes, *, classes: str | None = None, splits: str | None = None) -> Source:
     def write(name: str, text: str | bytes | None) -> str | None:
         if text is None:
@@ -61,16 +77,21 @@ def table(folder: Path, labels: str | bytes, *, classes: str | None = None, spli
     )
 
 
+def rows_of(source: Source) -> list[Record]:
+    return source.records.rows(range(len(source.records)))
+
+
 def test_a_table_of_labels_makes_records_in_row_order_with_sorted_classes(tmp_path: Path) -> None:
     source = table(tmp_path, 'image,labels\nb.jpg,tree|car\na/c.jpg,\n\n"x,y.jpg",sky\n')
     assert [entry.id for entry in source.classes] == ["car", "sky", "tree"]
     assert source.unlisted == "absent"
     assert source.images == str(Path("images").absolute())
-    assert [tuple(record) for record in source.records] == [
-        ("b.jpg", "train", (0, 2), (), 0, "b"),
-        ("a/c.jpg", "train", (), (), 1, "a%2Fc"),
-        ("x,y.jpg", "train", (1,), (), 2, "x,y"),
+    assert [tuple(record) for record in rows_of(source)] == [
+        ("b.jpg", "train", (0, 2), (), 0, (), (), 0),
+        ("a/c.jpg", "train", (), (), 1, (), (), 0),
+        ("x,y.jpg", "train", (1,), (), 2, (), (), 0),
     ]
+    assert [record.key for record in rows_of(source)] == ["b", "a%2Fc", "x,y"]
 
 
 def test_a_table_of_classes_fixes_their_order_and_a_table_of_splits_the_split(tmp_path: Path) -> None:
@@ -81,18 +102,18 @@ def test_a_table_of_classes_fixes_their_order_and_a_table_of_splits_the_split(tm
         splits="split,image\ntest,a.jpg\ntrain,b.jpg\n",
     )
     assert [entry.id for entry in source.classes] == ["tree", "bus", "car"]
-    assert [(record.split, record.positives) for record in source.records] == [("train", (0,)), ("test", (2,))]
+    assert [(record.split, record.positives) for record in rows_of(source)] == [("train", (0,)), ("test", (2,))]
 
 
 def test_positives_and_negatives_leave_the_rest_unknown(tmp_path: Path) -> None:
     source = table(tmp_path, "negatives,image,positives\ncar|bus,a.jpg,tree\n,b.jpg,\n")
     assert source.unlisted == "unknown"
-    assert [(record.positives, record.negatives) for record in source.records] == [((2,), (0, 1)), ((), ())]
+    assert [(record.positives, record.negatives) for record in rows_of(source)] == [((2,), (0, 1)), ((), ())]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     source = table(tmp_path, b"\xef\xbb\xbfimage,labels\r\na.jpg,x\r\n")
-    assert source.records[0].image == "a.jpg"
+    assert source.records.row(0).image == "a.jpg"
 
 
 def test_arguments_name_contents_and_not_places(tmp_path: Path) -> None:
@@ -164,32 +185,6 @@ def test_a_missing_table_is_a_storage_error(tmp_path: Path) -> None:
         read_table("images", str(tmp_path))
 
 
-WHOLE = tiny_jpeg(0, height=64, width=64)
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (WHOLE, None),
-        (WHOLE + b"\0" * 20, None),
-        (b"", "empty file"),
-        (b"\x89PNG\r\n\x1a\n" + WHOLE, "not a JPEG"),
-        (b"\xff\xd8", "not a JPEG"),
-        (truncated(WHOLE), "truncated JPEG"),
-        (WHOLE[:-1], "truncated JPEG"),
-        (WHOLE[:20] + WHOLE[-2:] + truncated(WHOLE)[20:], "truncated JPEG"),  # a thumbnail's end marker in the header
-    ],
-)
-def test_markers_alone_tell_whole_images_from_others(content: bytes, fault: str | None) -> None:
-    assert check_image(content, decode=False) == fault
-
-
-def test_decoding_finds_what_the_markers_do_not_show() -> None:
-    assert check_image(WHOLE, decode=True) is None
-    assert check_image(undecodable(WHOLE), decode=False) is None
-    assert check_image(undecodable(WHOLE), decode=True) == "undecodable JPEG"
-
-
 def splitmix64(start: int, count: int) -> list[int]:
     """The published generator, in Python integers."""
     mask, state, outputs = 2**64 - 1, start, []
@@ -259,3 +254,129 @@ def test_tasks_give_their_results_and_their_errors_from_other_processes(tmp_path
 def test_the_death_of_a_worker_is_a_run_error() -> None:
     with pytest.raises(RunError, match="a worker process died"):
         list(run_tasks(os._exit, [(1,), (1,)], 2))
+
+
+@settings(deadline=None)
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        lambda n: len(n.encode()) <= 100
+    ),
+    num_bytes=st.integers(0, 8**11 - 1),
+)
+def test_a_header_is_that_of_the_tarfile_library(name: str, num_bytes: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = num_bytes
+    try:
+        oracle = member.tobuf(tarfile.USTAR_FORMAT, "utf-8")
+    except ValueError:
+        return  # a name that ends in slashes
+    assert tar_header(name.encode(), num_bytes) == oracle
+
+
+def test_a_tar_is_that_of_the_tarfile_library_also_when_the_system_writes_less_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    samples = [(f"key{n}", random.bytes(size), random.bytes(n)) for n, size in enumerate((0, 1, 511, 512, 513, 70_000))]
+    oracle = io.BytesIO()
+    with tarfile.open(fileobj=oracle, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, *parts in samples:
+            for ending, content in zip(("jpg", "json"), parts, strict=True):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for limit in (1 << 30, 1000, 1):
+        monkeypatch.setattr(os, "writev", lambda fd, parts, limit=limit: os.write(fd, b"".join(parts)[:limit]))
+        with open(tmp_path / "out.tar", "wb", buffering=0) as file:
+            writer = TarWriter(file)
+            offsets = [writer.add(*sample) for sample in samples]
+            sha256 = writer.close()
+        content = (tmp_path / "out.tar").read_bytes()
+        assert content == oracle.getvalue()
+        assert (sha256, writer.num_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert [content[at : at + len(sample[1])] for at, sample in zip(offsets, samples, strict=True)] == [
+            sample[1] for sample in samples
+        ]
+
+
+RECORDS = [
+    Record("b.jpg", "train", (0, 2), (1,), 3, (3, 4), (0.5, 0.75), 90),
+    Record("a/c.jpg", "val", (), (), 4),
+    Record("d.jpg", "train", (1,), (0, 2, 4), 9, (3,), (1.0,), 270),
+]
+
+
+BARE = [record._replace(machine=(), confidences=(), rotation=0) for record in RECORDS]
+
+
+@pytest.mark.parametrize("records", [RECORDS, BARE, []])
+def test_a_table_of_records_gives_them_back_row_by_row_in_a_run_and_as_a_choice(records: list[Record]) -> None:
+    table = Records.of(records)
+    assert list(table) == records
+    assert table.rows(range(len(table))) == records
+    rows = np.array([2, 0, 2] if records else [], dtype=np.int64)
+    assert list(table.take(rows)) == [records[row] for row in rows]
+
+
+def index_of(records: list[Record]) -> ShardIndex:
+    table = Records.of(records)
+    numbers = np.arange(len(table))
+    return ShardIndex(
+        keys=keys_of(table.images),
+        offsets=numbers.astype(np.uint64),
+        num_bytes=numbers.astype(np.uint32),
+        source_rows=table.source_rows,
+        positives=table.positives,
+        negatives=table.negatives,
+        machine=table.machine,
+        confidences=table.confidences,
+    )
+
+
+def test_machine_labels_round_trip_through_an_index_and_stay_apart_from_what_people_said() -> None:
+    index = decode_index(encode_index(index_of(RECORDS)), "index")
+    found = [tuple(part.tolist()) for row in range(3) for part in index.machine_of(row)]
+    assert found == [(3, 4), (0.5, 0.75), (), (), (3,), (1.0,)]
+    targets = index.targets([0, 1, 2], 5, "unknown").tolist()
+    assert targets == [[1, -1, 1, 0, 0], [0, 0, 0, 0, 0], [-1, 1, -1, 0, -1]]
+    bare = decode_index(encode_index(index_of(BARE)), "")
+    assert (bare.machine, bare.confidences) == (None, None)
+    assert [len(part) for part in bare.machine_of(0)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"confidences": np.array([0.5, 0.75, 1.5], np.float16)}, "confidence outside"),
+        ({"confidences": np.array([0.5, 0.75, np.nan], np.float16)}, "confidence outside"),
+        ({"machine": ClassLists.of([(4, 3), (), (3,)])}, "out of order"),
+    ],
+)
+def test_machine_labels_that_are_wrong_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ShardError, match=says):
+        decode_index(encode_index(dataclasses.replace(index_of(RECORDS), **changes)), "index")
+
+
+def test_an_index_with_one_of_the_two_machine_columns_is_refused() -> None:
+    table = pa.ipc.open_file(encode_index(index_of(RECORDS))).read_all().drop_columns(["confidences"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ShardError, match="confidences"):
+        decode_index(sink.getvalue().to_pybytes(), "index")
+
+
+def test_labels_in_json_name_machine_claims_with_confidences_of_few_digits() -> None:
+    ids = ["/m/a", "b", "c", "d", "e"]
+    record = RECORDS[0]._replace(confidences=(float(np.float16(0.7)), 1.0))
+    assert json.loads(record_json("b", record, ids, has_machine=True)) == {
+        "key": "b", "positives": ["/m/a", "c"], "negatives": ["b"], "source": {"image": "b.jpg", "row": 3},
+        "machine": {"d": 0.7, "e": 1.0},
+    }  # fmt: skip
+    assert "machine" not in json.loads(record_json("b", record, ids, has_machine=False))
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1, width=16))
+def test_the_shortest_confidence_is_the_same_in_float16(confidence: float) -> None:
+    assert float(np.float16(shortest(confidence))) == confidence

@@ -499,7 +499,7 @@ def test_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
 def test_a_local_file_that_may_not_be_read_is_no_matter_of_cloud_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(*args: Any) -> Any:
+    def denied(*args: Any, **options: object) -> Any:
         raise PermissionError(errno.EACCES, "denied")
 
     monkeypatch.setattr("builtins.open", denied)

@@ -1,0 +1,130 @@
+"""Owns banks in a checkpoint: each rank writes the shards that changed, and reads those that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import safetensors.torch
+
+from dist_mlpl import comm, storage
+from dist_mlpl.banks.base import Bank, BankSpec
+from dist_mlpl.chain import BankPart, BankRecord, Commit, CommitFile, read_file
+from dist_mlpl.errors import BankError, MlplError
+
+_FILE_BYTES: Final = 64 << 20  # a larger file is cut at the next shard: its content is in memory while it is written
+
+
+def save_banks(
+    out: str, folder: str, banks: Mapping[str, Bank], parent: Commit | None
+) -> tuple[dict[str, BankRecord], list[CommitFile]]:
+    """Write what changed since the parent commit; the rest is taken over from it by name.
+
+    Args:
+        out: RUN.
+        folder: of the checkpoint, below RUN.
+        banks: by name, the same on every rank.
+        parent: of the commit to come.
+
+    Returns:
+        Every bank's record and all files that they need, the same on every rank.
+
+    Raises:
+        MlplError: a rank that cannot write; on all ranks.
+
+    Collective: all ranks, one gather of records.
+    """
+    own: list[tuple[str, BankPart, CommitFile]] = []
+    error: MlplError | None = None
+    try:
+        for name, bank in banks.items():
+            for number, shards in enumerate(_cut(bank, bank.changed_shards())):
+                path = f"{folder}/banks/{name}/{comm.rank():04d}-{number:04d}.safetensors"
+                content = safetensors.torch.save(bank.pack(shards))
+                storage.write_bytes(storage.join(out, path), content)
+                file = CommitFile(path=path, num_bytes=len(content), sha256=storage.sha256_of_bytes(content))
+                own.append((name, BankPart(path=path, shards=_ranges(shards)), file))
+    except MlplError as fault:
+        error = fault
+    written = comm.gather_objects((own, error))
+    for _, failure in written:
+        if failure is not None:
+            raise failure
+    changed = [entry for entries, _ in written for entry in entries]
+    records = {}
+    for name, bank in banks.items():
+        new = [part for of, part, _ in changed if of == name]
+        kept = parent.banks[name].parts if parent is not None and name in parent.banks else []
+        records[name] = BankRecord(spec=bank.spec, parts=[*_still_in_force(kept, new), *new])
+    needed = {part.path for record in records.values() for part in record.parts}
+    earlier = [file for file in parent.files if file.path in needed] if parent is not None else []
+    return records, [*earlier, *(file for _, _, file in changed)]
+
+
+def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
+    """Take over the rows that this rank holds, saved on any number of ranks.
+
+    Args:
+        out: RUN of the commit.
+        commit: which holds the banks.
+        banks: by name; the commit may hold others.
+
+    Raises:
+        BankError: the commit lacks one, or holds one of another make.
+        CheckpointError: a file is missing or damaged.
+    """
+    for name, bank in banks.items():
+        record = commit.banks.get(name)
+        if record is None or record.spec != bank.spec:
+            raise BankError(
+                f"no bank {name!r}" if record is None else f"bank {name!r} {_differences(record.spec, bank.spec)}",
+                expected="the bank that this config's method keeps",
+                where=storage.join(out, "commits", f"{commit.name}.json"),
+                next_step="use the method settings and the data set of that run, or start a new run folder",
+            )
+        held = set(bank.held_shards)
+        for part in record.parts:
+            wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))
+            if wanted:
+                bank.unpack(safetensors.torch.load(read_file(out, commit, part.path)), wanted)
+
+
+def _cut(bank: Bank, shards: Iterable[int]) -> list[list[int]]:
+    """Shards with rows, in files of at most _FILE_BYTES or one shard."""
+    files: list[list[int]] = []
+    room = 0
+    for shard in shards:
+        size = bank.shard_bytes(shard)
+        if size > room or not files:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1].append(shard)
+        room -= size
+    return files
+
+
+def _ranges(shards: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges [first, stop)."""
+    ranges: list[tuple[int, int]] = []
+    for shard in sorted(shards):
+        if ranges and ranges[-1][1] == shard:
+            ranges[-1] = (ranges[-1][0], shard + 1)
+        else:
+            ranges.append((shard, shard + 1))
+    return ranges
+
+
+def _still_in_force(kept: Iterable[BankPart], new: Iterable[BankPart]) -> list[BankPart]:
+    """Earlier parts without the shards that newer ones hold; those with none left are gone."""
+    replaced = {shard for part in new for first, stop in part.shards for shard in range(first, stop)}
+    left = []
+    for part in kept:
+        shards = [shard for first, stop in part.shards for shard in range(first, stop) if shard not in replaced]
+        if shards:
+            left.append(BankPart(path=part.path, shards=_ranges(shards)))
+    return left
+
+
+def _differences(found: BankSpec, expected: BankSpec) -> str:
+    ours, theirs = expected.model_dump(), found.model_dump()
+    return "differs: " + "; ".join(f"{k}: {theirs[k]} there, {ours[k]} here" for k in ours if ours[k] != theirs[k])

@@ -1,0 +1,41 @@
+"""Owns small tables that every rank holds whole: a row a class, or a single row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_mlpl.banks.base import Bank, Column
+
+
+class TableBank(Bank):
+    """A replicated bank, read and written whole.
+
+    What is written must be the same on every rank: made from reduced numbers, in an order that ranks do not change.
+
+    Args:
+        name: of the bank.
+        num_rows: C, or 1.
+        columns: by name.
+    """
+
+    def __init__(self, name: str, num_rows: int, columns: Mapping[str, Column]) -> None:
+        super().__init__(name, num_rows, columns, is_replicated=True)
+
+    def read_all(self) -> dict[str, Tensor]:
+        """(num_rows, *shape) by column, copies."""
+        return self.read(self._all)
+
+    def write_all(self, values: Mapping[str, Tensor]) -> None:
+        """Replace every row.
+
+        Raises:
+            BankError: see `Bank.write`.
+        """
+        self.write(self._all, values)
+
+    @property
+    def _all(self) -> Tensor:
+        return torch.arange(self.spec.num_rows)

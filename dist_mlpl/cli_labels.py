@@ -1,0 +1,187 @@
+"""Owns the verbs about beliefs: `relabel`, which makes a round of labels, and `labels`, which looks at rounds."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dist_mlpl.cli_options import AsJson, StorageOptions, parse_storage_options, print_json
+from dist_mlpl.environment import prepare_environment
+
+labels_app = typer.Typer(help="Look at a run's rounds of labels, and go back.", no_args_is_help=True)
+
+RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, a path or URL.")]
+ManifestUrl = Annotated[str | None, typer.Option("--manifest", help="Where the run's shards are now, if they moved.")]
+RoundNumber = Annotated[int | None, typer.Option("--round", help="A committed round; the newest by default.")]
+
+
+def add_label_verbs(app: typer.Typer) -> None:
+    """Hang `relabel` and `labels` into the command line."""
+    app.command()(relabel)
+    app.add_typer(labels_app, name="labels")
+
+
+def relabel(
+    run: RunUrl,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of the curriculum, say strategy=score_fraction."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Commit whose model scores; the newest by default.")] = None,
+    manifest: ManifestUrl = None,
+    local: Annotated[bool, typer.Option("--local", help="Without Ray: this process, or torchrun's ranks.")] = False,
+    address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the next round of labels from a run's model; a running training takes it up at its next epoch."""
+    prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    from dist_mlpl.display import round_line
+    from dist_mlpl.tools.relabel_job import job_config
+
+    config = job_config(run, overrides or [], parse_storage_options(storage_options))
+    if local or "LOCAL_RANK" in os.environ:
+        from dist_mlpl.local import relabel_here
+
+        made = relabel_here(config, step=step, manifest_url=manifest)
+    else:
+        from dist_mlpl.cluster import relabel_on_ray
+
+        made = relabel_on_ray(config, step=step, manifest_url=manifest, address=address)
+    if made is None:
+        sys.exit(130)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json({"round": made.commit.round, "sha256": made.commit.sha256, **made.metrics})
+        return
+    Console().print(round_line({"round": made.commit.round, **made.metrics}), highlight=False, soft_wrap=True)
+
+
+@labels_app.command("log")
+def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJson = False) -> None:
+    """Every round: what made it, how much it holds, how much of that was right where a view hides the truth."""
+    from dist_mlpl import storage
+    from dist_mlpl.tools.label_rounds import rounds_of
+
+    storage.configure_storage(parse_storage_options(storage_options))
+    rounds = rounds_of(run)
+    if as_json:
+        print_json({"rounds": [one._asdict() for one in rounds]})
+        return
+    table = Table()
+    for heading in ("round", "state", "parent", "strategy", "model of step", "present", "absent", "proposed",
+                    "labels in force", "present right", "absent right", "flipped"):  # fmt: skip
+        table.add_column(heading)
+    for one in rounds:
+        found = one.metrics
+        names = ("num_present", "num_absent", "num_proposed")
+        counts = (f"{found[name]:,.0f}" if name in found else "" for name in names)
+        shares = ("labelled_fraction", "hidden_precision_present", "hidden_precision_absent")
+        table.add_row(
+            str(one.number), one.state, str(one.parent),
+            one.strategy if one.restores is None else f"restores {one.restores}",
+            "" if one.step is None else str(one.step),
+            *counts, *(f"{found[name]:.1%}" if name in found else "" for name in shares),
+            f"{found['num_flipped']:,.0f}" if "num_flipped" in found else "",
+        )  # fmt: skip
+    Console().print(table)
+
+
+@labels_app.command("show")
+def labels_show(
+    run: RunUrl,
+    number: RoundNumber = None,
+    sample: Annotated[
+        list[int] | None, typer.Option(help="Draw this sample, its place in the train split; may repeat.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Where the picture goes; RUN/pictures by default.")] = None,
+    top: Annotated[int, typer.Option(help="Classes listed, those with the most beliefs.")] = 20,
+    manifest: ManifestUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a round holds by class, or a picture of samples with all that is known and believed about them."""
+    from dist_mlpl import storage
+    from dist_mlpl.config import read_run_config
+    from dist_mlpl.tools.label_rounds import class_counts, committed, open_split
+
+    storage.configure_storage(parse_storage_options(storage_options))
+    commit, index = committed(run, number), open_split(run, manifest)
+    if sample:
+        from dist_mlpl.tools.label_picture import draw_samples
+
+        url = draw_samples(run, read_run_config(run), commit, index, sample, out=out)
+        print_json({"picture": url}) if as_json else print(url)
+        return
+    found = class_counts(run, commit, index)
+    columns = ("present", "absent", "proposed")
+    if as_json:
+        document = commit.model_dump(mode="json", exclude={"files"})
+        by_class = zip(found.class_ids, found.counts.tolist(), strict=True)
+        print_json(document | {"classes": {name: dict(zip(columns, row, strict=True)) for name, row in by_class}})
+        return
+    console = Console()
+    for key in ("round", "parent", "restores", "strategy", "parameters", "models", "counts", "decided"):
+        console.print(f"{key}: {getattr(commit, key)}", highlight=False, markup=False)
+    console.print(_class_table(found.names, found.counts, columns, top))
+
+
+@labels_app.command("diff")
+def labels_diff(
+    run: RunUrl,
+    first: Annotated[int, typer.Argument(help="A committed round.")],
+    second: Annotated[int, typer.Argument(help="A later one.")],
+    top: Annotated[int, typer.Option(help="Classes listed, those that changed most.")] = 20,
+    manifest: ManifestUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """What beliefs became between two rounds: added, removed, flipped."""
+    from dist_mlpl import storage
+    from dist_mlpl.tools.label_rounds import DIFFERENCES, committed, differences, open_split
+
+    storage.configure_storage(parse_storage_options(storage_options))
+    found = differences(run, committed(run, first), committed(run, second), open_split(run, manifest))
+    totals = dict(zip(DIFFERENCES, found.counts.sum(axis=0).tolist(), strict=True))
+    if as_json:
+        by_class = zip(found.class_ids, found.counts.tolist(), strict=True)
+        classes = {name: dict(zip(DIFFERENCES, row, strict=True)) for name, row in by_class}
+        print_json({**totals, "classes": classes})
+        return
+    changed = found.counts[:, :-1]
+    console = Console()
+    console.print("  ".join(f"{name} {count:,}" for name, count in totals.items()), highlight=False)
+    console.print(_class_table(found.names, changed, DIFFERENCES[:-1], top))
+
+
+@labels_app.command("rollback")
+def labels_rollback(
+    run: RunUrl,
+    to: Annotated[int | None, typer.Option(help="Round to restore, 0 for no beliefs; else the one before.")] = None,
+    storage_options: StorageOptions = None,
+) -> None:
+    """Drop a round that was never finished, else restore an earlier one as a new round."""
+    from dist_mlpl import storage
+    from dist_mlpl.tools.label_rounds import roll_back
+
+    storage.configure_storage(parse_storage_options(storage_options))
+    print(roll_back(run, to))
+
+
+def _class_table(names: list[str], counts: Any, columns: Sequence[str], top: int) -> Table:
+    """Rows of (C, k) counts, those with the largest sums first."""
+    table = Table()
+    table.add_column("class")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    order = sorted(range(len(names)), key=lambda place: -int(counts[place].sum()))
+    for place in order[:top]:
+        table.add_row(names[place], *(f"{count:,}" for count in counts[place].tolist()))
+    return table

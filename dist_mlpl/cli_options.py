@@ -1,0 +1,44 @@
+"""Owns what the verbs of the command line share: options, and how a result is printed as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from dist_mlpl.errors import ConfigError
+
+StorageOptions = Annotated[
+    str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords; runs write none down.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def parse_storage_options(text: str | None) -> dict[str, Any] | None:
+    """`--storage-options` as a dict.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"--storage-options {text!r}",
+            expected="a JSON object",
+            where="--storage-options",
+            next_step="""write it like '{"endpoint_url": "http://127.0.0.1:9000"}'""",
+        )
+    return options
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One object; undefined numbers are null, for JSON has no NaN."""
+    from dist_mlpl.progress import without_nan
+
+    print(json.dumps(without_nan(document)))

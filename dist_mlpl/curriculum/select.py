@@ -1,0 +1,310 @@
+"""Owns which of a model's answers are believed: pure functions of scores, alike on any number of ranks.
+
+Scores are rounded to float16 before anything is decided, so a histogram over all 31,744 magnitudes is exact, and what
+was decided can be read from the files of the round.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dist_mlpl.curriculum.schedule import MAX_SCORE, CurriculumSettings
+from dist_mlpl.errors import ConfigError
+
+NUM_KEYS: Final = 0x7C00  # finite float16 magnitudes, in rising order
+SIGNED_WIDTH: Final = 64  # magnitudes in a bin of `signed_bins`: sixteen bins from one power of two to the next
+NUM_SIGNED_BINS: Final = 2 * NUM_KEYS // SIGNED_WIDTH
+_SIGN: Final = 0x8000
+
+Half = npt.NDArray[np.float16]
+Keys = npt.NDArray[np.uint16]
+Mask = npt.NDArray[np.bool_]
+
+
+class Candidates(NamedTuple):
+    """k answers that may be believed, in row-major order.
+
+    Args:
+        rows: (k,) int32.
+        classes: (k,) uint16.
+        scores: (k,) float16, logits.
+        strengths: (k,) uint16: the larger, the sooner believed.
+    """
+
+    rows: npt.NDArray[np.int32]
+    classes: npt.NDArray[np.uint16]
+    scores: Half
+    strengths: Keys
+
+    @property
+    def signs(self) -> npt.NDArray[np.int8]:
+        """(k,) the answers, -1 or +1."""
+        return np.where(is_present(self.scores), np.int8(1), np.int8(-1))
+
+    def where(self, chosen: npt.NDArray[Any]) -> Candidates:
+        """Those of a (k,) mask."""
+        return Candidates._make(column[chosen] for column in self)
+
+    @classmethod
+    def join(cls, parts: list[Candidates]) -> Candidates:
+        """Lists end to end."""
+        columns = np.empty(0, np.int32), np.empty(0, np.uint16), np.empty(0, np.float16), np.empty(0, np.uint16)
+        return cls(*(np.concatenate(column) for column in zip(columns, *parts, strict=True)))  # type: ignore[arg-type]
+
+
+def rounded(values: Tensor) -> Half:
+    """Finite numbers as float16, the nearest; beyond its range the largest; zero without a sign.
+
+    Args:
+        values: any shape, any device.
+
+    Returns:
+        The same shape, on the host.
+    """
+    half = values.detach().float().clamp(-MAX_SCORE, MAX_SCORE).half().cpu().numpy()
+    bits = half.view(np.uint16)
+    bits[bits == _SIGN] = 0
+    return half
+
+
+def is_present(scores: Half) -> Mask:
+    """Which scores of `rounded` answer present: those >= 0."""
+    return scores.view(np.uint16) < _SIGN
+
+
+def keys_of(scores: Half) -> Keys:
+    """Place of each |score| among the NUM_KEYS magnitudes of float16."""
+    return scores.view(np.uint16) & np.uint16(_SIGN - 1)
+
+
+def key_from(value: float) -> int:
+    """The first magnitude that is not below a value >= 0."""
+    key = int(keys_of(np.array([value], dtype=np.float16))[0])
+    return key + (value_of(key) < value)
+
+
+def key_above(value: float) -> int:
+    """The first magnitude above a value >= 0."""
+    key = int(keys_of(np.array([value], dtype=np.float16))[0])
+    return key + (value_of(key) <= value)
+
+
+def value_of(key: int) -> float:
+    """A magnitude as a number; infinity past the last."""
+    return float(np.array([key], dtype=np.uint16).view(np.float16)[0])
+
+
+def signed_bins(scores: Half) -> npt.NDArray[np.int64]:
+    """Bin of each score among NUM_SIGNED_BINS, rising with it; [NUM_SIGNED_BINS / 2:] are those >= 0."""
+    keys = keys_of(scores).astype(np.int64)
+    return np.where(is_present(scores), NUM_KEYS + keys, NUM_KEYS - 1 - keys) // SIGNED_WIDTH
+
+
+def candidates(
+    scores: Half, variances: Half | None, is_unknown: Mask, settings: CurriculumSettings, *, first_row: int = 0
+) -> Candidates:
+    """The answers of a block that its strategy may still believe; without a global threshold, those that it believes.
+
+    With `max_per_image`, the strongest of each sign in each image; of equal ones, the first classes.
+
+    Args:
+        scores: (B, C) float16 from `rounded`.
+        variances: (B, C) float16 of the scores over passes; None under other strategies than uncertainty.
+        is_unknown: (B, C), labels that may be believed at all; all False in rows without an image.
+        settings: of the curriculum.
+        first_row: of the block in its shard.
+    """
+    keys = keys_of(scores)
+    is_positive = is_present(scores)
+    strengths = keys
+    if settings.strategy == "uncertainty":
+        assert variances is not None
+        spread = keys_of(variances)
+        strengths = (NUM_KEYS - 1) - spread
+        chosen = is_unknown & (spread < key_above(settings.max_variance))
+    elif settings.strategy == "positive_only":
+        chosen = is_unknown & is_positive & (keys >= key_from(settings.logit_threshold))
+    elif settings.strategy in ("score_threshold", "ensemble"):
+        limit = settings.logit_threshold
+        chosen = is_unknown & np.where(is_positive, keys >= key_from(limit), keys >= key_above(limit))
+    else:  # score_fraction and class_precision decide when every score has been seen
+        chosen = is_unknown
+    if settings.max_per_image is not None:
+        chosen = _strongest(chosen, is_positive, strengths, settings.max_per_image)
+    rows, classes = np.nonzero(chosen)
+    return Candidates(
+        (rows + first_row).astype(np.int32), classes.astype(np.uint16), scores[rows, classes], strengths[rows, classes]
+    )
+
+
+def _strongest(chosen: Mask, is_positive: Mask, strengths: Keys, limit: int) -> Mask:
+    """Of those chosen in each row, the `limit` strongest of each sign."""
+    num_classes = chosen.shape[1]
+    kept = np.zeros_like(chosen)
+    for side in (chosen & is_positive, chosen & ~is_positive):
+        is_over = np.count_nonzero(side, axis=1) > limit
+        kept |= side & ~is_over[:, None]
+        if is_over.any():
+            # One number for strength and class, all different: a partition by it is the same everywhere.
+            places = np.arange(num_classes, 0, -1, dtype=np.uint32)
+            ranks = np.where(side[is_over], (strengths[is_over].astype(np.uint32) + 1) << 16, 0) + places
+            least = np.partition(ranks, num_classes - limit, axis=1)[:, num_classes - limit]
+            kept[is_over] |= side[is_over] & (ranks >= least[:, None])
+    return kept
+
+
+class Cut(NamedTuple):
+    """A global threshold: all magnitudes above `key`, and the first `num_at_key` entries at it."""
+
+    key: int
+    num_at_key: int
+
+
+def fraction_cut(key_counts: npt.NDArray[np.int64], fraction: float) -> Cut:
+    """Where to cut so that exactly round(fraction * n) of n scores are taken, the largest magnitudes first.
+
+    Of equal ones the first in manifest order, then class order, are taken.
+
+    Args:
+        key_counts: (NUM_KEYS,) unknown labels of the whole split by magnitude of their score.
+        fraction: in (0, 1].
+    """
+    wanted = round(fraction * int(key_counts.sum()))
+    at_least = np.cumsum(key_counts[::-1])[::-1]  # (NUM_KEYS,) scores of this magnitude or more
+    if wanted == 0:
+        return Cut(NUM_KEYS, 0)
+    key = int(np.flatnonzero(at_least >= wanted)[-1])
+    return Cut(key, wanted - int(at_least[key] - key_counts[key]))
+
+
+def above_cut(candidates: Candidates, cut: Cut, num_earlier: int) -> Mask:
+    """Which candidates of a shard the cut takes, (k,).
+
+    Args:
+        candidates: of the shard, in order.
+        cut: of the split.
+        num_earlier: candidates at `cut.key` in earlier shards.
+    """
+    keys = keys_of(candidates.scores)
+    is_at_key = keys == cut.key
+    return (keys > cut.key) | (is_at_key & (np.cumsum(is_at_key) + num_earlier <= cut.num_at_key))
+
+
+class ClassCuts(NamedTuple):
+    """Thresholds of each class: present from bin `present` on, absent below bin `absent`; see `signed_bins`."""
+
+    present: npt.NDArray[np.int64]  # (C,) in [NUM_SIGNED_BINS / 2, NUM_SIGNED_BINS]
+    absent: npt.NDArray[np.int64]  # (C,) in [0, NUM_SIGNED_BINS / 2]
+
+
+def class_cuts(known_counts: npt.NDArray[np.integer], *, precision: float, min_known: int) -> ClassCuts:
+    """The lowest threshold of each class and sign at which answers about known labels were right often enough.
+
+    Thresholds are edges of bins, so the precision at them is exact. A class with fewer than `min_known` answers of a
+    sign about known labels takes the threshold of all classes together; one that never is right often enough has none.
+
+    Args:
+        known_counts: (C, 2, NUM_SIGNED_BINS), known labels that are absent [:, 0] and present [:, 1] by their score.
+        precision: in (0.5, 1].
+        min_known: as above.
+
+    Raises:
+        ConfigError: no known label is absent, or none present: precision cannot be measured.
+    """
+    totals = known_counts.sum(axis=(0, 2), dtype=np.int64)
+    if not totals.all():
+        raise ConfigError(
+            f"{int(totals[0]):,} known labels that are absent and {int(totals[1]):,} that are present",
+            expected="both, to measure how often the model is right",
+            where="curriculum.strategy class_precision",
+            next_step="choose another strategy: labels of one kind say nothing about precision",
+        )
+    middle = NUM_SIGNED_BINS // 2
+    right_first = known_counts[:, ::-1, ::-1]  # absent answers are present ones of the mirrored score
+    above = [
+        _lowest_bins(counts[:, :, middle:], precision=precision, min_known=min_known)
+        for counts in (known_counts, right_first)
+    ]
+    return ClassCuts(present=middle + above[0], absent=middle - above[1])
+
+
+def _lowest_bins(counts: npt.NDArray[np.integer], *, precision: float, min_known: int) -> npt.NDArray[np.int64]:
+    """First bin of each class from which on answers are right often enough; the number of bins where there is none.
+
+    Args:
+        counts: (C, 2, n) wrong and right answers by bin.
+    """
+    own = _lowest(_from_here_on(counts), precision)
+    pooled = _lowest(_from_here_on(counts.sum(axis=0, keepdims=True)), precision)
+    return np.where(counts.sum(axis=(1, 2)) >= min_known, own, pooled)
+
+
+def _from_here_on(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    return np.cumsum(counts[:, :, ::-1], axis=2, dtype=np.int64)[:, :, ::-1]
+
+
+def _lowest(tails: npt.NDArray[np.int64], precision: float) -> npt.NDArray[np.int64]:
+    is_good = (tails[:, 1] >= precision * tails.sum(axis=1)) & (tails[:, 1] > 0)
+    return np.where(is_good.any(axis=1), is_good.argmax(axis=1), is_good.shape[1])
+
+
+def above_class_cuts(candidates: Candidates, cuts: ClassCuts) -> Mask:
+    """Which candidates the thresholds of their classes take, (k,)."""
+    bins = signed_bins(candidates.scores)
+    of_class = candidates.classes
+    return np.where(is_present(candidates.scores), bins >= cuts.present[of_class], bins < cuts.absent[of_class])
+
+
+def known_codes(scores: Half, targets: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+    """Where the scores of known labels belong in the counts of `class_cuts`.
+
+    Args:
+        scores: (B, C) float16.
+        targets: (B, C) int8.
+
+    Returns:
+        (k,) flat places in (C, 2, NUM_SIGNED_BINS), one for each known label.
+    """
+    rows, classes = np.nonzero(targets)
+    return (classes * 2 + (targets[rows, classes] > 0)) * NUM_SIGNED_BINS + signed_bins(scores[rows, classes])
+
+
+def agreed(codes: npt.NDArray[np.int64], signs: npt.NDArray[np.int8], earlier: list[tuple[Any, Any]]) -> Mask:
+    """Which proposals every earlier round made too, with the same sign.
+
+    Args:
+        codes: (k,) places of a shard, rising.
+        signs: (k,) -1 or +1.
+        earlier: the same of each earlier round.
+
+    Returns:
+        (k,).
+    """
+    kept = np.ones(len(codes), dtype=bool)
+    for other_codes, other_signs in earlier:
+        places = np.searchsorted(other_codes, codes)
+        inside = places < len(other_codes)
+        found = np.zeros(len(codes), dtype=bool)
+        at = places[inside]
+        found[inside] = (other_codes[at] == codes[inside]) & (other_signs[at] == signs[inside])
+        kept &= found
+    return kept
+
+
+def check_scores(scores: Tensor, valid: Tensor) -> tuple[int, int] | None:
+    """Row and class of a score that is no finite number, None if all are; rows without an image do not count.
+
+    Args:
+        scores: (B, C).
+        valid: (B,) bool.
+    """
+    if math.isfinite(float(scores[valid].abs().sum(dtype=torch.float64))):
+        return None
+    row, column = torch.nonzero(~torch.isfinite(scores) & valid[:, None])[0].tolist()
+    return row, column

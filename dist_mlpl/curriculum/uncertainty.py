@@ -1,0 +1,108 @@
+"""Owns the mean and the spread of a model's answers: over passes with dropout, mirror images, several models.
+
+Source: Gal and Ghahramani, ICML 2016 (dropout at inference); Durand et al., CVPR 2019, section 3.3, strategy (e).
+Differs: the paper does not say which variance; ours is the unbiased one of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from dist_mlpl.errors import ConfigError
+
+
+class Moments:
+    """Mean and variance of tensors of one shape, added one after the other, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None  # summed squares of deviations from the mean
+
+    def add(self, values: Tensor) -> None:
+        """One more.
+
+        Source: Welford, Technometrics 1962.
+        """
+        values = values.double()
+        self.count += 1
+        if self._mean is None or self._squares is None:
+            self._mean, self._squares = values.clone(), torch.zeros_like(values)
+            return
+        deviation = values - self._mean
+        self._mean += deviation / self.count
+        self._squares += deviation * (values - self._mean)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of what was added, float64."""
+        assert self._mean is not None
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, of at least two, float64."""
+        assert self._squares is not None
+        assert self.count > 1
+        return self._squares / (self.count - 1)
+
+
+def dropouts(model: nn.Module) -> list[nn.Module]:
+    """Its layers that drop anything."""
+    return [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Refuse a model whose passes would all be alike.
+
+    Raises:
+        ConfigError: it drops nothing.
+    """
+    if not dropouts(model):
+        raise ConfigError(
+            "a model without dropout",
+            expected="dropout, whose passes differ: their variance is what the strategy goes by",
+            where="curriculum.strategy uncertainty, method.dropout",
+            next_step="set method.dropout (0.5 is usual) from the start of a run, or choose another strategy",
+        )
+
+
+@contextmanager
+def dropping(model: nn.Module) -> Iterator[None]:
+    """Let dropout drop while the block runs, in evaluation mode too; all other layers stay in it."""
+
+    def switch_on(layer: nn.Module, inputs: Any) -> None:
+        layer.training = True  # each time: whoever calls the model sets its mode first
+
+    with ExitStack() as hooks:
+        for layer in dropouts(model):
+            hooks.callback(layer.register_forward_pre_hook(switch_on).remove)
+            hooks.callback(layer.train, layer.training)
+        yield
+
+
+@contextmanager
+def computed_once(trunk: nn.Module) -> Iterator[None]:
+    """Let a trunk that drops nothing answer from memory after its first call in the block, whose inputs are alike."""
+    if dropouts(trunk):
+        yield
+        return
+    compute: Callable[..., Any] = trunk.forward
+    answers: list[Any] = []
+
+    def forward(*inputs: Any) -> Any:
+        if not answers:
+            answers.append(compute(*inputs))
+        return answers[0]
+
+    trunk.forward = forward
+    try:
+        yield
+    finally:
+        del trunk.forward

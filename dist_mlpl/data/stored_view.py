@@ -1,0 +1,157 @@
+"""Owns views on disk as a run sees them: read shard by shard when first touched, a bounded part kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl import storage
+from dist_mlpl.data.entries import Entries
+from dist_mlpl.data.shard_index import ClassLists
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.view_files import FILE_NAME, ViewDocument, decode_view_file, load_view
+from dist_mlpl.errors import ManifestError, ShardError
+from dist_mlpl.labels import UNKNOWN, Targets
+
+KEPT_BYTES = 256 << 20  # of a view, in memory: all of one that hides 50 million labels of 9 million images
+
+_Lists = dict[int, ClassLists]  # what labels become, and for each row of a shard the classes that become it
+
+
+class StoredView:
+    """A view on disk, read shard by shard when first touched. Safe from many threads.
+
+    It says what the view of the same digest in memory says; one whose rule replaces labels exists on disk alone.
+
+    Args:
+        url: folder of the view.
+        index: the split whose labels it changes.
+
+    Raises:
+        ManifestError: no view, or that of another split or other shards.
+    """
+
+    def __init__(self, url: str, index: SplitIndex) -> None:
+        self.document = load_view(url)
+        self._index = index
+        _check_belongs(self.document, index)
+        self._kept: OrderedDict[int, _Lists] = OrderedDict()  # the last used last
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the digests of its shards: `dist_mlpl.data.views.view_digest`."""
+        return self.document.digest
+
+    def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which entries of some samples are known and hidden; replaced ones are not.
+
+        Args:
+            indices: (n,) int64 in [0, N).
+
+        Returns:
+            (n, C) bool.
+
+        Raises:
+            ShardError: a file of the view is missing or damaged.
+        """
+        found = np.zeros((len(indices), self._index.manifest.num_classes), dtype=bool)
+        for place, (shard, row) in enumerate(self._index.rows(indices)):
+            if UNKNOWN in (lists := self._lists(shard)):
+                found[place, lists[UNKNOWN].row(row)] = True
+        return found
+
+    def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
+        """Make hidden labels unknown, and replaced ones what they are replaced by.
+
+        Args:
+            targets: (n, C) int8, human labels.
+            indices: (n,) int64 in [0, N), the samples they belong to.
+
+        Returns:
+            (n, C) int8, a new array.
+
+        Raises:
+            ShardError: a file of the view is missing or damaged.
+        """
+        seen = targets.copy()
+        for place, (shard, row) in enumerate(self._index.rows(indices)):
+            for value, lists in self._lists(shard).items():
+                seen[place, lists.row(row)] = value
+        return seen
+
+    def changes(self, shard: int) -> Entries:
+        """What it changes in one shard, read anew: the list that tools work on.
+
+        Raises:
+            ShardError: the file is missing, damaged or another than view.json lists.
+        """
+        listed, entry = self.document.shards[shard], self._index.shards[shard]
+        where = storage.join(self.document.url, listed.file)
+        try:
+            content = storage.read_bytes(where)
+        except FileNotFoundError as error:
+            raise ShardError(
+                "a view's file is not there",
+                expected=f"what view.json lists for {entry.file}",
+                where=storage.shown(where),
+                next_step="restore it, or remove the view's view.json and draw it again: what is whole is kept",
+            ) from error
+        num_classes = self._index.manifest.num_classes
+        file = decode_view_file(content, num_samples=entry.num_samples, num_classes=num_classes, where=where)
+        if file.digest != listed.digest:
+            raise ShardError(
+                f"digest {file.digest}",
+                expected=f"{listed.digest}, from view.json",
+                where=storage.shown(where),
+                next_step="two views were drawn under one name: remove view.json and draw it again",
+            )
+        return file.changes
+
+    def _lists(self, shard: int) -> _Lists:
+        with self._lock:
+            if shard in self._kept:
+                self._kept.move_to_end(shard)
+                return self._kept[shard]
+        lists = _lists_of(self.changes(shard), self._index.shards[shard].num_samples)  # two threads read the same
+        with self._lock:
+            if shard not in self._kept:
+                self._kept[shard] = lists
+                self._kept_bytes += _num_bytes(lists)
+            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        return lists
+
+
+def _lists_of(changes: Entries, num_samples: int) -> _Lists:
+    found = {}
+    for value in np.unique(changes.values).tolist():
+        some = changes.where(changes.values == value)
+        found[value] = ClassLists(some.classes, np.searchsorted(some.rows, np.arange(num_samples + 1)))
+    return found
+
+
+def _num_bytes(lists: _Lists) -> int:
+    return sum(part.values.nbytes + part.offsets.nbytes for part in lists.values())
+
+
+def _check_belongs(document: ViewDocument, index: SplitIndex) -> None:
+    manifest = index.manifest
+    found, expected = f"a view of split {document.split!r}", f"one of split {index.split!r}"
+    is_good = document.split == index.split
+    if is_good:
+        found = f"a view of the manifest {document.manifest_digest[:16]}..."
+        expected = f"one of {manifest.digest[:16]}..., {manifest.url}"
+        files = [entry.index for entry in index.shards]
+        is_good = document.manifest_digest == manifest.digest and [shard.file for shard in document.shards] == files
+    if not is_good:
+        raise ManifestError(
+            found,
+            expected=expected,
+            where=storage.shown(storage.join(document.url, FILE_NAME)),
+            next_step="name a view of these shards, or draw one: `dist-mlpl shards simulate`",
+        )

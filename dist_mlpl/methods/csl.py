@@ -1,0 +1,161 @@
+"""Owns the class-aware selective loss as a method (CSL, P-ASL), with the class prior that it estimates."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dist_mlpl import comm
+from dist_mlpl.banks.base import Bank, Column
+from dist_mlpl.banks.table import TableBank
+from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.errors import BankError
+from dist_mlpl.losses.selective import Mode, selective_loss
+from dist_mlpl.methods.base import MethodSettings, training_targets
+from dist_mlpl.methods.pooled import PooledMethod
+
+PRIOR = "prior"
+_ONE: Final = (
+    2**32
+)  # probabilities are summed as multiples of 2**-32: whole numbers have one sum on any number of ranks
+
+
+class CslSettings(MethodSettings):
+    """The selective loss and its plain relatives.
+
+    Args:
+        mode: `selective`: unknown labels are weak negatives but for those that may well be present; `negative`: all are
+            (P-ASL; ASL with gamma_neg = gamma_unknown); `ignore`: none is.
+        gamma_pos, gamma_neg, gamma_unknown: focusing exponents of present, absent and unknown labels.
+        clip: probability margin of absent and unknown labels, in [0, 1).
+        top_k: of each image, how many of the likeliest unknown labels are left out; selective.
+        prior_threshold: unknown labels of classes whose prior exceeds it are left out; selective, with one of the next.
+        prior_from: RUN of mode `ignore`, whose predictions over its last epoch are the prior.
+        ignore_epochs: so many first epochs train in mode `ignore`, and the last one's predictions are the prior.
+    """
+
+    name: Literal["csl"] = "csl"
+    mode: Mode = "selective"
+    gamma_pos: float = Field(0.0, ge=0.0)
+    gamma_neg: float = Field(1.0, ge=0.0)
+    gamma_unknown: float = Field(4.0, ge=0.0)
+    clip: float = Field(0.0, ge=0.0, lt=1.0)
+    top_k: int = Field(5, ge=0)
+    prior_threshold: float | None = Field(None, gt=0.0, lt=1.0)
+    prior_from: str | None = None
+    ignore_epochs: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> CslSettings:
+        fields = type(self).model_fields
+        of_selective = ("top_k", "prior_threshold", "prior_from", "ignore_epochs")
+        changed = [key for key in of_selective if getattr(self, key) != fields[key].default]
+        if changed and self.mode != "selective":
+            raise ValueError(f"{', '.join(changed)} set, but mode {self.mode!r} does not use it")
+        sources = [key for key in ("prior_from", "ignore_epochs") if getattr(self, key)]
+        if len(sources) != (self.prior_threshold is not None):
+            raise ValueError(
+                f"prior_threshold {self.prior_threshold} with {' and '.join(sources) or 'no prior'}: "
+                "a threshold needs one prior, of prior_from or of ignore_epochs, and a prior a threshold"
+            )
+        return self
+
+    def build(self, *, num_classes: int, image_size: int) -> Csl:
+        return Csl(self, num_classes=num_classes, image_size=image_size)
+
+
+class Csl(PooledMethod):
+    """One asymmetric loss, its unknown labels chosen by likelihood and by class prior.
+
+    The prior lives in the table `prior`: of every class, the sum of predicted probabilities over the valid images that
+    an epoch of mode `ignore` has trained on so far, and their number. It is part of every commit.
+
+    Source: Ben-Baruch et al., CVPR 2022.
+    Differs: the loss is the mean over images of the sum over classes (the code's is the sum); the prior is the mean
+        over one epoch of predictions made while training (the paper's a pass of the finished model, the code's a mean
+        over all epochs).
+    """
+
+    def __init__(self, settings: CslSettings, *, num_classes: int, image_size: int) -> None:
+        super().__init__(settings, num_classes=num_classes, image_size=image_size)
+        self.settings = settings
+        self._prior: TableBank | None = None
+
+    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+        if self.settings.mode == "ignore" or self.settings.prior_threshold is not None:
+            columns = {"sums": Column(dtype="i64"), "counts": Column(dtype="i64")}
+            self._prior = TableBank(PRIOR, self.num_classes, columns)
+
+    def banks(self) -> dict[str, Bank]:
+        return {} if self._prior is None else {PRIOR: self._prior}
+
+    def bank_sources(self) -> dict[str, str]:
+        return {} if self.settings.prior_from is None else {PRIOR: self.settings.prior_from}
+
+    def begin_epoch(self, progress: Progress) -> None:
+        super().begin_epoch(progress)
+        if self._prior is not None and self._is_ignoring(progress):
+            nothing = torch.zeros(self.num_classes, dtype=torch.int64)
+            self._prior.write_all({"sums": nothing, "counts": nothing})
+
+    def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        recalled = super().recall(batch, progress)
+        recalled["is_ignoring"] = torch.tensor([self._is_ignoring(progress)])
+        if self.settings.prior_threshold is not None and not self._is_ignoring(progress):
+            recalled[PRIOR] = self.prior().to(batch.images.device)
+        return recalled
+
+    def prior(self) -> Tensor:
+        """(C,) float32 estimated frequency of each class, in [0, 1].
+
+        Raises:
+            BankError: nothing was predicted yet.
+        """
+        table = {} if self._prior is None else self._prior.read_all()
+        if not table or int(table["counts"].min()) == 0:
+            raise BankError(
+                "a class prior of no predictions",
+                expected="predictions of at least one step in mode `ignore`",
+                where="method.prior_from, method.ignore_epochs",
+                next_step="train the run that prior_from names in mode ignore, for an epoch or more",
+            )
+        return (table["sums"].double() / (table["counts"].double() * _ONE)).float()
+
+    def losses(
+        self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        settings, valid = self.settings, batch.valid
+        is_ignoring = bool(recalled["is_ignoring"])
+        loss = selective_loss(
+            logits[valid],
+            training_targets(batch)[valid],
+            mode="ignore" if is_ignoring else settings.mode,
+            gamma_pos=settings.gamma_pos,
+            gamma_neg=settings.gamma_neg,
+            gamma_unknown=settings.gamma_unknown,
+            clip=settings.clip,
+            top_k=settings.top_k,
+            prior=recalled.get(PRIOR),
+            prior_threshold=settings.prior_threshold if PRIOR in recalled else None,
+        )
+        terms = {"csl": loss / recalled["num_valid"].clamp(min=1).squeeze()}
+        if not is_ignoring or self._prior is None:
+            return terms, {}
+        sums = (torch.sigmoid(logits.detach()[valid].double()) * _ONE).round().long().sum(dim=0)  # (C,)
+        counted = torch.cat([sums, valid.sum()[None]])
+        return terms, {"predicted": counted[None]}  # (1, C + 1) of each micro-batch
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        super().observe(batch, output)
+        if self._prior is None or "predicted" not in output.extras:
+            return
+        predicted = comm.reduce_sum(output.extras["predicted"].sum(dim=0).cpu())  # (C + 1,)
+        table = self._prior.read_all()
+        self._prior.write_all({"sums": table["sums"] + predicted[:-1], "counts": table["counts"] + predicted[-1]})
+
+    def _is_ignoring(self, progress: Progress) -> bool:
+        return self.settings.mode == "ignore" or progress.epoch < self.settings.ignore_epochs

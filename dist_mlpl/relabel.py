@@ -1,0 +1,392 @@
+"""Owns one relabelling round: every image of the train split scored as in evaluation, then believed in part, or not.
+
+A round is a pure function of its plan. The pass leaves a part for each shard that is done, created exclusively, so a
+round that was killed goes on where it stood, on any number of ranks, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_mlpl import comm, keyed, storage
+from dist_mlpl.batch import Batch
+from dist_mlpl.chain import Commit
+from dist_mlpl.curriculum.parts import PartMaker, encode_part
+from dist_mlpl.curriculum.schedule import CurriculumSettings, check_bounded
+from dist_mlpl.curriculum.select import check_scores, rounded
+from dist_mlpl.curriculum.uncertainty import Moments, check_dropout, computed_once, dropping
+from dist_mlpl.data.label_store import Labels
+from dist_mlpl.data.order import PADDING
+from dist_mlpl.data.overlays import (
+    RoundCommit,
+    RoundModel,
+    RoundPlan,
+    document_bytes,
+    newest_round,
+    read_plan,
+    read_round,
+    round_url,
+)
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_shard_blocks
+from dist_mlpl.data.tar_stream import AnyStream
+from dist_mlpl.engine import Engine
+from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError
+from dist_mlpl.methods.base import Method
+from dist_mlpl.round_commit import RoundCommitter, deal, on_first_rank, part_url
+from dist_mlpl.round_models import Model, is_made, scoring_models
+
+_LOOK_BLOCKS = 16  # between looks at whether a rank failed or was asked to stop: 512 images
+_BLOCKS_IN_WORK = 4  # scored and not yet put into a part, while the next ones are computed
+
+
+def relabel(
+    run: str,
+    head: Commit,
+    settings: CurriculumSettings,
+    engine: Engine,
+    labels: Labels,
+    *,
+    open_stream: Callable[[], AnyStream],
+    build: Callable[[], Method],
+    seed: int,
+    scored_with: str,
+    is_asked: Callable[[], bool] = lambda: False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> RoundCommit | None:
+    """Make the next round of a run, or go on with it; the newest round stands if it was made from the same.
+
+    Args:
+        run: RUN.
+        head: the commit whose model the engine holds.
+        settings: of the curriculum.
+        engine: holds the present model, at any ZeRO stage.
+        labels: of the train split as the run sees them, without beliefs.
+        open_stream: over the train split with the evaluation transform; closed here.
+        build: makes an empty method like the engine's, for other models of an ensemble.
+        seed: of the run.
+        scored_with: digest of what else scores depend on.
+        is_asked, tell: as in `make_round`.
+
+    Returns:
+        The committed round; None when a rank was asked to stop in its middle.
+
+    Raises:
+        MlplError: see `scoring_models`, `plan_round` and `make_round`.
+
+    Collective: all ranks.
+    """
+    if number := on_first_rank(lambda: is_made(run, settings, head, scored_with=scored_with)):
+        return read_round(run, number)
+    engine.average_buffers()
+    models = scoring_models(run, head, settings, engine, build)
+    is_whole = engine.settings.kind == "plain" or engine.settings.zero_stage < 3
+    scorer = Scorer(settings, models, engine.method, seed=seed, keeps_trunk=is_whole)
+    plan = plan_round(run, labels, settings, [model.record for model in models], seed=seed, scored_with=scored_with)
+    with closing(open_stream()) as stream:
+        assert isinstance(stream, Stream)  # as the split has an index
+        return make_round(run, plan, labels, settings, scorer, stream, is_asked=is_asked, tell=tell)
+
+
+class Scores(NamedTuple):
+    """What the models answer about a block."""
+
+    mean: Tensor  # (B, C)
+    variance: Tensor | None  # (B, C), over passes with dropout
+
+
+class Scorer:
+    """The answers of one or several models about a block, averaged over all passes.
+
+    Args:
+        settings: which passes.
+        models: the present one first.
+        method: of the present model; its dropout is sampled under `uncertainty`.
+        seed: of the run; dropout is keyed by (seed, round, block, pass).
+        keeps_trunk: a trunk without dropout is computed once a block, whatever the number of passes. Not where the
+            layers inside must be called each time (ZeRO stage 3).
+
+    Raises:
+        ConfigError: `uncertainty` of a model without dropout.
+    """
+
+    def __init__(
+        self,
+        settings: CurriculumSettings,
+        models: Sequence[Model],
+        method: Method,
+        *,
+        seed: int,
+        keeps_trunk: bool = True,
+    ) -> None:
+        self._settings, self._method, self._seed, self._keeps_trunk = settings, method, seed, keeps_trunk
+        self._predicts = [model.predict for model in models]
+        self._samples_dropout = settings.strategy == "uncertainty"
+        if self._samples_dropout:
+            check_dropout(method)
+
+    @contextmanager
+    def scoring(self, round_number: int) -> Iterator[Callable[[Batch, int], Scores]]:
+        """A function of a block and the index of its first image, while the block of code runs.
+
+        Args:
+            round_number: of the round that is being made.
+        """
+
+        def score(batch: Batch, first_index: int) -> Scores:
+            sides = [batch]
+            if self._settings.flips:
+                sides.append(batch._replace(images=batch.images.flip(-1), flipped=~batch.flipped))
+            return self._score(sides, ("dropout", self._seed, round_number, first_index))
+
+        with dropping(self._method) if self._samples_dropout else nullcontext():
+            yield score
+
+    def _score(self, sides: list[Batch], key: tuple[str | int, ...]) -> Scores:
+        if len(sides) * len(self._predicts) == 1 and not self._samples_dropout:
+            return Scores(self._predicts[0](sides[0]), None)
+        moments = Moments()
+        num_passes = self._settings.num_passes if self._samples_dropout else 1
+        for side, batch in enumerate(sides):
+            for predict in self._predicts:
+                is_kept = self._keeps_trunk and num_passes > 1
+                with computed_once(self._method.backbone) if is_kept else nullcontext():
+                    for number in range(num_passes):
+                        if self._samples_dropout:
+                            torch.manual_seed(keyed.key(*key, side, number) & (2**63 - 1))
+                        moments.add(predict(batch))
+        return Scores(moments.mean, moments.variance if self._samples_dropout else None)
+
+
+def plan_round(
+    run: str,
+    labels: Labels,
+    settings: CurriculumSettings,
+    models: Sequence[RoundModel],
+    *,
+    seed: int,
+    scored_with: str,
+) -> RoundPlan:
+    """Take the next round's number, or go on with the round that an equal plan began. Rank 0 decides for all.
+
+    Args:
+        run: RUN.
+        labels: of the train split as the run sees them, without beliefs.
+        settings: of the curriculum.
+        models: that will score.
+        seed: of the run.
+        scored_with: digest of what else scores depend on.
+
+    Raises:
+        ConfigError: tars without an index, or a round that could fill the disk.
+        OvertakenError: another round is being made, from other models or settings.
+
+    Collective: all ranks, one broadcast.
+    """
+    index = indexed(labels)
+    check_bounded(settings, num_samples=index.num_samples, num_classes=index.manifest.num_classes)
+
+    def take() -> RoundPlan:
+        parent = newest_round(run)
+        plan = RoundPlan(
+            round=parent + 1,
+            parent=parent,
+            split=index.split,
+            manifest_digest=index.manifest.digest,
+            view_digest=None if labels.view is None else labels.view.digest,
+            strategy=settings.strategy,
+            parameters=settings.parameters,
+            models=tuple(models),
+            scored_with=scored_with,
+            seed=seed,
+        )
+        return _take(run, plan)
+
+    return on_first_rank(take)
+
+
+def indexed(labels: Labels) -> SplitIndex:
+    """The split that labels belong to.
+
+    Raises:
+        ConfigError: it has no index, so that its images have no address.
+    """
+    if isinstance(labels.samples, SplitIndex):
+        return labels.samples
+    raise ConfigError(
+        "relabelling over tars without an index",
+        expected="images with an address of their own: beliefs are kept by shard and row",
+        where="data.unindexed, curriculum",
+        next_step="run `dist-mlpl shards index` and set data.manifest to what it wrote",
+    )
+
+
+def _take(run: str, plan: RoundPlan) -> RoundPlan:
+    if plan.parent:  # what the end of the round before was killed over
+        storage.remove_folder(round_url(run, plan.parent, "parts"))
+    if storage.create_exclusive(round_url(run, plan.round, "plan.json"), document_bytes(plan)):
+        return plan
+    found = read_plan(run, plan.round)
+    if found != plan:
+        ours, theirs = plan.model_dump(), found.model_dump()
+        differing = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
+        raise OvertakenError(
+            f"round {plan.round} is being made from something else: " + "; ".join(differing)[:600],
+            expected="one round at a time",
+            where=storage.shown(round_url(run, plan.round, "plan.json")),
+            next_step="let that job finish, or drop its round with `dist-mlpl labels rollback RUN`",
+        )
+    return plan
+
+
+def make_round(
+    run: str,
+    plan: RoundPlan,
+    labels: Labels,
+    settings: CurriculumSettings,
+    scorer: Scorer,
+    stream: Stream,
+    *,
+    is_asked: Callable[[], bool] = lambda: False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> RoundCommit | None:
+    """Score what is not scored yet, decide, and commit.
+
+    Memory and disk are bounded whatever N and C: a block of dense scores at a time, then parts, whose size
+    `curriculum.max_per_image` bounds.
+
+    Args:
+        run: RUN.
+        plan: from `plan_round`.
+        labels: of the train split as the run sees them, without beliefs.
+        settings: of the curriculum.
+        scorer: of the plan's models.
+        stream: over the train split with the evaluation transform.
+        is_asked: whether this rank was asked to stop.
+        tell: takes images scored by this rank now and then, and all of its.
+
+    Returns:
+        The committed round; None when a rank was asked to stop. What is scored by then need not be scored again.
+
+    Raises:
+        RunError: a score is not finite; on all ranks.
+        MlplError: see `RoundCommitter.commit`.
+
+    Collective: all ranks; 4 bytes every 512 images, then see `RoundCommitter.commit`.
+    """
+    index = indexed(labels)
+    origin = storage.sha256_of_bytes(document_bytes(plan))
+    todo = on_first_rank(lambda: _unscored(run, plan.round, origin, index))
+    dealt = deal(index.shard_sizes, todo, world_size=comm.world_size())
+    writer = _PartWriter(run, plan.round, origin, settings, index)
+    with scorer.scoring(plan.round) as score, ExitStack() as stack:
+        worker = stack.enter_context(ThreadPoolExecutor(1, "parts"))
+        if not _pass(dealt, labels, index, stream, score, writer, worker, is_asked, tell):
+            return None
+    return RoundCommitter(run, plan, origin=origin, settings=settings, index=index).commit()
+
+
+def _unscored(run: str, number: int, origin: str, index: SplitIndex) -> list[int]:
+    """Shards that have no part."""
+    urls = [part_url(run, number, origin, shard) for shard in range(len(index.shards))]
+    done = set(storage.list_names(urls[0].rpartition("/")[0])) if urls else set()
+    return [shard for shard, url in enumerate(urls) if storage.name(url) not in done]
+
+
+def _pass(
+    dealt: list[list[int]],
+    labels: Labels,
+    index: SplitIndex,
+    stream: Stream,
+    score: Callable[[Batch, int], Scores],
+    writer: _PartWriter,
+    worker: ThreadPoolExecutor,
+    is_asked: Callable[[], bool],
+    tell: Callable[[int, int], None],
+) -> bool:
+    """Score this rank's shards, in step with the others. False when a rank was asked to stop."""
+    blocks_of = [num_shard_blocks([index.shards[shard].num_samples for shard in shards]) for shards in dealt]
+    own, num_blocks = dealt[comm.rank()], max(blocks_of)
+    total, done = sum(index.shards[shard].num_samples for shard in own), 0
+    ends = index.starts.tolist()
+    starts = [start for shard in own for start in range(ends[shard], ends[shard + 1], EVALUATION_BLOCK)]
+    in_work: deque[Future[None]] = deque()
+    failure: MlplError | None = None
+    for number, batch in enumerate(stream.shard_batches(labels, own, num_blocks=num_blocks)):
+        is_own = number < len(starts)
+        first_index = starts[number] if is_own else PADDING
+        scores = score(batch, first_index)  # padding too: under ZeRO stage 3 all ranks compute together
+        try:
+            if is_own and failure is None:
+                in_work.append(worker.submit(writer.add, batch, scores, first_index))
+                done += min(EVALUATION_BLOCK, total - done)
+            while len(in_work) > (_BLOCKS_IN_WORK if number + 1 < num_blocks else 0):
+                in_work.popleft().result()
+        except MlplError as error:
+            failure = error
+        if (number + 1) % _LOOK_BLOCKS == 0 or number + 1 == num_blocks:
+            tell(done, total)
+            wish = torch.tensor([2 if failure else int(is_asked())], dtype=torch.int32)
+            wishes = int(comm.reduce_max(wish))
+            if wishes == 2:
+                raise next(error for error in comm.gather_objects(failure) if error is not None)
+            if wishes == 1 and number + 1 < num_blocks:
+                return False
+    return True
+
+
+class _PartWriter:
+    """Puts scored blocks into parts, and writes each part when its shard is done. Used by one thread.
+
+    Args:
+        run: RUN.
+        number: of the round.
+        origin: digest of its plan.
+        settings: of the curriculum.
+        index: the split.
+    """
+
+    def __init__(self, run: str, number: int, origin: str, settings: CurriculumSettings, index: SplitIndex) -> None:
+        self._run, self._number, self._origin, self._settings, self._index = run, number, origin, settings, index
+        self._maker: PartMaker | None = None
+
+    def add(self, batch: Batch, scores: Scores, first_index: int) -> None:
+        """One block, in order.
+
+        Raises:
+            RunError: a score is not finite.
+        """
+        valid, targets = batch.valid.cpu(), batch.targets.cpu().numpy()
+        mean = scores.mean.cpu()
+        variance = None if scores.variance is None else scores.variance.cpu()
+        bad = check_scores(mean if variance is None else mean + variance, valid)
+        if bad is not None:
+            raise self._not_finite(float(mean[bad]), first_index + bad[0], bad[1])
+        shard = int(self._index.shard_of(np.array([first_index]))[0])
+        if first_index == self._index.starts[shard]:
+            self._maker = PartMaker(self._settings, self._index.manifest.num_classes)
+        assert self._maker is not None
+        num_rows = min(EVALUATION_BLOCK, int(self._index.starts[shard + 1]) - first_index)
+        variances = None if variance is None else rounded(variance)
+        self._maker.add(rounded(mean), variances, targets, valid.numpy(), num_rows)
+        if first_index + num_rows == self._index.starts[shard + 1]:
+            content = encode_part(self._maker.part(), origin=self._origin)
+            # Another process of the same plan may have been faster: its part serves as well.
+            storage.create_exclusive(part_url(self._run, self._number, self._origin, shard), content)
+
+    def _not_finite(self, score: float, index: int, column: int) -> RunError:
+        return RunError(
+            f"the model answers {score} for class {self._index.manifest.class_ids[column]!r}",
+            expected="finite logits",
+            where=f"sample {index}, {self._index.name(index)}",
+            next_step="the model has diverged, or half precision overflows: go back to an earlier commit, or set "
+            "engine.precision to fp32",
+        )

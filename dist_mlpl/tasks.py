@@ -1,0 +1,109 @@
+"""Owns Ray tasks: one function on many arguments, spread over a cluster, with lost tasks tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from dist_mlpl import storage
+from dist_mlpl.errors import MlplError, RunError
+
+T = TypeVar("T")
+
+_MAX_LOSSES = 5  # of one task, to workers or nodes that die
+_WAITING = 2  # tasks that wait for each CPU of the cluster besides the one it works on
+
+
+def map_tasks(task: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, address: str) -> Iterator[tuple[int, T]]:
+    """Run a function on many arguments on a Ray cluster, a CPU each.
+
+    The package must be installed on every node, and what it reads and writes must be reached from there: a bucket, or a
+    disk that all share. Nodes may come and go while it runs.
+
+    Args:
+        task: what pickles; it must be safe to repeat, for a lost worker's task runs again.
+        calls: arguments of each call, taken as they are needed.
+        address: of a running cluster (`auto`, `HOST:6379`, `ray://HOST:10001`), or `local` to start one here.
+
+    Yields:
+        (number of the call, its result), as they finish. The first error ends the rest and is raised.
+
+    Raises:
+        MlplError: of the function, as it raised it.
+        RunError: a task was lost too often, another error of the function, or no cluster at the address.
+    """
+    numbered = enumerate(calls)
+    with _joined(address):
+        shared = ray.put(task)
+        remote = ray.remote(_run).options(num_cpus=1, max_retries=_MAX_LOSSES)
+        configuration = storage.configuration()
+        running: dict[Any, int] = {}
+        try:
+            while True:
+                room = (1 + _WAITING) * max(1, math.ceil(ray.cluster_resources().get("CPU", 1))) - len(running)
+                for number, call in islice(numbered, max(0, room)):
+                    running[remote.remote(shared, configuration, call)] = number
+                if not running:
+                    return
+                for reference in ray.wait(list(running))[0]:
+                    yield running.pop(reference), _result(reference)
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _run(task: Callable[..., T], configuration: dict[str, Any], call: tuple[Any, ...]) -> T:
+    storage.configure_storage(**configuration)
+    return task(*call)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MlplError):
+            raise cause from None
+        raise _failed(error, "the log of that worker says more") from error
+    except RayError as error:
+        raise _failed(
+            error, "run the same command again, it goes on; check the nodes' memory and `ray status`"
+        ) from error
+
+
+def _failed(error: Exception, next_step: str) -> RunError:
+    text = str(error).strip().splitlines()
+    return RunError(
+        f"a Ray task failed: {text[-1] if text else type(error).__name__}",
+        expected=f"tasks that end, lost {_MAX_LOSSES} times at most",
+        where="ray",
+        next_step=next_step,
+    )
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """Join a cluster for as long as the block runs, unless this process has joined one already."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"no Ray cluster: {' '.join(str(error).split())[:300]}",
+            expected="a running cluster, or `local` to start one here",
+            where=f"--ray-address {address}",
+            next_step="check the address and `ray status`",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

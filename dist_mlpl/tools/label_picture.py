@@ -1,0 +1,137 @@
+"""Owns the picture of what a run is told and believes about single images."""
+
+from __future__ import annotations
+
+import io
+from typing import Final, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from dist_mlpl import storage
+from dist_mlpl.config import Config
+from dist_mlpl.data.fetch import Fetcher
+from dist_mlpl.data.label_store import LabelStore
+from dist_mlpl.data.overlays import Overlay, RoundCommit, read_overlay
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.errors import ConfigError
+from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
+from dist_mlpl.train import build_view
+
+_SIDE: Final = 256  # pixels of an image's longer side
+_WIDTH: Final = 420  # of the text beside it
+_LINE: Final = 14
+_MOST_LINES: Final = 8  # of one kind, the strongest first
+_PLAIN, _GOOD, _BAD, _FAINT = (20, 20, 20), (0, 110, 0), (180, 0, 0), (120, 120, 120)
+
+Line = tuple[str, tuple[int, int, int]]
+
+
+class _Labelled(NamedTuple):
+    """What is known and believed about one image."""
+
+    name: str
+    told: np.ndarray  # (C,) int8, as the run sees it
+    hidden: np.ndarray  # (C,) int8, what its view hides
+    believed: Overlay  # of this row
+
+
+def draw_samples(
+    run: str, config: Config, commit: RoundCommit, index: SplitIndex, samples: list[int], *, out: str | None = None
+) -> str:
+    """A PNG with a row for each sample: the image, human labels, beliefs with their scores, what is hidden of them.
+
+    Args:
+        run: RUN.
+        config: of the run.
+        commit: of the round.
+        index: the train split.
+        samples: in [0, N).
+        out: path or URL of the picture; None for one in RUN/pictures.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ConfigError: no such sample.
+        CheckpointError: a file of the round is missing or damaged.
+    """
+    for sample in samples:
+        if not 0 <= sample < index.num_samples:
+            raise ConfigError(
+                f"sample {sample}",
+                expected=f"a number in [0, {index.num_samples}), a sample's place in split {index.split!r}",
+                where="--sample",
+                next_step="choose one of these",
+            )
+    store = LabelStore(index, build_view(config.data, index), run=run)
+    fetcher = Fetcher(index)
+    try:
+        images = list(fetcher.take(fetcher.begin(np.array(samples, dtype=np.int64))))
+    finally:
+        fetcher.close()
+    rows = [
+        _row(image, _lines(_labelled(run, commit, store, index, sample), index))
+        for image, sample in zip(images, samples, strict=True)
+    ]
+    sheet = Image.new("RGB", (_SIDE + _WIDTH, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    name = "-".join(map(str, samples[:8]))
+    url = out or storage.join(run, "pictures", f"labels-{commit.round:06d}-{index.split}-{name}.png")
+    storage.write_bytes(url, buffer.getvalue())
+    return url
+
+
+def _labelled(run: str, commit: RoundCommit, store: LabelStore, index: SplitIndex, sample: int) -> _Labelled:
+    where = np.array([sample])
+    human, told = index.targets(where)[0], store.at(0).targets(where)[0]
+    ((shard, row),) = index.rows(where)
+    entry = index.shards[shard]
+    overlay = read_overlay(run, commit, shard, num_samples=entry.num_samples, num_classes=len(human))
+    own = overlay.where(slice(*np.searchsorted(overlay.rows, [row, row + 1])))
+    hidden = np.where(told == UNKNOWN, human, UNKNOWN)
+    return _Labelled(f"{sample}  {index.name(sample)}", told, hidden, own)
+
+
+def _lines(labelled: _Labelled, index: SplitIndex) -> list[Line]:
+    names = [entry.name for entry in index.manifest.classes]
+    lines: list[Line] = [(labelled.name, _FAINT)]
+    for value, text in ((PRESENT, "people: present"), (ABSENT, "people: absent")):
+        classes = np.flatnonzero(labelled.told == value)
+        lines += _listed(text, [(names[c], _PLAIN) for c in classes])
+    beliefs = labelled.believed
+    order = np.argsort(-np.abs(beliefs.scores.astype(np.float64)), kind="stable")
+    for value, text in ((PRESENT, "model: present"), (ABSENT, "model: absent"), (UNKNOWN, "model: only proposed")):
+        chosen = [place for place in order if beliefs.values[place] == value]
+        found = []
+        for place in chosen:
+            column = int(beliefs.classes[place])
+            truth, sign = labelled.hidden[column], 1 if beliefs.scores[place] >= 0 else -1
+            color = _PLAIN if truth == UNKNOWN else _GOOD if truth == sign else _BAD
+            mark = "" if truth == UNKNOWN else "  right" if truth == sign else "  wrong"
+            found.append((f"{names[column]}  {float(beliefs.scores[place]):+.2f}{mark}", color))
+        lines += _listed(text, found)
+    return lines
+
+
+def _listed(title: str, entries: list[Line]) -> list[Line]:
+    if not entries:
+        return []
+    shown = [("   " + text, color) for text, color in entries[:_MOST_LINES]]
+    more = len(entries) - len(shown)
+    return [(title, _FAINT), *shown, *([(f"   and {more} more", _FAINT)] if more else [])]
+
+
+def _row(content: bytes, lines: list[Line]) -> Image.Image:
+    picture = ImageOps.contain(Image.open(io.BytesIO(content)).convert("RGB"), (_SIDE, _SIDE))
+    row = Image.new("RGB", (_SIDE + _WIDTH, max(picture.height, _LINE * len(lines)) + 8), "white")
+    row.paste(picture, (0, 4))
+    pen = ImageDraw.Draw(row)
+    for number, (text, color) in enumerate(lines):
+        pen.text((_SIDE + 8, 4 + number * _LINE), text.encode("ascii", "replace").decode(), fill=color)
+    return row

@@ -1,0 +1,207 @@
+"""Owns what a person asks of a run's rounds of labels: which there are, what they hold, how they differ, to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl import storage
+from dist_mlpl.chain import read_head
+from dist_mlpl.config import read_run_config
+from dist_mlpl.data.mixture import load_sets
+from dist_mlpl.data.overlays import (
+    Overlay,
+    RoundCommit,
+    document_bytes,
+    newest_round,
+    read_overlay,
+    read_plan,
+    read_round,
+    round_numbers,
+    round_url,
+    unfinished_round,
+)
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.errors import CheckpointError, ConfigError, OvertakenError
+from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
+from dist_mlpl.progress import read_rows
+from dist_mlpl.round_truth import summary
+
+MEASURED = ("hidden_precision_present", "hidden_recall_present", "hidden_precision_absent", "hidden_recall_absent",
+            "num_flipped", "num_flipped_right", "num_flipped_wrong")  # fmt: skip
+
+
+class Round(NamedTuple):
+    """A line of the log."""
+
+    number: int
+    state: str  # "in force", "committed" or "unfinished"
+    parent: int
+    restores: int | None
+    strategy: str
+    step: int | None  # of the model
+    metrics: dict[str, float]  # `summary`, and what hidden labels told when a run took it up
+
+
+def rounds_of(run: str) -> list[Round]:
+    """Every round of a run, oldest first.
+
+    Raises:
+        CheckpointError: a record that cannot be read.
+    """
+    head = read_head(run)
+    in_force, newest = head.round if head else 0, newest_round(run)
+    told = {row["round"]: row for row in read_rows(run) if row["event"] == "round"}
+    found = []
+    for number in round_numbers(run):
+        is_committed = number <= newest
+        record = read_round(run, number) if is_committed else read_plan(run, number)
+        metrics = {}
+        if isinstance(record, RoundCommit):
+            metrics = summary(record) | {
+                k: told[number][k] for k in MEASURED if told.get(number, {}).get(k) is not None
+            }
+        state = "in force" if number == in_force else "committed" if is_committed else "unfinished"
+        restores = record.restores if isinstance(record, RoundCommit) else None
+        step = record.models[0].step if record.models else None
+        found.append(Round(number, state, record.parent, restores, record.strategy, step, metrics))
+    return found
+
+
+class ClassCounts(NamedTuple):
+    """Beliefs by class."""
+
+    class_ids: list[str]
+    names: list[str]
+    counts: npt.NDArray[np.int64]  # (C, k)
+
+
+def open_split(run: str, manifest_url: str | None = None) -> SplitIndex:
+    """The split that the rounds of a run are about.
+
+    Raises:
+        CheckpointError: no run.
+        ManifestError: its shards are not there.
+    """
+    config = read_run_config(run)
+    return SplitIndex(load_sets(manifest_url or config.data.manifest), config.data.train_split)
+
+
+def committed(run: str, number: int | None) -> RoundCommit:
+    """A committed round, the newest by default.
+
+    Raises:
+        CheckpointError: none, or not that one.
+    """
+    newest = newest_round(run)
+    if newest == 0 or (number is not None and not 0 < number <= newest):
+        raise CheckpointError(
+            f"no committed round {number}" if newest else "no committed round",
+            expected=f"a round in [1, {newest}]" if newest else "a run that has relabelled",
+            where=storage.shown(round_url(run, number or 1)),
+            next_step="`dist-mlpl labels log RUN` lists the rounds; `dist-mlpl relabel RUN` makes one",
+        )
+    return read_round(run, number or newest)
+
+
+def _overlays(run: str, commit: RoundCommit, index: SplitIndex) -> Iterator[Overlay]:
+    for shard, entry in enumerate(index.shards):
+        yield read_overlay(
+            run, commit, shard, num_samples=entry.num_samples, num_classes=index.manifest.num_classes
+        )  # fmt: skip
+
+
+def class_counts(run: str, commit: RoundCommit, index: SplitIndex) -> ClassCounts:
+    """How many labels of each class a round believes present, believes absent, only proposes.
+
+    Raises:
+        CheckpointError: a file of the round is missing or damaged.
+    """
+    classes = index.manifest.classes
+    counts = np.zeros((len(classes), 3), dtype=np.int64)
+    for overlay in _overlays(run, commit, index):
+        for column, value in enumerate((PRESENT, ABSENT, UNKNOWN)):
+            counts[:, column] += np.bincount(overlay.classes[overlay.values == value], minlength=len(classes))
+    return ClassCounts([entry.id for entry in classes], [entry.name for entry in classes], counts)
+
+
+DIFFERENCES = ("added_present", "added_absent", "removed_present", "removed_absent",
+               "flipped_to_present", "flipped_to_absent", "unchanged")  # fmt: skip
+
+
+def differences(run: str, first: RoundCommit, second: RoundCommit, index: SplitIndex) -> ClassCounts:
+    """What beliefs became between two rounds, by class; columns as in DIFFERENCES.
+
+    Raises:
+        CheckpointError: a file of a round is missing or damaged.
+    """
+    classes = index.manifest.classes
+    counts = np.zeros((len(classes), len(DIFFERENCES)), dtype=np.int64)
+    for old, new in zip(_overlays(run, first, index), _overlays(run, second, index), strict=True):
+        before, after = old.believed, new.believed
+        codes = np.union1d(before.codes, after.codes)
+        values = np.zeros((2, len(codes)), dtype=np.int8)
+        values[0, np.searchsorted(codes, before.codes)] = before.values
+        values[1, np.searchsorted(codes, after.codes)] = after.values
+        columns = codes & 0xFFFF
+        kinds = {(0, 1): 0, (0, -1): 1, (1, 0): 2, (-1, 0): 3, (-1, 1): 4, (1, -1): 5, (1, 1): 6, (-1, -1): 6}
+        for (was, now), kind in kinds.items():
+            chosen = columns[(values[0] == was) & (values[1] == now)]
+            counts[:, kind] += np.bincount(chosen, minlength=len(classes))
+    return ClassCounts([entry.id for entry in classes], [entry.name for entry in classes], counts)
+
+
+def roll_back(run: str, to: int | None = None) -> str:
+    """Take back the last thing that happened: drop a round that was never finished, or restore an earlier one.
+
+    Rounds never change and none is deleted: restoring round 2 makes a new round that holds what round 2 held. A
+    running training takes it up at its next epoch.
+
+    Args:
+        run: RUN.
+        to: round to restore, 0 for no beliefs; None for the one before the newest.
+
+    Returns:
+        A line that says what was done.
+
+    Raises:
+        CheckpointError: no round there.
+        ConfigError: it is in force already.
+        OvertakenError: another round was committed at the same moment.
+    """
+    unfinished = unfinished_round(run)
+    if unfinished is not None:
+        storage.remove_folder(round_url(run, unfinished))
+        return f"round {unfinished}, which was never finished, is dropped; round {newest_round(run)} is the newest"
+    newest = committed(run, None)
+    target = newest.parent if to is None else to
+    if target in (newest.round, newest.restores):
+        raise ConfigError(
+            f"round {target} is the newest already",
+            expected="an earlier round, or 0 for no beliefs",
+            where="--to",
+            next_step="`dist-mlpl labels log RUN` lists the rounds",
+        )
+    if target == 0:
+        counts = {name: n for name, n in newest.counts.items() if "known" in name or name.startswith("num_sam")}
+        beliefs = dict.fromkeys(("num_present", "num_absent", "num_proposed"), 0)
+        changes: dict[str, Any] = {
+            "parent": 0, "strategy": "none", "parameters": {}, "models": (), "decided": {}, "files": (),
+            "counts": counts | beliefs, "has_soft": False,
+        }  # fmt: skip
+        document = newest.model_copy(update=changes)
+    else:
+        document = committed(run, target)
+    document = document.model_copy(update={"round": newest.round + 1, "restores": target})
+    url = round_url(run, document.round, "commit.json")
+    if not storage.create_exclusive(url, document_bytes(document)):
+        raise OvertakenError(
+            f"round {document.round} was committed by another job meanwhile",
+            expected="one job at a time",
+            where=storage.shown(url),
+            next_step="look at `dist-mlpl labels log RUN` and try again",
+        )
+    return f"round {document.round} holds what round {target} held; a running training takes it up at its next epoch"

@@ -1,0 +1,164 @@
+"""Owns how a plan becomes a set: packed unless too much is unfit, what was left out listed, the manifest last."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
+
+from dist_mlpl import storage
+from dist_mlpl.data.manifest import Manifest, ShardEntry, write_manifest
+from dist_mlpl.errors import ConfigError, DataError
+from shards.ledger import Ledger
+from shards.pack import OnProgress, PackedShard, Skipped
+from shards.plan import Plan
+from shards.processes import Mapper
+from shards.work import TooManySkippedError, pack_all
+
+SKIPPED_FILE = "skipped.csv"
+_SYNCERS = 4  # threads
+
+
+def check_fraction(max_bad_fraction: float) -> None:
+    """Refuse what is no fraction.
+
+    Raises:
+        ConfigError: outside [0, 1].
+    """
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(
+            f"max_bad_fraction {max_bad_fraction}", expected="a fraction in [0, 1]", where="max_bad_fraction",
+            next_step="correct the option",
+        )  # fmt: skip
+
+
+def plan_document(plan: Plan, *, base: str = "") -> dict[str, Any]:
+    """What builders compare to know that they follow one plan.
+
+    Args:
+        plan: what goes where.
+        base: digest of the manifest that is extended.
+    """
+    makes_images = plan.packing.max_side or plan.packing.convert or plan.source.records.rotations is not None
+    return {
+        "source": plan.source.name,
+        "images": len(plan.source.records),
+        "digest": plan.digest,
+        "packing": plan.packing.model_dump(),
+        "base": base,
+        "version": version("dist-mlpl"),
+        "pillow": version("pillow") if makes_images else "",
+    }
+
+
+def pack_plan(
+    plan: Plan,
+    ledger: Ledger,
+    mapper: Mapper,
+    about: dict[str, Any],
+    *,
+    max_bad_fraction: float,
+    folder: str,
+    num_images: int | None = None,
+    known: Iterable[str] = (),
+    tell: OnProgress,
+) -> dict[str, PackedShard]:
+    """Have a plan packed, unless too many images are unfit or a split has none that is fit.
+
+    Args:
+        plan: what goes where.
+        ledger: of the output.
+        mapper: where the work is done.
+        about: `plan_document` of the plan.
+        max_bad_fraction: of the images that may be unfit.
+        folder: for skipped.csv, should it stop.
+        num_images: that the fraction is of; None: those of the plan. An extension counts those of the whole source, so
+            that a second call forgives what the first one did.
+        known: files of shards that may be in the output already; their splits may stay without new images.
+        tell: told how far it is.
+
+    Returns:
+        What became of each shard, by stem.
+
+    Raises:
+        FinishedElsewhereError: see there.
+        DataError, ManifestError, StorageError: see `build`.
+    """
+    max_skipped = max_bad_fraction * (num_images or len(plan.source.records))
+    known = set(known)
+    filled = {name.rpartition("-")[0] for name in known}
+    expected = f"a fraction of at most {max_bad_fraction}, and an image that can be packed in every split"
+    if len(plan.skipped) > max_skipped or set(plan.splits) - filled - {shard.split for shard in plan.shards}:
+        raise refusal(plan, plan.skipped, folder, expected=expected)
+    is_first = ledger.begin(about, known=known)
+    try:
+        packed = pack_all(plan, ledger, mapper, is_first=is_first, max_skipped=max_skipped, tell=tell)
+    except TooManySkippedError as stop:
+        raise refusal(plan, stop.skipped, folder, expected=expected) from None
+    if set(plan.splits) - filled - entries_by_split(plan, packed).keys():
+        skipped = [*plan.skipped, *(image for shard in packed.values() for image in shard.skipped)]
+        raise refusal(plan, skipped, folder, expected=expected)
+    return packed
+
+
+def entries_by_split(plan: Plan, packed: dict[str, PackedShard]) -> dict[str, list[ShardEntry]]:
+    """Entries of the shards that were written, in the order of the plan."""
+    entries: dict[str, list[ShardEntry]] = {}
+    for shard in plan.shards:
+        if entry := packed[shard.stem].entry:
+            entries.setdefault(shard.split, []).append(entry)
+    return entries
+
+
+def finish(manifest: Manifest, ledger: Ledger, tell: OnProgress) -> Manifest:
+    """Write the manifest once the disk holds the shards, then remove the records."""
+    sync_shards(ledger.out, [entry for split in manifest.splits.values() for entry in split.shards], tell)
+    written = write_manifest(manifest, ledger.out, scratch=None if storage.is_remote(ledger.out) else ledger.folder)
+    ledger.close()
+    return written
+
+
+def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: str) -> DataError:
+    """List the images that stop a build in FOLDER/skipped.csv, and make the error.
+
+    Args:
+        plan: of the build.
+        skipped: images known to be unfit.
+        folder: or URL.
+        expected: what is allowed.
+    """
+    write_skipped([(image, reason) for _, image, reason in sorted(skipped)], folder)
+    first = ", ".join(f"{image!r} ({reason})" for _, image, reason in sorted(skipped)[:3])
+    return DataError(
+        f"{len(skipped)} of {len(plan.source.records)} images cannot be packed: {first}" + " ..." * (len(skipped) > 3),
+        expected=expected,
+        where=f"those found so far are listed in {storage.join(storage.shown(folder), SKIPPED_FILE)}",
+        next_step="allow for them with --max-bad-fraction, and this build goes on; "
+        "or repair the images and pack them into an empty folder",
+    )
+
+
+def write_skipped(rows: Sequence[tuple[str, str]], folder: str, *, scratch: str | None = None) -> None:
+    """List images that were left out, with the reason, in FOLDER/skipped.csv; without any, there is no such file."""
+    url = storage.join(folder, SKIPPED_FILE)
+    if not rows:
+        storage.remove(url)
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "reason"))
+    writer.writerows(rows)
+    storage.write_bytes(url, text.getvalue().encode(), scratch=scratch)
+
+
+def sync_shards(out: str, entries: Sequence[ShardEntry], tell: OnProgress) -> None:
+    """Wait until the disk holds these shards: the manifest, which comes next, is to mean that they are there."""
+    if storage.is_remote(out):
+        return
+    files = [storage.join(out, file) for entry in entries for file in (entry.file, entry.index)]
+    with ThreadPoolExecutor(_SYNCERS, "sync") as pool:
+        for done, _ in enumerate(pool.map(storage.sync, files), 1):
+            tell("waiting for the disk", done, len(files))

@@ -1,0 +1,156 @@
+"""Claims about a relabelling round on several ranks: the same bytes on any number, all fail together, none waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_mlpl import comm, relabel
+from dist_mlpl.batch import Batch
+from dist_mlpl.curriculum.schedule import CurriculumSettings
+from dist_mlpl.data.fetch import Fetcher
+from dist_mlpl.data.label_store import Labels
+from dist_mlpl.data.manifest import load_manifest
+from dist_mlpl.data.overlays import RoundModel, newest_round, round_url
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.stream import Stream
+from dist_mlpl.data.transform import Transform, TransformSettings
+from dist_mlpl.data.views import View
+from dist_mlpl.errors import MlplError, OvertakenError, RunError
+from dist_mlpl.relabel import Scorer, make_round, plan_round
+from dist_mlpl.round_models import Model
+from dist_mlpl.round_truth import measure
+from dist_mlpl.world import World
+from tests.support.methods import tiny_method
+from tests.support.ranks import run_ranks
+from tests.support.runs import tiny_shards
+
+pytestmark = pytest.mark.distributed
+
+CASES: dict[str, dict[str, Any]] = {
+    "threshold": {"strategy": "score_threshold", "threshold": 0.02, "max_per_class": 7, "cumulative": True},
+    "fraction": {"strategy": "score_fraction", "fraction": 0.5, "max_per_image": 2, "agree_rounds": 2},
+    "positive": {"strategy": "positive_only", "threshold": 0.02, "flips": True},
+    "ensemble": {"strategy": "ensemble", "threshold": 0.03},
+    "uncertainty": {"strategy": "uncertainty", "num_passes": 3, "max_variance": 0.05, "keep_soft": True},
+    "precision": {"strategy": "class_precision", "precision": 0.55, "prior_quota": 1.0},
+}
+
+
+class Place:
+    """What a round needs, on this rank."""
+
+    def __init__(self, manifest: str, rank: int, size: int, settings: CurriculumSettings) -> None:
+        self.settings = settings
+        self.index = SplitIndex(load_manifest(manifest), "train")
+        view = View(
+            "bernoulli", 0.6, None, shard_sizes=self.index.shard_sizes, source_rows=self.index.source_rows(),
+            targets_of=self.index.targets_between, num_classes=self.index.manifest.num_classes,
+        )  # fmt: skip
+        self.labels = Labels(self.index, view)
+        self.world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+        self.method = tiny_method("partial_bce", dropout=0.3)
+        self.spoilt = -1  # sample about which the model answers NaN
+
+    def predict(self, batch: Batch) -> Tensor:
+        self.method.eval()
+        with torch.no_grad():
+            logits = self.method(batch, None).logits
+        logits[batch.index == self.spoilt, 3] = float("nan")
+        return logits
+
+    def round(self, run: str, **options: Any) -> Any:
+        """The next round, or None when stopped."""
+        records = [RoundModel(step=7, sha256="a"), RoundModel(step=3, sha256="b")]
+        models = [Model(record, self.predict) for record in records]
+        models[1] = Model(records[1], lambda batch: -0.5 * self.predict(batch))
+        models = models if self.settings.strategy == "ensemble" else models[:1]
+        plan = plan_round(run, self.labels, self.settings, [m.record for m in models], seed=5, scored_with="s")
+        scorer = Scorer(self.settings, models, self.method, seed=5)
+        stream = Stream(
+            self.index, Fetcher(self.index), Transform(TransformSettings(size=32), seed=5, train=False),
+            world=self.world, num_workers=1, device=torch.device("cpu"), max_bad_fraction=1.0,
+        )  # fmt: skip
+        try:
+            return make_round(run, plan, self.labels, self.settings, scorer, stream, **options)
+        finally:
+            stream.close()
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def two_rounds(rank: int, size: int, manifest: str, out: str, is_disturbed: bool) -> dict[str, dict[str, float]]:
+    """Two rounds of each case; disturbed ones are stopped after their first blocks and begun again."""
+    torch.set_num_threads(1)
+    relabel._LOOK_BLOCKS = 1 if is_disturbed else 16
+    measured = {}
+    for name, keys in CASES.items():
+        place, run = Place(manifest, rank, size, CurriculumSettings(**keys)), f"{out}/{name}"
+        for number in (1, 2):
+            if is_disturbed:
+                assert place.round(run, is_asked=lambda: comm.rank() == 1) is None
+                assert comm.broadcast_object(newest_round(run)) == number - 1
+            commit = place.round(run)
+            assert commit.round == number
+            comm.gather_objects(None)
+        measured[name] = measure(run, commit, place.labels)
+    return measured
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_shards(tmp_path_factory.mktemp("tiny"), num_train=60, num_test=8)
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
+    out = tmp_path_factory.mktemp("one")
+    (measured,) = run_ranks(two_rounds, 1, manifest, str(out), False)
+    return files_of(out), measured
+
+
+@pytest.mark.parametrize(("size", "is_disturbed"), [(2, True), (4, False)])
+def test_rounds_have_the_same_bytes_on_any_number_of_ranks_stopped_in_the_middle_or_not(
+    size: int, is_disturbed: bool, manifest: str, on_one_rank: tuple[dict[str, bytes], Any], tmp_path: Path
+) -> None:
+    measured = run_ranks(two_rounds, size, manifest, str(tmp_path), is_disturbed)
+    files, expected = on_one_rank
+    found = files_of(tmp_path)
+    assert found.keys() == files.keys()
+    assert [name for name in files if found[name] != files[name]] == []
+    assert repr(measured) == repr([expected] * size)  # as text, for NaN is not itself
+    assert any(name.endswith("000002/commit.json") for name in files)
+    assert not any("parts" in name for name in files)
+
+
+def fail(rank: int, size: int, manifest: str, run: str) -> list[MlplError]:
+    errors = []
+    place = Place(manifest, rank, size, CurriculumSettings(strategy="score_threshold", threshold=0.0))
+    place.spoilt = 41
+    with pytest.raises(MlplError) as caught:
+        place.round(run)
+    errors.append(caught.value)
+    other = Place(manifest, rank, size, CurriculumSettings(strategy="score_fraction"))
+    with pytest.raises(MlplError) as caught:
+        other.round(run)
+    errors.append(caught.value)
+    return errors
+
+
+def test_a_score_that_is_no_number_and_a_second_job_stop_all_ranks_with_the_same_words(
+    manifest: str, tmp_path: Path
+) -> None:
+    first, second = run_ranks(fail, 2, manifest, str(tmp_path))
+    assert [type(error) for error in first] == [RunError, OvertakenError]
+    assert [str(error) for error in first] == [str(error) for error in second]
+    assert "class3" in str(first[0])
+    assert "sample 41" in str(first[0])
+    assert "strategy 'score_threshold', not 'score_fraction'" in str(first[1])
+    assert "labels rollback" in str(first[1])
+    assert not Path(round_url(str(tmp_path), 1, "commit.json")).exists()

@@ -1,0 +1,272 @@
+"""Claims about the single-positive family as a method: which loss runs, on which rows, and what it remembers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+import tests.support.methods as contract
+from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.methods.base import Method
+from dist_mlpl.methods.table import METHODS
+from tests.support.losses import (
+    assume_negative_oracle,
+    count_penalty_oracle,
+    entropy_oracle,
+    estimator_oracle,
+    expected_negative_oracle,
+    hill_oracle,
+    large_loss_oracle,
+    observed_oracle,
+    splc_oracle,
+)
+from tests.support.methods import CONTRACT, NUM_CLASSES, gradients, random_batch, tiny_method
+from tests.support.single_positive import LATER, LOSSES
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("progress", [contract.PROGRESS, LATER], ids=["first epoch", "third epoch"])
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_keeps_the_contract(loss, check, progress, monkeypatch):
+    monkeypatch.setattr(contract, "PROGRESS", progress)
+    method = tiny_method("single_positive", loss=loss, **LOSSES[loss])
+    for seed in (20, 21):
+        step(method, random_batch(16, seed=seed), progress)  # so that there is something to remember
+    check(method)
+
+
+def step(method: Method, batch: Batch, progress: Progress = LATER) -> StepOutput:
+    """One step without an update."""
+    output = method(batch, method.recall(batch, progress))
+    method.observe(batch, output)
+    return output
+
+
+def batch_with_padding(seed: int = 3) -> Batch:
+    """16 rows, of which 2 are padding and 1 is undecodable; labels with pseudo-labels."""
+    batch = random_batch(16, seed=seed, known_fraction=0.4)
+    valid = batch.valid.clone()
+    valid[[2, 9, 15]] = False
+    index = batch.index.clone() + 40
+    index[[9, 15]] = -1
+    generator = torch.Generator().manual_seed(seed)
+    pseudo = (torch.rand(16, NUM_CLASSES, generator=generator) < 0.3).to(torch.int8) * -1
+    soft = torch.rand(16, NUM_CLASSES, generator=generator)
+    return batch._replace(valid=valid, index=index, pseudo_targets=pseudo, soft_targets=soft)
+
+
+def mean_over(batch: Batch, total: Tensor) -> float:
+    return float(total) / (int(batch.valid.sum()) * NUM_CLASSES)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_the_one_named_over_valid_rows_alone(loss):
+    """On a method's first visit in the third epoch; Large Loss knows no threshold yet and rejects nothing."""
+    method = tiny_method("single_positive", loss=loss, **LOSSES[loss]).eval()
+    batch = batch_with_padding()
+    recalled = method.recall(batch, LATER)
+    output = method(batch, recalled)
+    valid = batch.valid
+    x = output.logits[valid].double()
+    human = batch.targets[valid]
+    believed = torch.where(human != 0, human, batch.pseudo_targets[valid])
+    absent = torch.where(believed == 0, -1, believed)
+    groups = [output.logits[start : start + 8][valid[start : start + 8]].double() for start in (0, 8)]
+    if loss == "role":
+        estimates = recalled["estimates"].double()  # in ascending order of the index, as the rows are
+        of_groups = estimates.split([len(group) for group in groups])
+        count = sum(len(part) * count_penalty_oracle(part, 1.5) for part in (*groups, *of_groups))
+        expected = mean_over(batch, estimator_oracle(x, estimates, believed)) + 0.5 * float(count) / len(x)
+    elif loss == "epr":
+        count = sum(len(g) * count_penalty_oracle(g, 1.5) for g in groups)
+        expected = mean_over(batch, observed_oracle(x, believed)) + float(count) / len(x)
+    else:
+        pseudo, soft = batch.pseudo_targets[valid], batch.soft_targets[valid].double()
+        totals = {
+            "an": lambda: assume_negative_oracle(x, believed),
+            "an_ls": lambda: assume_negative_oracle(x, believed, smoothing=0.1),
+            "wan": lambda: assume_negative_oracle(x, believed, unknown_weight=1 / (NUM_CLASSES - 1)),
+            "en": lambda: expected_negative_oracle(x, believed, x, expected_positives=1.5),
+            "em": lambda: entropy_oracle(x, believed, entropy_weight=0.1),
+            "apl": lambda: entropy_oracle(
+                x, human, entropy_weight=0.1, pseudo_targets=pseudo, soft_targets=soft, pseudo_weight=0.9
+            ),
+            "splc": lambda: splc_oracle(x, believed, is_correcting=True) * NUM_CLASSES,
+            "hill": lambda: hill_oracle(x, believed) * NUM_CLASSES,
+        }
+        plain = lambda: -torch.nn.functional.logsigmoid(x * absent).sum()  # noqa: E731  # what Large Loss starts from
+        expected = mean_over(batch, totals.get(loss, plain)())
+    assert float(output.loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_apl_takes_soft_labels_from_the_code_where_a_round_has_none():
+    method = tiny_method("single_positive", loss="apl").eval()
+    batch = batch_with_padding()
+    ones = (batch.pseudo_targets == 1).float()
+    losses = [method(b, method.recall(b, LATER)).loss for b in (batch._replace(soft_targets=s) for s in (None, ones))]
+    assert torch.equal(*losses)
+
+
+# ROLE ----------------------------------------------------------------------------------------------------------------
+
+
+def role(**keys: Any) -> Method:
+    return tiny_method("single_positive", loss="role", expected_positives=1.5, **keys).eval()
+
+
+def read(method: Method, name: str, index: Tensor) -> dict[str, Tensor]:
+    return method.banks()[name].read(index)
+
+
+def test_estimates_start_where_the_paper_puts_them_and_do_not_depend_on_who_asks():
+    method, batch = role(), random_batch(32, seed=1, known_fraction=0.5)
+    recalled = method.recall(batch, LATER)
+    probs = torch.sigmoid(recalled["estimates"])
+    targets = batch.targets
+    torch.testing.assert_close(probs[targets == 1], torch.full_like(probs[targets == 1], 0.995))
+    torch.testing.assert_close(probs[targets == -1], torch.full_like(probs[targets == -1], 0.005))
+    unknown = probs[targets == 0]
+    assert 0.4 <= float(unknown.min()) < 0.43
+    assert 0.57 < float(unknown.max()) <= 0.6
+    assert len(unknown.unique()) > 0.9 * len(unknown)
+    shuffled = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    again = role().recall(Batch._make(None if f is None else f[shuffled] for f in batch), LATER)
+    assert torch.equal(again["estimates"], recalled["estimates"])
+
+
+def test_a_step_moves_the_estimates_of_its_valid_samples_along_their_own_gradient():
+    method, batch = role(estimate_rate=0.7), batch_with_padding()
+    before = method.recall(batch, LATER)["estimates"].double()  # ascending index
+    output = step(method, batch)
+    valid = batch.valid
+    estimates = before.clone().requires_grad_()
+    x = output.logits[valid].double()
+    believed = torch.where(batch.targets != 0, batch.targets, batch.pseudo_targets)[valid]
+    sizes = [int(valid[:8].sum()), int(valid[8:].sum())]
+    count = sum(len(part) * count_penalty_oracle(part, 1.5) for part in estimates.split(sizes))
+    loss = estimator_oracle(x, estimates, believed) + 0.5 * NUM_CLASSES * count  # of all rows, times n C
+    (gradient,) = torch.autograd.grad(loss, estimates)
+    read_back = read(method, "estimates", batch.index[valid])
+    torch.testing.assert_close(read_back["rows"].double(), before - 0.7 * gradient, rtol=1e-5, atol=1e-6)
+    assert read_back["stamps"].tolist() == [1] * int(valid.sum())
+    others = [i for i in range(100) if i not in batch.index[valid].tolist()]
+    assert read(method, "estimates", torch.tensor(others))["stamps"].max() == -1
+
+
+def test_the_next_visit_begins_where_the_last_one_ended_and_estimates_do_not_reach_the_classifier_twice():
+    method, batch = role(), random_batch(16, seed=1)
+    step(method, batch)
+    stored = read(method, "estimates", batch.index)["rows"]
+    assert torch.equal(method.recall(batch, LATER)["estimates"], stored)
+    first = gradients(method, batch)
+    assert all(torch.equal(first[name], again) for name, again in gradients(method, batch).items())
+
+
+# EN ------------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_mean_prediction_over_a_samples_visits():
+    method = tiny_method("single_positive", loss="en", expected_positives=2.0).eval()
+    batch, seen = batch_with_padding(), []
+    for scale in (1.0, 0.5, 2.0):
+        scaled = batch._replace(images=batch.images * scale)
+        output = step(method, scaled)
+        seen.append(torch.sigmoid(output.logits[batch.valid]))
+    read_back = read(method, "scores", batch.index[batch.valid])
+    assert read_back["stamps"].unique().tolist() == [2]
+    torch.testing.assert_close(read_back["rows"].float(), torch.stack(seen).mean(0), rtol=0, atol=2e-3)
+
+
+def test_expected_negatives_leaves_out_the_likeliest_by_earlier_scores_and_nothing_in_the_first_epoch():
+    method = tiny_method("single_positive", loss="en", expected_positives=2.0).eval()
+    batch = random_batch(16, seed=1, known_fraction=0.2)
+    scores = torch.rand(16, NUM_CLASSES).half()
+    method.banks()["scores"].write(batch.index, {"rows": scores, "stamps": torch.zeros(16, dtype=torch.int32)})
+    for progress, k in ((LATER, 2.0), (Progress(), 0.0)):
+        output = method(batch, method.recall(batch, progress))
+        total = expected_negative_oracle(output.logits.double(), batch.targets, scores, expected_positives=k)
+        assert float(output.loss.detach()) == pytest.approx(mean_over(batch, total), rel=1e-5)
+
+
+# Large Loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("loss", "scheme"), [("ll_r", "reject"), ("ll_ct", "correct")])
+def test_the_second_step_rejects_by_the_first_ones_threshold(loss, scheme):
+    method = tiny_method("single_positive", loss=loss, large_fraction=0.1).eval()
+    batch = random_batch(16, seed=1, known_fraction=0.2)
+    step(method, batch)
+    output = step(method, batch)
+    total = large_loss_oracle(output.logits.double(), batch.targets, fraction=0.2, scheme=scheme)
+    assert float(output.loss.detach()) == pytest.approx(mean_over(batch, total), rel=1e-5)
+
+
+def test_the_threshold_follows_with_a_tenth_of_every_step_and_waits_while_nothing_is_rejected():
+    method = tiny_method("single_positive", loss="ll_r", large_fraction=0.1).eval()
+    table = method.banks()["large_loss_threshold"]
+    step(method, random_batch(16, seed=1), Progress())
+    assert int(table.read_all()["num_steps"]) == 0
+    thresholds = []
+    for seed in range(4):
+        batch = random_batch(16, seed=seed, known_fraction=0.2)
+        output = step(method, batch)
+        unknown = output.logits[batch.targets == 0]
+        thresholds.append(float(unknown.sort(descending=True).values[math.ceil(16 * NUM_CLASSES * 0.2) - 1]))
+    expected = thresholds[0]
+    for newest in thresholds[1:]:
+        expected += 0.1 * (newest - expected)
+    assert float(table.read_all()["logit"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_few_unknown_labels_leave_the_threshold_as_it_is():
+    method = tiny_method("single_positive", loss="ll_ct", large_fraction=0.4).eval()
+    step(method, random_batch(16, seed=1, known_fraction=0.9))
+    assert int(method.banks()["large_loss_threshold"].read_all()["num_steps"]) == 0
+
+
+def test_corrections_last_and_grow_and_never_touch_a_known_label():
+    method = tiny_method("single_positive", loss="ll_cp", large_fraction=0.1).eval()
+    batch = random_batch(16, seed=1, known_fraction=0.3)
+    kept = torch.zeros(16, NUM_CLASSES, dtype=torch.bool)
+    for _ in range(4):
+        step(method, batch)
+        corrected = method.recall(batch, LATER)["corrections"]
+        assert bool((corrected | ~kept).all())
+        assert not bool((corrected & (batch.targets != 0)).any())
+        kept = corrected
+    assert 0 < int(kept.sum()) < int((batch.targets == 0).sum())
+    absent = batch._replace(targets=torch.where(kept, -1, batch.targets).to(torch.int8))
+    output = method(absent, method.recall(absent, LATER))  # a person has said no meanwhile: a known label always wins
+    assert not bool((output.extras["corrections"] & ~kept & (absent.targets != 0)).any())
+    plain = tiny_method("single_positive", loss="ll_cp", large_fraction=0.1).eval()
+    plain.load_state_dict(method.state_dict())
+    everything_known = absent._replace(targets=torch.where(absent.targets == 0, -1, absent.targets).to(torch.int8))
+    losses = [float(m(everything_known, m.recall(everything_known, LATER)).loss.detach()) for m in (method, plain)]
+    assert losses[0] == losses[1]
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        ({"loss": "an", "smoothing": 0.2}, "smoothing"),
+        ({"loss": "hill", "present_threshold": 0.7}, "present_threshold"),
+        ({"loss": "em", "pseudo_weight": 0.1}, "pseudo_weight"),
+        ({"loss": "ll_r", "bank_folder": "/tmp"}, "bank_folder"),
+        ({"loss": "role"}, "expected_positives"),
+        ({"loss": "en"}, "expected_positives"),
+        ({"loss": "ROLE", "expected_positives": 2.0}, "loss"),
+    ],
+)
+def test_a_key_that_would_do_nothing_or_is_missing_is_refused(keys, word):
+    with pytest.raises(ValidationError, match=word):
+        METHODS["single_positive"](backbone={"name": "resnet_small"}, **keys)
