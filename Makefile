@@ -30,3 +30,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m tests.bench.bench_metrics
 	$(BIN)/python -m tests.bench.bench_stream
+	$(BIN)/python -m tests.bench.bench_shards
+	$(BIN)/python -m tests.bench.bench_openimages
+	$(BIN)/python -m tests.bench.bench_losses
+	$(BIN)/python -m tests.bench.bench_graph
