@@ -68,6 +68,7 @@ def relabel(
 def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJson = False) -> None:
     """Every round: what made it, how much it holds, how much of that was right where a view hides the truth."""
     from dist_mlpl import storage
+    from dist_mlpl.display import round_line
     from dist_mlpl.tools.label_rounds import rounds_of
 
     storage.configure_storage(parse_storage_options(storage_options))
@@ -75,23 +76,14 @@ def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJ
     if as_json:
         print_json({"rounds": [one._asdict() for one in rounds]})
         return
-    table = Table()
-    for heading in ("round", "state", "parent", "strategy", "model of step", "present", "absent", "proposed",
-                    "labels in force", "present right", "absent right", "flipped"):  # fmt: skip
-        table.add_column(heading)
+    console = Console()
     for one in rounds:
-        found = one.metrics
-        names = ("num_present", "num_absent", "num_proposed")
-        counts = (f"{found[name]:,.0f}" if name in found else "" for name in names)
-        shares = ("labelled_fraction", "hidden_precision_present", "hidden_precision_absent")
-        table.add_row(
-            str(one.number), one.state, str(one.parent),
-            one.strategy if one.restores is None else f"restores {one.restores}",
-            "" if one.step is None else str(one.step),
-            *counts, *(f"{found[name]:.1%}" if name in found else "" for name in shares),
-            f"{found['num_flipped']:,.0f}" if "num_flipped" in found else "",
-        )  # fmt: skip
-    Console().print(table)
+        made = f"{one.strategy} by the model of step {one.step}" if one.restores is None else f"restores {one.restores}"
+        console.print(f"{one.state}: {made}, after round {one.parent}", highlight=False)
+        line = round_line({"round": one.number, **one.metrics}) if one.metrics else f"labels of round {one.number}"
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    if not rounds:
+        console.print("no round yet: `dist-mlpl relabel RUN` makes one, a config with `curriculum:` makes them all")
 
 
 @labels_app.command("show")

@@ -52,7 +52,7 @@ class Display:
         elif event == "epoch":
             self._say(epoch_line(row, num_epochs=self._about.get("num_epochs", "?")))
         elif event == "scoring" and self._task is not None:
-            numbers = f"round {row['round'] + 1}: {row['num_scored']:,} of {row['num_to_score']:,} scored on rank 0"
+            numbers = f"a round of labels: {row['num_scored']:,} of {row['num_to_score']:,} scored by rank 0"
             self._bar.update(self._task, numbers=numbers, left="?")
         elif event == "round":
             self._say(round_line(row))
@@ -129,6 +129,7 @@ def round_line(row: Row) -> str:
     for sign in ("present", "absent"):
         share = row.get(f"hidden_precision_{sign}")
         parts += [f"{share:.1%} of {sign} right"] if share is not None and share == share else []  # NaN is not itself
+    parts += [f"{row['num_flipped']:,.0f} flipped"] if row.get("num_flipped") else []
     return "  ".join(parts)
 
 

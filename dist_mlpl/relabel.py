@@ -1,7 +1,7 @@
 """Owns one relabelling round: every image of the train split scored as in evaluation, then believed in part, or not.
 
-A round is a pure function of its plan. The pass leaves a part for each shard that is done, created exclusively, so a
-round that was killed goes on where it stood, on any number of ranks, and ends in the same bytes.
+A round is a pure function of its plan. The pass leaves a part for each piece of a shard that is done, created
+exclusively, so a round that was killed goes on where it stood, on any number of ranks, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,12 +35,12 @@ from dist_mlpl.data.overlays import (
     round_url,
 )
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_shard_blocks
+from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_span_blocks
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError
 from dist_mlpl.methods.base import Method
-from dist_mlpl.round_commit import RoundCommitter, deal, on_first_rank, part_url
+from dist_mlpl.round_commit import Piece, RoundCommitter, deal, on_first_rank, part_url, pieces_of
 from dist_mlpl.round_models import Model, is_made, scoring_models
 
 _LOOK_BLOCKS = 16  # between looks at whether a rank failed or was asked to stop: 512 images
@@ -285,7 +284,7 @@ def make_round(
     index = indexed(labels)
     origin = storage.sha256_of_bytes(document_bytes(plan))
     todo = on_first_rank(lambda: _unscored(run, plan.round, origin, index))
-    dealt = deal(index.shard_sizes, todo, world_size=comm.world_size())
+    dealt = deal(todo, [piece.num_samples for piece in todo], world_size=comm.world_size())
     writer = _PartWriter(run, plan.round, origin, settings, index)
     with scorer.scoring(plan.round) as score, ExitStack() as stack:
         worker = stack.enter_context(ThreadPoolExecutor(1, "parts"))
@@ -294,15 +293,16 @@ def make_round(
     return RoundCommitter(run, plan, origin=origin, settings=settings, index=index).commit()
 
 
-def _unscored(run: str, number: int, origin: str, index: SplitIndex) -> list[int]:
-    """Shards that have no part."""
-    urls = [part_url(run, number, origin, shard) for shard in range(len(index.shards))]
-    done = set(storage.list_names(urls[0].rpartition("/")[0])) if urls else set()
-    return [shard for shard, url in enumerate(urls) if storage.name(url) not in done]
+def _unscored(run: str, number: int, origin: str, index: SplitIndex) -> list[Piece]:
+    """Pieces that have no part."""
+    urls = {piece: part_url(run, number, origin, piece) for piece in pieces_of(index)}
+    folders = {url.rpartition("/")[0] for url in urls.values()}  # one, or none of an empty split
+    done = {name for folder in folders for name in storage.list_names(folder)}
+    return [piece for piece, url in urls.items() if storage.name(url) not in done]
 
 
 def _pass(
-    dealt: list[list[int]],
+    dealt: list[list[Piece]],
     labels: Labels,
     index: SplitIndex,
     stream: Stream,
@@ -312,22 +312,24 @@ def _pass(
     is_asked: Callable[[], bool],
     tell: Callable[[int, int], None],
 ) -> bool:
-    """Score this rank's shards, in step with the others. False when a rank was asked to stop."""
-    blocks_of = [num_shard_blocks([index.shards[shard].num_samples for shard in shards]) for shards in dealt]
-    own, num_blocks = dealt[comm.rank()], max(blocks_of)
-    total, done = sum(index.shards[shard].num_samples for shard in own), 0
-    ends = index.starts.tolist()
-    starts = [start for shard in own for start in range(ends[shard], ends[shard + 1], EVALUATION_BLOCK)]
+    """Score this rank's pieces, in step with the others. False when a rank was asked to stop."""
+    starts = index.starts.tolist()
+    spans = [[(starts[piece.shard] + piece.first, starts[piece.shard] + piece.stop) for piece in own] for own in dealt]
+    num_blocks = max(map(num_span_blocks, spans))
+    own = dealt[comm.rank()]
+    blocks = [(piece, row) for piece in own for row in range(piece.first, piece.stop, EVALUATION_BLOCK)]
+    total, done = sum(piece.num_samples for piece in own), 0
     in_work: deque[Future[None]] = deque()
     failure: MlplError | None = None
-    for number, batch in enumerate(stream.shard_batches(labels, own, num_blocks=num_blocks)):
-        is_own = number < len(starts)
-        first_index = starts[number] if is_own else PADDING
+    batches = stream.span_batches(labels, spans[comm.rank()], num_blocks=num_blocks)
+    for number, batch in enumerate(batches):
+        piece, row = blocks[number] if number < len(blocks) else (None, 0)
+        first_index = PADDING if piece is None else starts[piece.shard] + row
         scores = score(batch, first_index)  # padding too: under ZeRO stage 3 all ranks compute together
         try:
-            if is_own and failure is None:
-                in_work.append(worker.submit(writer.add, batch, scores, first_index))
-                done += min(EVALUATION_BLOCK, total - done)
+            if piece is not None and failure is None:
+                in_work.append(worker.submit(writer.add, batch, scores, piece, row))
+                done += batch.num_images
             while len(in_work) > (_BLOCKS_IN_WORK if number + 1 < num_blocks else 0):
                 in_work.popleft().result()
         except MlplError as error:
@@ -344,7 +346,7 @@ def _pass(
 
 
 class _PartWriter:
-    """Puts scored blocks into parts, and writes each part when its shard is done. Used by one thread.
+    """Puts scored blocks into parts, and writes each part when its piece is done. Used by one thread.
 
     Args:
         run: RUN.
@@ -358,8 +360,8 @@ class _PartWriter:
         self._run, self._number, self._origin, self._settings, self._index = run, number, origin, settings, index
         self._maker: PartMaker | None = None
 
-    def add(self, batch: Batch, scores: Scores, first_index: int) -> None:
-        """One block, in order.
+    def add(self, batch: Batch, scores: Scores, piece: Piece, row: int) -> None:
+        """One block, in order, which begins at a row of the piece's shard.
 
         Raises:
             RunError: a score is not finite.
@@ -369,18 +371,17 @@ class _PartWriter:
         variance = None if scores.variance is None else scores.variance.cpu()
         bad = check_scores(mean if variance is None else mean + variance, valid)
         if bad is not None:
-            raise self._not_finite(float(mean[bad]), first_index + bad[0], bad[1])
-        shard = int(self._index.shard_of(np.array([first_index]))[0])
-        if first_index == self._index.starts[shard]:
-            self._maker = PartMaker(self._settings, self._index.manifest.num_classes)
+            index = int(self._index.starts[piece.shard]) + row + bad[0]
+            raise self._not_finite(float(mean[bad]), index, bad[1])
+        if row == piece.first:
+            self._maker = PartMaker(self._settings, self._index.manifest.num_classes, first_row=row)
         assert self._maker is not None
-        num_rows = min(EVALUATION_BLOCK, int(self._index.starts[shard + 1]) - first_index)
         variances = None if variance is None else rounded(variance)
-        self._maker.add(rounded(mean), variances, targets, valid.numpy(), num_rows)
-        if first_index + num_rows == self._index.starts[shard + 1]:
+        self._maker.add(rounded(mean), variances, targets, valid.numpy(), batch.num_images)
+        if row + batch.num_images == piece.stop:
             content = encode_part(self._maker.part(), origin=self._origin)
             # Another process of the same plan may have been faster: its part serves as well.
-            storage.create_exclusive(part_url(self._run, self._number, self._origin, shard), content)
+            storage.create_exclusive(part_url(self._run, self._number, self._origin, piece), content)
 
     def _not_finite(self, score: float, index: int, column: int) -> RunError:
         return RunError(

@@ -45,6 +45,7 @@ from dist_mlpl.data.overlays import (
     round_url,
 )
 from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.stream import EVALUATION_BLOCK
 from dist_mlpl.errors import CheckpointError, MlplError, OvertakenError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 
@@ -69,33 +70,67 @@ def on_first_rank(make: Callable[[], T]) -> T:
     return cast(T, made)
 
 
-def deal(shard_sizes: Sequence[int], shards: Sequence[int], *, world_size: int) -> list[list[int]]:
-    """Cut shards into a run for each rank, of nearly equal numbers of samples.
+def deal(things: Sequence[T], sizes: Sequence[int], *, world_size: int) -> list[list[T]]:
+    """Cut a list into a run for each rank, of nearly equal sizes.
 
     Args:
-        shard_sizes: samples of every shard of the split.
-        shards: places of those to deal, ascending.
+        things: to deal, in order.
+        sizes: samples of each.
         world_size: R.
 
     Returns:
         R lists, some perhaps empty.
     """
-    sizes = np.array([shard_sizes[shard] for shard in shards], dtype=np.int64)
-    middles = np.cumsum(sizes) - sizes / 2
-    ranks = (middles * world_size // max(1, sizes.sum())).astype(int)
-    return [[shard for shard, owner in zip(shards, ranks, strict=True) if owner == rank] for rank in range(world_size)]
+    weights = np.array(sizes, dtype=np.int64)
+    middles = np.cumsum(weights) - weights / 2
+    ranks = (middles * world_size // max(1, weights.sum())).astype(int)
+    return [[thing for thing, owner in zip(things, ranks, strict=True) if owner == rank] for rank in range(world_size)]
 
 
-def part_url(run: str, number: int, origin: str, shard: int) -> str:
-    """Where the scores of a shard wait for the round's end.
+def own_shards(index: SplitIndex) -> list[int]:
+    """This rank's share of a split's shards."""
+    return deal(range(len(index.shards)), index.shard_sizes, world_size=comm.world_size())[comm.rank()]
+
+
+class Piece(NamedTuple):
+    """A stretch of a shard that one rank scores and writes at once."""
+
+    shard: int
+    first: int  # row of the shard
+    stop: int
+
+    @property
+    def num_samples(self) -> int:
+        """Rows."""
+        return self.stop - self.first
+
+
+def pieces_of(index: SplitIndex) -> list[Piece]:
+    """A split cut into about a thousand pieces of whole blocks, whatever the number of ranks."""
+    length = piece_samples(index.num_samples)
+    return [
+        Piece(shard, first, min(first + length, size))
+        for shard, size in enumerate(index.shard_sizes)
+        for first in range(0, size, length)
+    ]
+
+
+def piece_samples(num_samples: int) -> int:
+    """Samples of a piece, of a split of N: few enough to share the work, many enough to make few files."""
+    blocks = -(-num_samples // (1024 * EVALUATION_BLOCK))
+    return EVALUATION_BLOCK * min(128, max(8, blocks))
+
+
+def part_url(run: str, number: int, origin: str, piece: Piece) -> str:
+    """Where the scores of a piece wait for the round's end.
 
     Args:
         run: RUN.
         number: of the round.
         origin: digest of its plan.
-        shard: place in the split.
+        piece: of the split.
     """
-    return round_url(run, number, "parts", origin[:16], f"{shard:06d}.safetensors")
+    return round_url(run, number, "parts", origin[:16], f"{piece.shard:06d}-{piece.first:06d}.safetensors")
 
 
 class _Found(NamedTuple):
@@ -152,8 +187,10 @@ class RoundCommitter:
     ) -> None:
         self._run, self._plan, self._origin, self._settings, self._index = run, plan, origin, settings, index
         self._num_classes = index.manifest.num_classes
-        shards = range(len(index.shards))
-        self._own = deal(index.shard_sizes, shards, world_size=comm.world_size())[comm.rank()]
+        self._pieces: dict[int, list[Piece]] = {}
+        for piece in pieces_of(index):
+            self._pieces.setdefault(piece.shard, []).append(piece)
+        self._own = own_shards(index)
         wanted = max(settings.agree_rounds - 1, int(settings.cumulative))
         self._earlier = round_chain(run, plan.parent)[:wanted] if wanted else []
 
@@ -222,12 +259,15 @@ class RoundCommitter:
 
     def _parts(self) -> Iterator[tuple[int, Part]]:
         for shard in self._own:
-            url = part_url(self._run, self._plan.round, self._origin, shard)
-            try:
-                content = storage.read_bytes(url)
-            except FileNotFoundError:
-                raise self._dropped() from None
-            yield shard, decode_part(content, origin=self._origin, where=url)
+            yield shard, Part.join([self._part(piece) for piece in self._pieces[shard]])
+
+    def _part(self, piece: Piece) -> Part:
+        url = part_url(self._run, self._plan.round, self._origin, piece)
+        try:
+            content = storage.read_bytes(url)
+        except FileNotFoundError:
+            raise self._dropped() from None
+        return decode_part(content, origin=self._origin, where=url)
 
     def _shards(self, found: _Found) -> Iterator[tuple[int, _Shard]]:
         for shard, part in self._parts():

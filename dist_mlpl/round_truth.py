@@ -14,7 +14,7 @@ from dist_mlpl.data.overlays import Overlay, RoundCommit, read_overlay, read_rou
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.views import LabelView
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
-from dist_mlpl.round_commit import deal
+from dist_mlpl.round_commit import own_shards
 
 _BLOCK_ENTRIES = 4_000_000  # of dense labels at once
 _NAMES = ("hidden_present", "hidden_absent", "believed_present", "believed_absent", "right_present", "right_absent",
@@ -55,8 +55,7 @@ def measure(run: str, commit: RoundCommit, labels: Labels) -> dict[str, float]:
         return {}
     index, counts = labels.samples, np.zeros(len(_NAMES), dtype=np.int64)
     parent = read_round(run, commit.parent) if commit.parent else None
-    own = deal(index.shard_sizes, range(len(index.shards)), world_size=comm.world_size())[comm.rank()]
-    for shard in own:
+    for shard in own_shards(index):
         overlay = _believed(run, commit, index, shard)
         before = _believed(run, parent, index, shard) if parent else Overlay.empty()
         is_flipped = _flipped(overlay, before)

@@ -452,7 +452,7 @@ def create_file(url: str, *, scratch: str | None = None) -> Iterator[io.FileIO]:
 
     Args:
         url: of the object.
-        scratch: local folder, on the disk of a local `url`, for its file while it is filled; None: beside it.
+        scratch: folder for a local file while it is filled, on the same disk; None: beside it.
 
     Raises:
         StorageError: it could not be written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ _MAX_LOSSES = 5  # of one task, to workers or nodes that die
 _WAITING = 2  # tasks that wait for each CPU of the cluster besides the one it works on
 
 
-def map_tasks(task: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, address: str) -> Iterator[tuple[int, T]]:
+def map_tasks(
+    task: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, address: str
+) -> Generator[tuple[int, T], None, None]:
     """Run a function on many arguments on a Ray cluster, a CPU each.
 
     The package must be installed on every node, and what it reads and writes must be reached from there: a bucket, or a

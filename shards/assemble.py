@@ -10,8 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import Manifest, ShardEntry, write_manifest
-from dist_mlpl.errors import ConfigError, DataError
+from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest, write_manifest
+from dist_mlpl.errors import ConfigError, DataError, StorageError
 from shards.ledger import Ledger
 from shards.pack import OnProgress, PackedShard, Skipped
 from shards.plan import Plan
@@ -113,10 +113,23 @@ def entries_by_split(plan: Plan, packed: dict[str, PackedShard]) -> dict[str, li
     return entries
 
 
-def finish(manifest: Manifest, ledger: Ledger, tell: OnProgress) -> Manifest:
-    """Write the manifest once the disk holds the shards, then remove the records."""
+def finish(manifest: Manifest, skipped: Sequence[tuple[str, str]], ledger: Ledger, tell: OnProgress) -> Manifest:
+    """List what was left out, write the manifest once the disk holds the shards, then remove the records.
+
+    Args:
+        manifest: of the set.
+        skipped: (image, reason) of those that were left out.
+        ledger: of the output.
+        tell: told how far the wait for the disk is.
+    """
     sync_shards(ledger.out, [entry for split in manifest.splits.values() for entry in split.shards], tell)
-    written = write_manifest(manifest, ledger.out, scratch=None if storage.is_remote(ledger.out) else ledger.folder)
+    try:
+        write_skipped(skipped, ledger.out, scratch=ledger.folder)
+        written = write_manifest(manifest, ledger.out, scratch=ledger.folder)
+    except StorageError:
+        if ledger.is_open:
+            raise
+        written = load_manifest(ledger.out)  # another builder finished, and swept our files away with the records
     ledger.close()
     return written
 

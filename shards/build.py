@@ -20,7 +20,7 @@ from dist_mlpl.data.manifest import (
     manifest_url,
 )
 from dist_mlpl.errors import ConfigError, ManifestError
-from shards.assemble import check_fraction, entries_by_split, finish, pack_plan, plan_document, write_skipped
+from shards.assemble import check_fraction, entries_by_split, finish, pack_plan, plan_document
 from shards.ledger import Ledger
 from shards.pack import OnProgress
 from shards.plan import Plan, differences, make_plan
@@ -117,8 +117,8 @@ def build(
         packing=packing,
         skipped=dict(sorted(Counter(image.reason for image in skipped).items())),
     )
-    write_skipped([(image.image, image.reason) for image in skipped], out, scratch=ledger.folder)
-    return BuildSummary(finish(manifest, ledger, tell), was_complete=False)
+    left_out = [(image.image, image.reason) for image in skipped]
+    return BuildSummary(finish(manifest, left_out, ledger, tell), was_complete=False)
 
 
 def _packing(**settings: Any) -> Packing:

@@ -26,7 +26,6 @@ from shards.assemble import (
     finish,
     pack_plan,
     plan_document,
-    write_skipped,
 )
 from shards.check import check_records
 from shards.ledger import Ledger
@@ -121,10 +120,9 @@ def extend(
         return ExtendSummary(manifest, 0)
     skipped = sorted({*plan.skipped, *(image for shard in packed.values() for image in shard.skipped)})
     rows = _skipped_rows(out, plan, skipped)
-    write_skipped(rows, out, scratch=None if storage.is_remote(out) else ledger.folder)
     extended = _extended(manifest, source, plan, added, entries, Counter(reason for _, reason in rows))
     num_added = sum(entry.num_samples for part in entries.values() for entry in part)
-    return ExtendSummary(finish(extended, ledger, tell), num_added)
+    return ExtendSummary(finish(extended, rows, ledger, tell), num_added)
 
 
 def _check_classes(source: Source, manifest: Manifest) -> None:

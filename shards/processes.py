@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -24,10 +24,12 @@ class Mapper(Protocol):
     """Runs a function on many arguments somewhere, and yields (number of the call, its result) as they finish.
 
     The function crosses to every worker once, each call's arguments and result once. Calls are taken from the iterable
-    as they are needed. The first error ends the rest and is raised.
+    as they are needed. The first error ends the rest and is raised; closing it ends the rest, too.
     """
 
-    def __call__(self, task: Callable[..., T], calls: Iterable[tuple[Any, ...]], /) -> Iterator[tuple[int, T]]: ...
+    def __call__(
+        self, task: Callable[..., T], calls: Iterable[tuple[Any, ...]], /
+    ) -> Generator[tuple[int, T], None, None]: ...
 
 
 def on_processes(workers: int | None) -> Mapper:
@@ -43,13 +45,15 @@ def on_processes(workers: int | None) -> Mapper:
     if num_workers < 1:
         raise ConfigError(f"workers {workers}", expected="at least 1", where="workers", next_step="correct the option")
 
-    def run(task: Callable[..., T], calls: Iterable[tuple[Any, ...]], /) -> Iterator[tuple[int, T]]:
+    def run(task: Callable[..., T], calls: Iterable[tuple[Any, ...]], /) -> Generator[tuple[int, T], None, None]:
         return run_tasks(task, calls, num_workers)
 
     return run
 
 
-def run_tasks(task: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, T]]:
+def run_tasks(
+    task: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int
+) -> Generator[tuple[int, T], None, None]:
     """Run a function on many arguments in worker processes; with one worker or one call, in this process.
 
     Workers are spawned, not forked: a forked child would inherit the threads of open connections. They end when this

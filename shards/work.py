@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
 from dist_mlpl import storage
+from dist_mlpl.errors import StorageError
 from shards.ledger import LEASE_SECONDS, Held, Ledger
 from shards.pack import OnProgress, PackedShard, Setting, ShardJob, Skipped, write_shard
 from shards.plan import Plan
@@ -54,6 +56,15 @@ def pack_one(setting: Setting, job: ShardJob, generation: int) -> PackedShard | 
         DataError, StorageError: see `write_shard`.
     """
     ledger = Ledger(setting.out)
+    try:
+        return _pack_one(setting, job, generation, ledger)
+    except StorageError:
+        if ledger.is_open:
+            raise
+        return None  # whoever finished has swept our files away with the records
+
+
+def _pack_one(setting: Setting, job: ShardJob, generation: int, ledger: Ledger) -> PackedShard | Held | None:
     lease = ledger.claim(job.stem, generation)
     if isinstance(lease, Held):
         return ledger.committed(job.stem) or lease
@@ -100,13 +111,14 @@ def pack_all(
         if not is_first:
             random.shuffle(stems)
         calls = ((plan.job(shards[stem]), left[stem]) for stem in stems)
-        for number, found in mapper(partial(pack_one, setting_of(plan, ledger.out)), calls):
-            if found is None:
-                raise FinishedElsewhereError
-            if isinstance(found, Held):
-                watched[stems[number]] = _Watched(found, time.monotonic())
-            else:
-                state.take(stems[number], found)
+        with closing(mapper(partial(pack_one, setting_of(plan, ledger.out)), calls)) as outcomes:
+            for number, found in outcomes:
+                if found is None:
+                    raise FinishedElsewhereError
+                if isinstance(found, Held):
+                    watched[stems[number]] = _Watched(found, time.monotonic())
+                else:
+                    state.take(stems[number], found)
         left = _freed(ledger, watched, state)
     return state.packed
 

@@ -1,7 +1,7 @@
-"""Owns what a scoring pass keeps of one shard: the answers that may be believed, and the counts behind thresholds.
+"""Owns what a scoring pass keeps of a stretch of one shard: answers that may be believed, counts behind thresholds.
 
-A part holds a bounded number of answers an image and no dense scores; it is made from whole blocks of its shard alone,
-so whoever makes it makes the same one.
+A part holds a bounded number of answers an image and no dense scores; it is made from whole blocks of its stretch
+alone, so whoever makes it makes the same one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _MAX_CODES = 1 << 20  # of known labels, listed before they are counted
 
 
 class Part(NamedTuple):
-    """One shard, scored.
+    """A stretch of a shard, scored, or the whole shard.
 
     Args:
         candidates: in row-major order.
         num_known: (C, 2) int32, known labels that are absent, present.
         num_samples: images that were scored.
         num_undecodable: images that could not be.
-        codes, counts: sparse counts behind a threshold of the whole split: places (k,) int64, ascending, and how many
-            (k,) int64. Magnitudes of unknown labels' scores for score_fraction, `known_codes` for class_precision.
+        codes, counts: sparse counts behind a threshold of the whole split: places (k,) int64, and how many (k,) int64.
+            Magnitudes of unknown labels' scores for score_fraction, `known_codes` for class_precision.
     """
 
     candidates: Candidates
@@ -41,24 +41,38 @@ class Part(NamedTuple):
     codes: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
 
+    @classmethod
+    def join(cls, parts: list[Part]) -> Part:
+        """The stretches of a shard, in order; their sparse counts listed one after the other."""
+        return cls(
+            Candidates.join([part.candidates for part in parts]),
+            np.sum([part.num_known for part in parts], axis=0, dtype=np.int32),
+            sum(part.num_samples for part in parts),
+            sum(part.num_undecodable for part in parts),
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+        )
+
     def add_counts(self, total: npt.NDArray[Any]) -> None:
         """Add the sparse counts to dense ones, flat."""
-        total[self.codes] += self.counts.astype(total.dtype)
+        np.add.at(total, self.codes, self.counts.astype(total.dtype))
 
 
 class PartMaker:
-    """Makes the part of one shard from its blocks, in order.
+    """Makes a part from its blocks, in order.
 
     Args:
         settings: of the curriculum.
         num_classes: C.
+        first_row: of the part in its shard.
     """
 
-    def __init__(self, settings: CurriculumSettings, num_classes: int) -> None:
+    def __init__(self, settings: CurriculumSettings, num_classes: int, *, first_row: int) -> None:
         self._settings = settings
         self._candidates: list[Candidates] = []
         self._num_known = np.zeros((num_classes, 2), dtype=np.int32)
-        self._num_samples = self._num_rows = self._num_undecodable = 0
+        self._num_samples = self._num_undecodable = 0
+        self._next_row = first_row
         self._by_key = np.zeros(NUM_KEYS, dtype=np.int64)
         self._codes: list[npt.NDArray[np.int64]] = []  # not counted yet
         self._counted = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -76,13 +90,12 @@ class PartMaker:
         """
         is_unknown = (targets == UNKNOWN) & valid[:, None]
         known = np.where(valid[:, None], targets, UNKNOWN)
-        first_row = self._num_rows
-        self._candidates.append(candidates(scores, variances, is_unknown, self._settings, first_row=first_row))
+        self._candidates.append(candidates(scores, variances, is_unknown, self._settings, first_row=self._next_row))
         self._num_known[:, 1] += np.count_nonzero(known == PRESENT, axis=0)
         self._num_known[:, 0] += np.count_nonzero(known, axis=0) - np.count_nonzero(known == PRESENT, axis=0)
         self._num_samples += int(valid.sum())
         self._num_undecodable += num_rows - int(valid.sum())
-        self._num_rows += num_rows
+        self._next_row += num_rows
         if self._settings.strategy == "score_fraction":
             self._by_key += np.bincount(keys_of(scores)[is_unknown], minlength=NUM_KEYS)
         elif self._settings.strategy == "class_precision":
@@ -100,7 +113,7 @@ class PartMaker:
         self._codes, self._counted = [], (found, totals)
 
     def part(self) -> Part:
-        """The shard, once all its blocks were added."""
+        """The part, once all its blocks were added."""
         if self._codes:
             self._settle_codes()
         codes, counts = self._counted
@@ -115,7 +128,7 @@ def encode_part(part: Part, *, origin: str) -> bytes:
     """A part as a file; equal parts give equal bytes.
 
     Args:
-        part: of a shard.
+        part: to write.
         origin: digest of the round's plan, hexadecimal.
     """
     numbers = np.array([part.num_samples, part.num_undecodable], dtype=np.int64)
@@ -148,5 +161,5 @@ def _unusable(found: str, where: str) -> CheckpointError:
         found,
         expected="a part of this round, as its pass wrote it",
         where=storage.shown(where),
-        next_step="remove this file, and the shard is scored again; or drop the round: `dist-mlpl labels rollback RUN`",
+        next_step="remove this file, and it is scored again; or drop the round: `dist-mlpl labels rollback RUN`",
     )

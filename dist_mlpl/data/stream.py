@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -243,22 +243,21 @@ class Stream:
         num_blocks = -(-num_samples // EVALUATION_BLOCK)
         rank, size = self._world.rank, self._world.size
         first, stop = (min(n * num_blocks // size * EVALUATION_BLOCK, num_samples) for n in (rank, rank + 1))
-        yield from self._blocks([(first, stop)], labels, num_blocks=-(-num_blocks // size))
+        yield from self._blocks([(first, stop)], labels, num_blocks=-(-num_blocks // size), are_padded=True)
 
-    def shard_batches(self, labels: Labels, shards: Sequence[int], *, num_blocks: int) -> Iterator[Batch]:
-        """Every sample of some shards once, in fixed blocks of 32 of one shard: what a block holds depends on nothing
-        else.
+    def span_batches(self, labels: Labels, spans: Spans, *, num_blocks: int) -> Iterator[Batch]:
+        """Every sample of some spans once, in fixed blocks of 32 of one span: what a block holds depends on nothing
+        else. The last block of a span is as short as what is left.
 
         Args:
             labels: in force.
-            shards: places in the split.
-            num_blocks: blocks of padding follow until there are so many, at least `num_shard_blocks` of the shards.
+            spans: (first, stop) samples.
+            num_blocks: blocks of padding follow until there are so many, at least `num_span_blocks` of the spans.
         """
-        starts = self._index.starts
-        yield from self._blocks([(int(starts[s]), int(starts[s + 1])) for s in shards], labels, num_blocks=num_blocks)
+        yield from self._blocks(spans, labels, num_blocks=num_blocks, are_padded=False)
 
-    def _blocks(self, spans: Spans, labels: Labels, *, num_blocks: int) -> Iterator[Batch]:
-        """Samples [first, stop) of every span in blocks of one span, the last one padded, then blocks of padding."""
+    def _blocks(self, spans: Spans, labels: Labels, *, num_blocks: int, are_padded: bool) -> Iterator[Batch]:
+        """Samples [first, stop) of every span in blocks of one span, the last one padded or short, then padding."""
 
         def shares() -> Iterator[_Share]:
             number = seen = 0
@@ -266,6 +265,7 @@ class Stream:
                 for start in range(first, stop, EVALUATION_BLOCK):
                     indices = np.arange(start, start + EVALUATION_BLOCK)
                     indices[indices >= stop] = PADDING
+                    indices = indices if are_padded else indices[indices != PADDING]
                     yield _Share(indices, indices, (seen + start - first) // EVALUATION_ROUND)
                     number += 1
                 seen += stop - first
@@ -411,13 +411,9 @@ class Stream:
         return Filled(bad, encoded)
 
 
-def num_shard_blocks(shard_sizes: Sequence[int]) -> int:
-    """Blocks of `Stream.shard_batches`.
-
-    Args:
-        shard_sizes: samples of each shard.
-    """
-    return sum(-(-size // EVALUATION_BLOCK) for size in shard_sizes)
+def num_span_blocks(spans: Spans) -> int:
+    """Blocks of `Stream.span_batches`, without padding."""
+    return sum(-(-(stop - first) // EVALUATION_BLOCK) for first, stop in spans)
 
 
 def _told(labels: Labels, indices: Indices) -> Iterator[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_mlpl import comm, relabel
+from dist_mlpl import comm, relabel, round_commit
 from dist_mlpl.batch import Batch
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.fetch import Fetcher
@@ -85,50 +85,6 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
 
-def two_rounds(rank: int, size: int, manifest: str, out: str, is_disturbed: bool) -> dict[str, dict[str, float]]:
-    """Two rounds of each case; disturbed ones are stopped after their first blocks and begun again."""
-    torch.set_num_threads(1)
-    relabel._LOOK_BLOCKS = 1 if is_disturbed else 16
-    measured = {}
-    for name, keys in CASES.items():
-        place, run = Place(manifest, rank, size, CurriculumSettings(**keys)), f"{out}/{name}"
-        for number in (1, 2):
-            if is_disturbed:
-                assert place.round(run, is_asked=lambda: comm.rank() == 1) is None
-                assert comm.broadcast_object(newest_round(run)) == number - 1
-            commit = place.round(run)
-            assert commit.round == number
-            comm.gather_objects(None)
-        measured[name] = measure(run, commit, place.labels)
-    return measured
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_shards(tmp_path_factory.mktemp("tiny"), num_train=60, num_test=8)
-
-
-@pytest.fixture(scope="module")
-def on_one_rank(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
-    out = tmp_path_factory.mktemp("one")
-    (measured,) = run_ranks(two_rounds, 1, manifest, str(out), False)
-    return files_of(out), measured
-
-
-@pytest.mark.parametrize(("size", "is_disturbed"), [(2, True), (4, False)])
-def test_rounds_have_the_same_bytes_on_any_number_of_ranks_stopped_in_the_middle_or_not(
-    size: int, is_disturbed: bool, manifest: str, on_one_rank: tuple[dict[str, bytes], Any], tmp_path: Path
-) -> None:
-    measured = run_ranks(two_rounds, size, manifest, str(tmp_path), is_disturbed)
-    files, expected = on_one_rank
-    found = files_of(tmp_path)
-    assert found.keys() == files.keys()
-    assert [name for name in files if found[name] != files[name]] == []
-    assert repr(measured) == repr([expected] * size)  # as text, for NaN is not itself
-    assert any(name.endswith("000002/commit.json") for name in files)
-    assert not any("parts" in name for name in files)
-
-
 def fail(rank: int, size: int, manifest: str, run: str) -> list[MlplError]:
     errors = []
     place = Place(manifest, rank, size, CurriculumSettings(strategy="score_threshold", threshold=0.0))
@@ -143,14 +99,76 @@ def fail(rank: int, size: int, manifest: str, run: str) -> list[MlplError]:
     return errors
 
 
-def test_a_score_that_is_no_number_and_a_second_job_stop_all_ranks_with_the_same_words(
-    manifest: str, tmp_path: Path
+def two_rounds(rank: int, size: int, manifest: str, out: str, is_disturbed: bool) -> Any:
+    """What hidden labels tell after two rounds of each case; disturbed ones are stopped after their first blocks and
+    begun again, and rounds that cannot be follow."""
+    torch.set_num_threads(1)
+    relabel._LOOK_BLOCKS = 1 if is_disturbed else 16
+    round_commit.piece_samples = lambda num_samples: 8  # two pieces in most shards
+    measured = {}
+    for name, keys in CASES.items():
+        place, run = Place(manifest, rank, size, CurriculumSettings(**keys)), f"{out}/{name}"
+        for number in (1, 2):
+            if is_disturbed:
+                assert place.round(run, is_asked=lambda: comm.rank() == 1) is None
+                assert comm.broadcast_object(newest_round(run)) == number - 1
+            commit = place.round(run)
+            assert commit.round == number
+            comm.gather_objects(None)
+        measured[name] = measure(run, commit, place.labels)
+    return measured, fail(rank, size, manifest, f"{out}-failing") if is_disturbed else []
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_shards(tmp_path_factory.mktemp("tiny"), num_train=60, num_test=8)
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
+    out = tmp_path_factory.mktemp("one")
+    ((measured, _),) = run_ranks(two_rounds, 1, manifest, str(out), False)
+    return files_of(out), measured
+
+
+@pytest.fixture(scope="module")
+def disturbed(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """On two ranks: the folder, and what each rank returned."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, run_ranks(two_rounds, 2, manifest, str(out), True)
+
+
+def test_rounds_stopped_in_the_middle_on_two_ranks_have_the_bytes_of_one_rank(
+    disturbed: tuple[Path, list[Any]], on_one_rank: tuple[dict[str, bytes], Any]
 ) -> None:
-    first, second = run_ranks(fail, 2, manifest, str(tmp_path))
+    files = files_of(disturbed[0])
+    assert_same(files, on_one_rank[0])
+    assert repr([measured for measured, _ in disturbed[1]]) == repr([on_one_rank[1]] * 2)  # as text: NaN is not itself
+    assert any(name.endswith("000002/commit.json") for name in files)
+    assert not any("parts" in name for name in files)
+
+
+def test_rounds_on_four_ranks_have_the_bytes_of_one_rank(
+    manifest: str, on_one_rank: tuple[dict[str, bytes], Any], tmp_path: Path
+) -> None:
+    found = run_ranks(two_rounds, 4, manifest, str(tmp_path), False)
+    assert_same(files_of(tmp_path), on_one_rank[0])
+    assert repr(found) == repr([(on_one_rank[1], [])] * 4)
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_a_score_that_is_no_number_and_a_second_job_stop_all_ranks_with_the_same_words(
+    disturbed: tuple[Path, list[Any]],
+) -> None:
+    out, ((_, first), (_, second)) = disturbed
     assert [type(error) for error in first] == [RunError, OvertakenError]
     assert [str(error) for error in first] == [str(error) for error in second]
     assert "class3" in str(first[0])
     assert "sample 41" in str(first[0])
     assert "strategy 'score_threshold', not 'score_fraction'" in str(first[1])
     assert "labels rollback" in str(first[1])
-    assert not Path(round_url(str(tmp_path), 1, "commit.json")).exists()
+    assert not Path(round_url(f"{out}-failing", 1, "commit.json")).exists()

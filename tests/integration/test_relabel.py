@@ -24,6 +24,7 @@ from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.overlays import newest_round, read_round
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
+from dist_mlpl.methods.base import training_targets
 from dist_mlpl.progress import Action, JsonLines, Report, Row
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.label_rounds import DIFFERENCES, class_counts, differences, open_split, roll_back, rounds_of
@@ -31,6 +32,7 @@ from dist_mlpl.tools.relabel_job import job_config, relabel_run
 from dist_mlpl.train import build_view, train
 from tests.support.relabelling import beliefs_of, round_from_table
 from tests.support.runs import assert_same_end, rows_reach, run, run_until, tiny_config, tiny_shards, write_config
+from tests.support.sets import order_over, stream_over
 from tests.support.views import random_targets
 
 pytestmark = pytest.mark.integration
@@ -139,6 +141,48 @@ def test_beliefs_change_what_is_learned(trained: tuple[Path, Rows], shards: str,
     assert not all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.parametrize("keep_soft", [False, True])
+def test_batches_bring_the_beliefs_of_the_round_and_no_known_label_changes(
+    keep_soft: bool, trained: tuple[Path, Rows], tmp_path: Path
+) -> None:
+    out = copy_of(trained, tmp_path)
+    made = relabel_run(job_config(str(out), ["threshold=0.1", f"keep_soft={keep_soft}"], None))
+    assert made is not None
+    index = open_split(str(out))
+    store = LabelStore(
+        index, build_view(check_config(config_of(index.manifest.url), where="").data, index), run=str(out)
+    )
+    everyone = np.arange(index.num_samples)
+    told, dense = store.at(0).targets(everyone), np.zeros((index.num_samples, 5), dtype=np.int8)
+    for at, value in beliefs_of(out, made.commit, index.shard_sizes, 5).items():
+        dense[at] = value
+    assert dense.any()
+    assert not dense[told != 0].any()
+    stream = stream_over(index)
+    try:
+        batches = [*stream.train_batches(order_over(index), store.at(3), epoch=0, start=0, global_batch=40)]
+        blind = [*stream.train_batches(order_over(index), store.at(0), epoch=0, start=0, global_batch=40)]
+        judged = [*stream.evaluation_batches(store.at(3))]
+    finally:
+        stream.close()
+    assert all(batch.pseudo_targets is None and batch.soft_targets is None for batch in blind)
+    assert len(judged) == 4
+    for batch in [*batches, *judged]:
+        rows = batch.index[batch.valid].numpy()
+        assert batch.pseudo_targets is not None
+        assert np.array_equal(batch.targets[batch.valid], told[rows])
+        assert np.array_equal(batch.pseudo_targets[batch.valid], dense[rows])
+        assert not batch.pseudo_targets[~batch.valid].any()
+        both = np.where(told[rows] != 0, told[rows], dense[rows])
+        assert np.array_equal(training_targets(batch)[batch.valid], both)
+        assert (batch.soft_targets is not None) == keep_soft
+        if batch.soft_targets is not None:
+            soft = batch.soft_targets[batch.valid].numpy()
+            assert np.array_equal(np.sign(soft - 0.5), both)
+            assert (batch.soft_targets[~batch.valid] == 0.5).all()
+    assert judged[-1].valid.sum() == 104 - 3 * 32
+
+
 SLOW = {"strategy": "uncertainty", "num_passes": 100, "every_epochs": 1, "max_variance": 0.02}
 
 
@@ -169,7 +213,7 @@ def test_a_run_killed_in_a_round_and_in_an_epoch_ends_bit_equal_on_two_ranks(
     run("train", config, "--local", "--out", str(whole), num_ranks=2)
     run_until(has_parts(out), "train", config, "--local", "--out", str(out), num_ranks=2)
     run_until(rows_reach(out, 9), "train", config, "--local", "--out", str(out), num_ranks=2)
-    assert newest_round(str(out)) == 1
+    assert newest_round(str(out)) >= 1  # torchrun's ranks may outlive it for a moment
     run("train", config, "--local", "--out", str(out), num_ranks=2)
     assert_same_end(str(whole), str(out))
     for number in (1, 2):
@@ -358,7 +402,7 @@ def test_the_verbs_answer(trained: tuple[Path, Rows], tmp_path: Path) -> None:
     log = json.loads(answer("labels", "log", out, "--json"))["rounds"]
     assert [one["strategy"] for one in log] == ["score_threshold", "score_threshold", "score_fraction"]
     assert "hidden_precision_absent" in log[0]["metrics"]
-    assert "score_fraction" in answer("labels", "log", out)
+    assert "score_fraction by the model of step 18, after round 2" in answer("labels", "log", out)
     assert "class0" in answer("labels", "show", out)
     shown = json.loads(answer("labels", "show", out, "--round", "3", "--json"))
     assert sum(one["present"] for one in shown["classes"].values()) == made["num_present"]

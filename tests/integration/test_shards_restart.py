@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from shards import ledger as ledger_module
 from shards import work
 from shards.ledger import Held, Lease, Ledger
 from shards.processes import run_tasks
-from tests.support.packing import contents, packed, write_inputs
+from tests.support.packing import NAMES, contents, packed, write_inputs
 from tests.support.processes import call_forked
 
 pytestmark = pytest.mark.integration
@@ -354,6 +355,31 @@ def test_a_builder_that_was_overtaken_finds_the_set_finished(
         yield from run_tasks(task, calls, 1)
 
     summary = packed(inputs, out, target_shard_bytes=TARGET, mapper=late)
+    assert summary.manifest.digest == storage.sha256_of_bytes(quiet["manifest.json"])
+    assert everything(out) == quiet
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-000001.tar", "train-000001.arrow", "skipped.csv"])
+def test_a_builder_whose_unfinished_files_are_swept_away_by_one_that_finished_ends_as_that_did(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = shutil.copytree(inputs, tmp_path / "inputs")
+    (folder / "images" / NAMES[4]).write_bytes(b"GIF89a")  # so that there is a skipped.csv
+    out, replace = tmp_path / "out", os.replace
+    overtaken: list[str] = []
+    quiet = again(folder, tmp_path / "quiet", max_bad_fraction=0.1)
+
+    def late(source: Any, target: Any) -> None:
+        if Path(target).name == name and not overtaken:
+            overtaken.append(name)
+            lease = out / "build" / f"{Path(name).stem}.lease-0"
+            lease.unlink(missing_ok=True)  # as if ours had gone stale
+            assert again(folder, out, max_bad_fraction=0.1) == quiet
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    summary = packed(folder, out, target_shard_bytes=TARGET, max_bad_fraction=0.1)
+    assert overtaken
     assert summary.manifest.digest == storage.sha256_of_bytes(quiet["manifest.json"])
     assert everything(out) == quiet
 

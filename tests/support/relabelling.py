@@ -22,7 +22,7 @@ from dist_mlpl.data.overlays import (
     read_overlay,
     round_url,
 )
-from dist_mlpl.round_commit import RoundCommitter, part_url
+from dist_mlpl.round_commit import RoundCommitter, part_url, pieces_of
 
 BLOCK = 4  # rows that are handed to a part at once
 
@@ -34,8 +34,9 @@ def split_of(shard_sizes: list[int], num_classes: int) -> Any:
     shards = [SimpleNamespace(num_samples=size) for size in shard_sizes]
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
     return SimpleNamespace(
-        shards=shards, shard_sizes=shard_sizes, starts=starts, manifest=SimpleNamespace(num_classes=num_classes)
-    )
+        shards=shards, shard_sizes=shard_sizes, starts=starts, num_samples=sum(shard_sizes),
+        manifest=SimpleNamespace(num_classes=num_classes),
+    )  # fmt: skip
 
 
 def round_from_table(
@@ -59,14 +60,15 @@ def round_from_table(
     origin = storage.sha256_of_bytes(document_bytes(plan))
     index = split_of(shard_sizes, targets.shape[1])
     is_valid = np.ones(len(targets), dtype=bool) if valid is None else valid
-    for shard, (first, stop) in enumerate(zip(index.starts[:-1], index.starts[1:], strict=True)):
-        maker = PartMaker(settings, targets.shape[1])
+    for piece in pieces_of(index):
+        maker = PartMaker(settings, targets.shape[1], first_row=piece.first)
+        first, stop = (int(index.starts[piece.shard]) + row for row in (piece.first, piece.stop))
         for start in range(first, stop, BLOCK):
             rows = slice(start, min(start + BLOCK, stop))
             spread = None if variances is None else rounded(variances[rows])
             maker.add(rounded(scores[rows]), spread, targets[rows], is_valid[rows], len(targets[rows]))
         content = encode_part(maker.part(), origin=origin)
-        storage.create_exclusive(part_url(str(run), number, origin, shard), content)
+        storage.create_exclusive(part_url(str(run), number, origin, piece), content)
     return RoundCommitter(str(run), plan, origin=origin, settings=settings, index=index).commit()
 
 

@@ -62,6 +62,14 @@ def test_impossible_settings_are_refused_by_name(keys: dict[str, Any], word: str
     assert "curriculum" in str(caught.value)
 
 
+def test_a_curriculum_over_tars_without_an_index_is_refused() -> None:
+    tars = {"tars": {"train": "a.tar", "test": "b.tar"}, "classes": "c.csv", "epoch_samples": 64}
+    with pytest.raises(ConfigError, match="shards index"):
+        check_config(
+            BASE | {"data": {"unindexed": tars}, "curriculum": {"strategy": "score_threshold"}}, where="test"
+        )  # fmt: skip
+
+
 def test_uncertainty_and_compilation_are_refused_together() -> None:
     with pytest.raises(ConfigError, match="compile"):
         check_config(BASE | {"curriculum": {"strategy": "uncertainty"}, "engine": {"compile": True}}, where="test")

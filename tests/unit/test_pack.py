@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -249,6 +250,15 @@ def test_tasks_give_their_results_and_their_errors_from_other_processes(tmp_path
         assert [keys[number] for number in range(3)] == ["a", "b%2Fc", "d%2Ee"]
         with pytest.raises(ManifestError, match="no manifest"):
             list(run_tasks(load_manifest, [(str(tmp_path),), (str(tmp_path),)], workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_calls_are_taken_as_they_are_needed_and_closing_ends_the_rest(workers: int) -> None:
+    taken = count()
+    results = run_tasks(key_of, ((f"{number}.jpg",) for number in taken), workers)
+    assert all(text == str(number) for number, text in (next(results), next(results)))
+    results.close()
+    assert next(taken) < 20
 
 
 def test_the_death_of_a_worker_is_a_run_error() -> None:

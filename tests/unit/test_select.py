@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_mlpl import round_commit
 from dist_mlpl.curriculum import caps
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.curriculum.select import (
@@ -59,6 +60,31 @@ def table(seed: int, *, has_ties: bool) -> tuple[torch.Tensor, torch.Tensor, np.
         scores, variances = (scores * 2).round() / 2, (variances * 8).round() / 8
     targets = random_targets(N, C, seed=seed, unknown=0.6, present=0.2)
     return scores, variances, targets, torch.rand(N, generator=generator).numpy() > 0.1
+
+
+@pytest.fixture(autouse=True)
+def several_pieces_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_commit, "piece_samples", lambda num_samples: 8)
+
+
+@pytest.mark.parametrize("num_samples", [1, 31, 1680, 82_783, 1_700_000, 9_011_219])
+def test_pieces_are_whole_blocks_and_neither_too_few_nor_too_many(
+    num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    length = round_commit.piece_samples(num_samples)
+    assert length % 32 == 0
+    assert 256 <= length <= 4096
+    assert num_samples // length <= 2200
+
+
+def test_work_is_dealt_in_order_and_nearly_even() -> None:
+    sizes = [40, 256, 256, 17, 256, 256, 256, 3]
+    for world_size in (1, 2, 3, 5, 20):
+        dealt = round_commit.deal(range(8), sizes, world_size=world_size)
+        assert [thing for own in dealt for thing in own] == list(range(8))
+        loads = [sum(sizes[thing] for thing in own) for own in dealt]
+        assert max(loads) <= sum(sizes) / world_size + 256
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda keys: "-".join(map(str, keys.values())))
