@@ -67,6 +67,15 @@ def train_here(config: dict[str, Any], out: Path, *, ask: Callable[[], Action] |
     return rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the runs in processes of their own, for those in this one: the number of threads orders the sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_shards(tmp_path_factory.mktemp("tiny"))
@@ -422,11 +431,3 @@ def test_a_picture_shows_samples_with_all_that_is_known_of_them(trained: tuple[P
     assert image.format == "PNG"
     assert min(image.size) >= 256
     assert "[0, 104)" in answer("labels", "show", out, "--sample", "104", exit_code=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
