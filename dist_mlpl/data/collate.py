@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,12 +36,32 @@ class HostBatch(NamedTuple):
     encoded: Sequence[bytes | None] = ()  # a JPEG for each row that is still to be decoded on the device
 
 
+class ImageMemory:
+    """Memory of batches of images, used again as soon as no tensor is left of the batch it held.
+
+    A large batch's memory would else come from the system each time, and be cleared page by page first. Batches that
+    go to a GPU lie in pinned memory, of which torch keeps account in the same way.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[npt.NDArray[np.uint8]]] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        """A uint8 tensor that holds anything."""
+        free = self._free.setdefault(shape, [])
+        memory = free.pop() if free else np.empty(shape, dtype=np.uint8)
+        view = memory[...]  # what the tensor and all its views keep alive
+        weakref.finalize(view, free.append, memory).atexit = False
+        return torch.from_numpy(view)
+
+
 def empty_batch(
     indices: Indices,
     *,
     num_classes: int,
     image_size: int,
     is_pinned: bool,
+    memory: ImageMemory | None = None,
     has_beliefs: bool = False,
     has_soft: bool = False,
 ) -> Batch:
@@ -51,6 +72,7 @@ def empty_batch(
         num_classes: C.
         image_size: side of the square images.
         is_pinned: page-locked, so that a copy to a GPU needs nobody's attention; torch reuses such memory.
+        memory: of images that are not pinned; None: new.
         has_beliefs: with `pseudo_targets`.
         has_soft: with `soft_targets`.
     """
@@ -60,8 +82,7 @@ def empty_batch(
         return torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
 
     shape = (num_images, image_size, image_size, 3)
-    # numpy asks for huge pages: touching fresh memory costs a third of what it does through torch.
-    images = empty(*shape, dtype=torch.uint8) if is_pinned else torch.from_numpy(np.empty(shape, dtype=np.uint8))
+    images = empty(*shape, dtype=torch.uint8) if is_pinned else (memory or ImageMemory()).take(*shape)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=empty(num_images, num_classes, dtype=torch.int8),

@@ -60,11 +60,13 @@ def load_mixture(sets: Sequence[MixedSet]) -> Manifest:
         ]
         splits[name] = Split.of([entry for entries in own for entry in entries])
         parts[name] = tuple((len(entries), one.weight) for entries, one in zip(own, sets, strict=True) if entries)
+    are_decoded = all(manifest.packing is not None and manifest.packing.decode for manifest in manifests)
     identity = repr([(manifest.digest, one.weight) for manifest, one in zip(manifests, sets, strict=True)])
     return first.model_copy(
         update={
             "splits": splits,
             "parts": parts,
+            "packing": first.packing if are_decoded else None,  # what is said of the images holds for all sets
             "url": ", ".join(manifest.url for manifest in manifests),
             "digest": storage.sha256_of_bytes(identity.encode()),
         }

@@ -64,6 +64,11 @@ class SplitIndex:
         return any(storage.is_remote(url) for url in {entry.tars or self.manifest.tars_url for entry in self.shards})
 
     @property
+    def are_images_decoded(self) -> bool:
+        """Whether every image was decoded whole when it was packed, so that its bytes are known to be sound."""
+        return self.manifest.packing is not None and self.manifest.packing.decode
+
+    @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard in manifest order."""
         return np.diff(self.starts).tolist()

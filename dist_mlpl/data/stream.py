@@ -22,6 +22,7 @@ from dist_mlpl.batch import Batch, Loading
 from dist_mlpl.data.collate import (
     BadSample,
     HostBatch,
+    ImageMemory,
     clear,
     decoded_on_device,
     empty_batch,
@@ -63,6 +64,8 @@ class DataSettings(Settings):
     known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # of the train labels; null keeps all
     known_rule: Literal["bernoulli", "single_positive", "dense_subset", "exact_count"] = "bernoulli"
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
+    # of the train split, by whole shards: kept out of training as a split of its own, `held_out`, to judge choices on
+    held_out_fraction: float | None = Field(None, gt=0.0, lt=1.0)
     view: str | None = None  # on disk: its name beside the shards, or its URL; train labels are seen through it
     num_lanes: int = Field(64, ge=1)
     window_samples: int = Field(4096, ge=1)
@@ -92,6 +95,10 @@ class DataSettings(Settings):
             raise ValueError("give one of data.manifest and data.unindexed, and not both")
         if not isinstance(self.manifest, str) and (self.is_view_asked or self.view is not None):
             raise ValueError("a view is drawn over one set: name one data.manifest, or leave the view out")
+        if self.held_out_fraction is not None and not isinstance(self.manifest, str):
+            raise ValueError("held_out_fraction is of one set: name one data.manifest, or leave it out")
+        if self.held_out_fraction is not None and self.unindexed is not None:
+            raise ValueError("held_out_fraction needs tars with an index: `dist-mlpl shards index`")
         if self.view is not None and self.is_view_asked:
             raise ValueError("give data.view or known_fraction and known_rule, and not both")
         if self.unindexed is not None and (self.is_view_asked or self.view is not None):
@@ -152,6 +159,7 @@ class Stream:
         self._decodes_on_device = decodes_on_device
         self._index, self.fetcher, self._transform = index, fetcher, transform
         self._world, self._device = world, device
+        self._memory = ImageMemory()
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
         self._allowed_bad = max_bad_fraction * index.num_samples
@@ -383,6 +391,7 @@ class Stream:
             num_classes=self._index.manifest.num_classes,
             image_size=self._transform.settings.size,
             is_pinned=self._device.type == "cuda",
+            memory=self._memory,
             has_beliefs=labels.round is not None,
             has_soft=labels.has_soft,
         )
@@ -397,13 +406,15 @@ class Stream:
         for row in set(range(first, stop)).difference(rows):
             clear(batch, row)
         told = _told(labels, share.indices[rows])
+        is_sound = self._index.are_images_decoded
         for row, content, known in zip(rows, self.fetcher.take(ticket), told, strict=True):
             if self._decodes_on_device:
                 put(batch, row, None, *known)
                 encoded[row - first] = content
                 continue
             try:
-                put(batch, row, self._transform(content, epoch=epoch, position=int(share.positions[row])), *known)
+                position = int(share.positions[row])
+                put(batch, row, self._transform(content, epoch=epoch, position=position, is_sound=is_sound), *known)
             except ShardError as error:
                 clear(batch, row)
                 index = int(share.indices[row])

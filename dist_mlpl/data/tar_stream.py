@@ -20,7 +20,7 @@ import torch
 
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Batch, Loading
-from dist_mlpl.data.collate import BadSample, HostBatch, clear, empty_batch, normalised, put, to_device
+from dist_mlpl.data.collate import BadSample, HostBatch, ImageMemory, clear, empty_batch, normalised, put, to_device
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
 from dist_mlpl.data.stream import EVALUATION_BLOCK, Consumed, Stream
@@ -66,6 +66,7 @@ class TarStream:
         if transform.train:
             check_num_tars(tars, world_size=world.size)
         self._tars, self._transform, self._world, self._device = tars, transform, world, device
+        self._memory = ImageMemory()
         self._seed, self._num_workers = seed, num_workers
         self._reader = ThreadPoolExecutor(1, "read") if num_workers else None
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
@@ -226,7 +227,7 @@ class TarStream:
         positions = np.where(np.arange(len(positions)) < len(taken), positions, PADDING)  # padding comes last
         batch = empty_batch(
             positions, num_classes=self._tars.manifest.num_classes, image_size=self._transform.settings.size,
-            is_pinned=self._device.type == "cuda",
+            is_pinned=self._device.type == "cuda", memory=self._memory,
         )  # fmt: skip
         for row in range(len(taken), len(positions)):
             clear(batch, row)

@@ -31,6 +31,7 @@ MAX_PIXELS: Final = 100_000_000  # 300 MB decoded; a larger image is taken for a
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what is left of the crop is still so much larger than the
 # image it becomes. With it the final crops differ from those of full decoding by 1 to 2 grey levels on average.
 SCALED_MARGIN: Final = 1.1
+_ROWS_BELOW: Final = 32  # pixels decoded below the last row needed: the tallest block of any JPEG
 _CROP_ATTEMPTS: Final = 10
 _CROP_SIDES: Final = (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2)  # 512, 448, 384, 320, 256 of 512
 
@@ -142,18 +143,20 @@ class Transform:
         self.settings, self.seed, self.train = settings, seed, train
         self._crop = {"random_resized": _random_resized, "multi_scale": _multi_scale, "none": _whole}[settings.crop]
 
-    def __call__(self, content: bytes, *, epoch: int, position: int) -> DecodedImage:
+    def __call__(self, content: bytes, *, epoch: int, position: int, is_sound: bool = False) -> DecodedImage:
         """Decode and transform one image.
 
         Args:
             content: a JPEG.
             epoch: 0-based; with `position` it selects the draws.
             position: place in the epoch's order.
+            is_sound: these bytes were decoded before; see `Jpeg`.
 
         Raises:
             ShardError: the image cannot be decoded.
         """
-        return self.view(Jpeg(content, is_scaled=self.settings.scaled_decode), epoch=epoch, position=position)
+        jpeg = Jpeg(content, is_scaled=self.settings.scaled_decode, is_sound=is_sound)
+        return self.view(jpeg, epoch=epoch, position=position)
 
     def view(self, jpeg: Picture, *, epoch: int, position: int) -> DecodedImage:
         """Transform one image, wherever it is decoded; see `__call__`."""
@@ -214,8 +217,8 @@ class Picture(Protocol):
     def factor(self, shrink: float) -> int:
         """By how much the pixels may be shrunk in decoding, for an image that becomes `shrink` times smaller."""
 
-    def decode(self, factor: int) -> Tensor:
-        """(ceil(height / factor), ceil(width / factor), 3) uint8, RGB."""
+    def decode(self, factor: int, num_rows: int | None = None) -> Tensor:
+        """(ceil(height / factor), ceil(width / factor), 3) uint8, RGB; at least its first `num_rows` rows if given."""
 
 
 class Jpeg:
@@ -227,16 +230,20 @@ class Jpeg:
     Args:
         content: the file.
         is_scaled: whether it may be decoded smaller than it is.
+        is_sound: these very bytes were decoded whole before, so nothing is lost by stopping at the last row needed;
+            otherwise all of it is decoded each time, for the damage that this may show.
 
     Raises:
         ShardError: not a JPEG, or of more than MAX_PIXELS pixels; nothing was decoded.
     """
 
-    def __init__(self, content: bytes, *, is_scaled: bool = False) -> None:
-        self.width, self.height = _jpeg_size(content)
+    def __init__(self, content: bytes, *, is_scaled: bool = False, is_sound: bool = False) -> None:
+        frame = _frame_header(content)
+        self.width, self.height = frame.width, frame.height
         if self.width * self.height > MAX_PIXELS:
             raise _undecodable(f"{self.width} x {self.height} pixels")
         self._content, self._is_scaled = content, is_scaled
+        self._height_at = frame.height_at if is_sound and frame.is_sequential else None
 
     def factor(self, shrink: float) -> int:
         """By how much the decoder may shrink an image that becomes `shrink` times smaller: 1, 2, 4 or 8."""
@@ -244,28 +251,42 @@ class Jpeg:
             return 1
         return next((factor for factor in (8, 4, 2) if shrink >= factor * SCALED_MARGIN), 1)
 
-    def decode(self, factor: int = 1) -> Tensor:
-        """Decode all of it.
+    def decode(self, factor: int = 1, num_rows: int | None = None) -> Tensor:
+        """Decode it, or its upper part.
 
         Args:
             factor: 1, 2, 4 or 8; the result is so many times smaller, rounded up.
+            num_rows: of the result, that are needed; None for all. The decoder reads the file from its beginning and
+                is told that the image ends a little below them: those rows are the same, and about as much time is
+                saved as rows are left out.
 
         Returns:
-            (ceil(height / factor), ceil(width / factor), 3) uint8, RGB.
+            (ceil(height / factor), ceil(width / factor), 3) uint8, RGB; of a sound JPEG perhaps only its first rows,
+            `num_rows` or more.
 
         Raises:
             ShardError: corrupt or truncated.
         """
-        height, width = -(-self.height // factor), -(-self.width // factor)
+        content, full_height = self._content, self.height
+        # Colours of a row are interpolated from those of the next block.
+        end = self.height if num_rows is None else num_rows * factor + _ROWS_BELOW
+        is_cut = self._height_at is not None and end < self.height
+        if self._height_at is not None and is_cut:
+            content = content[: self._height_at] + end.to_bytes(2, "big") + content[self._height_at + 2 :]
+            full_height = end
+        height, width = -(-full_height // factor), -(-self.width // factor)
         try:
-            pixels = torch.from_numpy(simplejpeg.decode_jpeg(self._content, min_height=height, min_width=width))
+            # Of an image cut short, strict decoding would complain about what is left of the file.
+            pixels = torch.from_numpy(
+                simplejpeg.decode_jpeg(content, min_height=height, min_width=width, strict=not is_cut)
+            )
             if pixels.shape[:2] == (height, width):
                 return pixels
         except (ValueError, KeyError):
             pass  # a colour space or sampling that this interface refuses, or damage: the other reader decides
         image = _decode_by_torchvision(self._content)
         if factor > 1:
-            image = F.resize(image, [height, width], antialias=True)
+            image = F.resize(image, [-(-self.height // factor), width], antialias=True)
         return image.permute(1, 2, 0).contiguous()
 
 
@@ -284,7 +305,7 @@ class Decoded:
         """Always 1: nothing is left to be saved."""
         return 1
 
-    def decode(self, factor: int = 1) -> Tensor:
+    def decode(self, factor: int = 1, num_rows: int | None = None) -> Tensor:
         """(H, W, 3) uint8, a view."""
         return self._image.permute(1, 2, 0)
 
@@ -349,8 +370,17 @@ def _undecodable(reason: str) -> ShardError:
     )
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Width and height from the frame header, found marker by marker as libjpeg does it."""
+class _Frame(NamedTuple):
+    """What a JPEG's frame header says, and where."""
+
+    width: int
+    height: int
+    height_at: int  # where the height's two bytes are
+    is_sequential: bool  # baseline or extended: rows come from top to bottom
+
+
+def _frame_header(content: bytes) -> _Frame:
+    """The frame header, found marker by marker as libjpeg does it."""
     place = 2
     while content[:2] == b"\xff\xd8":
         place = content.find(b"\xff", place)  # anything between segments is skipped
@@ -365,7 +395,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
             height, width = (int.from_bytes(content[place + at : place + at + 2], "big") for at in (3, 5))
-            return width, height
+            return _Frame(width, height, place + 3, marker in (0xC0, 0xC1))
         place += max(2, int.from_bytes(content[place : place + 2], "big"))
     raise _undecodable("no JPEG frame header")
 
@@ -392,7 +422,7 @@ def _cut(jpeg: Picture, box: Box, settings: TransformSettings) -> tuple[Tensor, 
     right, bottom = left + width, top + height
     factor = jpeg.factor(min(width, height) / settings.size)
     left, top, right, bottom = (round(side / factor) for side in (left, top, right, bottom))
-    part = jpeg.decode(factor)[top:bottom, left:right]
+    part = jpeg.decode(factor, bottom)[top:bottom, left:right]
     # The box as cut, in full pixels; the last column of a smaller image may stand for fewer.
     right, bottom = min(right * factor, jpeg.width), min(bottom * factor, jpeg.height)
     left, top = left * factor, top * factor

@@ -100,7 +100,7 @@ def bare(shards: str, *, size: int, batch: int, workers: int, warmup: int, timed
                 began = time.perf_counter()
             if number >= len(jpegs):
                 break
-            buffer[number % batch] = make(jpegs[number], epoch=0, position=number).image
+            buffer[number % batch] = make(jpegs[number], epoch=0, position=number, is_sound=True).image
         finished = time.perf_counter()  # of the last thread in the end
 
     threads = [threading.Thread(target=work) for _ in range(workers)]

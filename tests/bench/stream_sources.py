@@ -129,7 +129,7 @@ def photographs(name: str) -> Photographs:
                 written.writerow((file, row["labels"]))
     source = read_table(str(images), str(made.folder / "labels.csv"), classes=str(data / "classes.csv"))
     num_bytes = sum(file.stat().st_size for file in images.iterdir())
-    build(source, str(made.shards), target_shard_bytes=int(num_bytes / (NUM_SHARDS - 0.5)), workers=1, decode=False)
+    build(source, str(made.shards), target_shard_bytes=int(num_bytes / (NUM_SHARDS - 0.5)), workers=1)
     shutil.rmtree(images)
     note.write_text(_maker())
     return made

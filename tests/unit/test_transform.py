@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -180,6 +181,35 @@ def test_an_image_is_decoded_small_only_where_a_tenth_more_pixels_than_needed_ar
         1, 1, 1, 2, 2, 4, 4, 8, 8
     ]  # fmt: skip
     assert Jpeg(jpeg(picture())).factor(50) == 1
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "how",
+    [{"subsampling": "4:2:0"}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2", "restart_marker_blocks": 5},
+     {"progressive": True}, {"optimize": True, "quality": 98}],
+)  # fmt: skip
+def test_the_rows_decoded_of_a_sound_image_are_those_of_the_whole(how: dict[str, Any], factor: int) -> None:
+    file = BytesIO()
+    pixels = np.random.default_rng(3).integers(0, 256, (301, 203, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", **how)
+    whole = Jpeg(file.getvalue()).decode(factor)
+    sound = Jpeg(file.getvalue(), is_sound=True)
+    sizes = set()
+    for num_rows in range(1, len(whole) + 1):
+        part = sound.decode(factor, num_rows)
+        assert len(part) >= num_rows
+        assert torch.equal(part[:num_rows], whole[:num_rows])
+        sizes.add(len(part))
+    assert len(sizes) == 1 if "progressive" in how else len(sizes) > (300 - 32) // factor - 2
+
+
+def test_photographs_look_the_same_whether_or_not_they_are_known_to_be_sound() -> None:
+    transform = make(size=96)
+    for content in photographs(320, 8):
+        for position in range(8):
+            views = [transform(content, epoch=0, position=position, is_sound=is_sound) for is_sound in (False, True)]
+            assert same(*views)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
@@ -454,8 +484,8 @@ def test_cmyk_images_become_rgb() -> None:
 def test_segments_and_filling_before_the_frame_header_are_skipped() -> None:
     content = jpeg(picture(90, 120))
     padded = content[:2] + b"\xff\xe1\x00\x10" + b"\xff\xc0" * 7 + b"\xff\xff\xfe\x00\x04hi" + content[2:]
-    assert module._jpeg_size(content) == (120, 90)
-    assert module._jpeg_size(padded) == (120, 90)
+    assert module._frame_header(content)[:2] == (120, 90)
+    assert module._frame_header(padded)[:2] == (120, 90)
     assert torch.equal(decode_jpeg(padded), decode_jpeg(content))
 
 
