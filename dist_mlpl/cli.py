@@ -141,6 +141,111 @@ def audit(
 
 
 @app.command()
+def sweep(
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG...", help="YAML configs; their file names name the rows of the table."),
+    ],
+    out: Annotated[str, typer.Option(help="Folder or URL: RUN folders and the table; the same one goes on.")],
+    known: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KNOWN...", help="Known fractions, `single` or `all`; else what each config says."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, seeds 0, 1, ...: of training and of the view.")] = 1,
+    baseline: Annotated[str | None, typer.Option(help="Method that the others are compared with.")] = None,
+    split_choices: Annotated[
+        bool, typer.Option("--split-choices", help="Judge on a fifth of train, held out; the test split is not read.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 1,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make many runs, those that are missing, and fill a table: mean and spread over seeds."""
+    from dist_mlpl.display import work_bar
+    from dist_mlpl.local import StopRequest
+    from dist_mlpl.tools.sweep import is_known_word, plan_sweep
+    from dist_mlpl.tools.sweep_page import sweep_tables
+    from dist_mlpl.tools.sweep_queue import check_outcome, make_sweep
+    from dist_mlpl.tools.sweep_table import rows_json, tabulate
+
+    # In `--known 0.1 0.3` the 0.3 comes as an argument of its own.
+    words = [*(known or []), *(word for word in configs if is_known_word(word))]
+    paths = [word for word in configs if not is_known_word(word)]
+    runs = plan_sweep(
+        paths, out=out, known=words, num_seeds=seeds, overrides=overrides or [], is_choosing=split_choices
+    )
+    stop = StopRequest("stopping: each run commits; the same command goes on from there")
+    stop.listen()
+    with work_bar() as bar:
+        outcome = make_sweep(
+            runs, out=out, num_jobs=jobs, baseline=baseline, is_asked=lambda: stop.is_asked, tell=bar,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    rows = tabulate(outcome.results, baseline=baseline)
+    if as_json:
+        failed = [failure.run.name for failure in outcome.failures]
+        print_json({"rows": rows_json(rows), "failed": failed, "num_left": outcome.num_left})
+    else:
+        console = Console()
+        for table in sweep_tables(rows, baseline=baseline):
+            console.print(table)
+        console.print(f"{len(outcome.results)} of {len(runs)} runs; {out}/index.html", highlight=False, soft_wrap=True)
+    check_outcome(outcome, out)
+    if outcome.num_left:
+        sys.exit(130)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
+    classes: Annotated[int | None, typer.Option(min=1, help="Instead of the data's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of the train split, instead of the data's.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """What trunk, heads and banks of a run hold, send and compute; nothing is trained."""
+    prepare_environment(os.environ, num_ranks=1)
+    from dist_mlpl.config import load_config
+    from dist_mlpl.tools.plan import LARGEST, document, largest_line, make_plan, plan_table
+
+    loaded = load_config(config, overrides=overrides)
+    found = make_plan(loaded, num_ranks=ranks, num_classes=classes, num_samples=samples)
+    largest = make_plan(loaded, num_ranks=ranks, num_classes=LARGEST, num_samples=samples)
+    if as_json:
+        print_json(document(found) | {"largest": document(largest)})
+        return
+    console = Console()
+    console.print(plan_table(found))
+    console.print(largest_line(largest), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pictures(
+    run: RunUrl,
+    sample: Annotated[
+        list[int] | None, typer.Option(help="Draw heatmaps of this sample of the split; may repeat.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the heatmaps; the run's evaluation split by default.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Images drawn where --sample names none.")] = 4,
+    num_tiles: Annotated[int, typer.Option(min=1, help="Classes, or lenders, an image.")] = 4,
+    num_embedded: Annotated[int, typer.Option(min=2, help="Train images among which lenders are looked for.")] = 2048,
+    manifest: Annotated[str | None, typer.Option(help="Where the run's shards are now, if they moved.")] = None,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw where the model sees its classes, and which images could give which labels to others, into RUN/pictures."""
+    prepare_environment(os.environ, num_ranks=1)
+    from dist_mlpl.tools.pictures import draw_pictures
+
+    urls = draw_pictures(
+        run, samples=sample, split=split, num_samples=num_samples, num_tiles=num_tiles, num_embedded=num_embedded,
+        manifest_url=manifest, storage_options=parse_storage_options(storage_options),
+    )  # fmt: skip
+    print_json({"pictures": urls}) if as_json else print("\n".join(urls))
+
+
+@app.command()
 def demo(
     folder: Annotated[str, typer.Option(help="Where images, logs and the embedded bucket's copy go.")] = "runs/demo",
     epochs: Annotated[int | None, typer.Option(help="Epochs; the config's by default.")] = None,

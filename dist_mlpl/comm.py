@@ -6,6 +6,7 @@ Tensors are moved on the device they live on, so the caller chooses NCCL or gloo
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,18 @@ from torch import Tensor
 from dist_mlpl.errors import MlplError, RankMismatchError
 
 T = TypeVar("T")
+
+_sent: Counter[str] = Counter()
+
+
+def traffic() -> dict[str, int]:
+    """Bytes of tensors that this rank has sent to other ranks since the process began, by verb.
+
+    An exchange counts the rows that leave this rank and the numbers that announce them; a reduction what a ring moves,
+    2 (R - 1) / R of the tensor from each rank; a gather R - 1 times the padded rows; a broadcast (R - 1) / R of the
+    tensor, as if all ranks had passed it on alike. Pickled objects are not counted.
+    """
+    return dict(_sent)
 
 
 def world_size() -> int:
@@ -39,6 +52,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
         The same tensor, holding the sum on every rank.
     """
     if world_size() > 1:
+        _count_reduction(tensor)
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
@@ -49,8 +63,13 @@ def reduce_max(tensor: Tensor) -> Tensor:
     Collective: all ranks, one all-reduce of the tensor's bytes.
     """
     if world_size() > 1:
+        _count_reduction(tensor)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
+
+
+def _count_reduction(tensor: Tensor) -> None:
+    _sent["reduce"] += 2 * (world_size() - 1) * tensor.nbytes // world_size()
 
 
 def gather_objects(value: T) -> list[T]:
@@ -84,6 +103,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in range(world_size())]
+    _sent["gather"] += (world_size() - 1) * (8 + padded.nbytes)
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
@@ -138,6 +158,7 @@ def exchange(rows: Tensor, counts: list[int], *, error: MlplError | None = None)
         kinds = gather_objects(f"{rows.dtype} {tuple(rows.shape[1:])}")
         raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")
     arrived = rows.new_empty((sum(from_ranks), *rows.shape[1:]))
+    _sent["exchange"] += 16 * (world_size() - 1) + rows[0:1].nbytes * (rows.shape[0] - counts[rank()])
     dist.all_to_all_single(arrived, rows.contiguous(), from_ranks, counts)
     return arrived, from_ranks
 
@@ -165,5 +186,6 @@ def broadcast_tensor(tensor: Tensor, *, source: int = 0) -> Tensor:
     Collective: all ranks, one broadcast of the tensor's bytes.
     """
     if world_size() > 1:
+        _sent["broadcast"] += (world_size() - 1) * tensor.nbytes // world_size()
         dist.broadcast(tensor, src=source)
     return tensor

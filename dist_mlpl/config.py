@@ -281,8 +281,8 @@ _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_bat
          "data.storage_options", "data.max_bad_fraction", "method.bank_folder",
          "save_every_steps", "keep_checkpoints", "evaluation", "curriculum.measure_hidden")  # fmt: skip
 _NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
-          "data.known_seed", "data.train_split", "data.unindexed.epoch_samples", "data.unindexed.unlisted",
-          "method.name")  # fmt: skip
+          "data.known_seed", "data.held_out_fraction", "data.train_split", "data.unindexed.epoch_samples",
+          "data.unindexed.unlisted", "method.name")  # fmt: skip
 
 Change = Literal["free", "allowed", "refused"]
 

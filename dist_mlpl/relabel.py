@@ -10,17 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Batch
 from dist_mlpl.chain import Commit
-from dist_mlpl.curriculum.parts import PartMaker, encode_part
 from dist_mlpl.curriculum.schedule import CurriculumSettings, check_bounded
-from dist_mlpl.curriculum.select import check_scores, rounded
 from dist_mlpl.curriculum.uncertainty import Moments, check_dropout, computed_once, dropping
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING
@@ -38,10 +34,12 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_span_blocks
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
-from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError
+from dist_mlpl.errors import ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import Method
-from dist_mlpl.round_commit import Piece, RoundCommitter, deal, on_first_rank, part_url, pieces_of
+from dist_mlpl.round_commit import Piece, RoundCommitter, deal, on_first_rank
 from dist_mlpl.round_models import Model, is_made, scoring_models
+from dist_mlpl.round_neighbours import vote
+from dist_mlpl.round_parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
 
 _LOOK_BLOCKS = 16  # between looks at whether a rank failed or was asked to stop: 512 images
 _BLOCKS_IN_WORK = 4  # scored and not yet put into a part, while the next ones are computed
@@ -95,13 +93,6 @@ def relabel(
         return make_round(run, plan, labels, settings, scorer, stream, is_asked=is_asked, tell=tell)
 
 
-class Scores(NamedTuple):
-    """What the models answer about a block."""
-
-    mean: Tensor  # (B, C)
-    variance: Tensor | None  # (B, C), over passes with dropout
-
-
 class Scorer:
     """The answers of one or several models about a block, averaged over all passes.
 
@@ -131,6 +122,11 @@ class Scorer:
         self._samples_dropout = settings.strategy == "uncertainty"
         if self._samples_dropout:
             check_dropout(method)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the present model is."""
+        return next(self._method.parameters()).device
 
     @contextmanager
     def scoring(self, round_number: int) -> Iterator[Callable[[Batch, int], Scores]]:
@@ -282,23 +278,18 @@ def make_round(
     Collective: all ranks; 4 bytes every 512 images, then see `RoundCommitter.commit`.
     """
     index = indexed(labels)
-    origin = storage.sha256_of_bytes(document_bytes(plan))
-    todo = on_first_rank(lambda: _unscored(run, plan.round, origin, index))
+    place = Place(run, plan.round, storage.sha256_of_bytes(document_bytes(plan)))
+    has_votes = settings.strategy == "neighbours"
+    todo = on_first_rank(lambda: missing(index, place.embedded if has_votes else place.part))
     dealt = deal(todo, [piece.num_samples for piece in todo], world_size=comm.world_size())
-    writer = _PartWriter(run, plan.round, origin, settings, index)
+    writer: Writer = EmbeddingWriter(place, index) if has_votes else PartWriter(place, settings, index)
     with scorer.scoring(plan.round) as score, ExitStack() as stack:
         worker = stack.enter_context(ThreadPoolExecutor(1, "parts"))
         if not _pass(dealt, labels, index, stream, score, writer, worker, is_asked, tell):
             return None
-    return RoundCommitter(run, plan, origin=origin, settings=settings, index=index).commit()
-
-
-def _unscored(run: str, number: int, origin: str, index: SplitIndex) -> list[Piece]:
-    """Pieces that have no part."""
-    urls = {piece: part_url(run, number, origin, piece) for piece in pieces_of(index)}
-    folders = {url.rpartition("/")[0] for url in urls.values()}  # one, or none of an empty split
-    done = {name for folder in folders for name in storage.list_names(folder)}
-    return [piece for piece, url in urls.items() if storage.name(url) not in done]
+    if has_votes and not vote(place, settings, labels, index, device=scorer.device, is_asked=is_asked):
+        return None
+    return RoundCommitter(run, plan, origin=place.origin, settings=settings, index=index).commit()
 
 
 def _pass(
@@ -307,7 +298,7 @@ def _pass(
     index: SplitIndex,
     stream: Stream,
     score: Callable[[Batch, int], Scores],
-    writer: _PartWriter,
+    writer: Writer,
     worker: ThreadPoolExecutor,
     is_asked: Callable[[], bool],
     tell: Callable[[int, int], None],
@@ -343,51 +334,3 @@ def _pass(
             if wishes == 1 and number + 1 < num_blocks:
                 return False
     return True
-
-
-class _PartWriter:
-    """Puts scored blocks into parts, and writes each part when its piece is done. Used by one thread.
-
-    Args:
-        run: RUN.
-        number: of the round.
-        origin: digest of its plan.
-        settings: of the curriculum.
-        index: the split.
-    """
-
-    def __init__(self, run: str, number: int, origin: str, settings: CurriculumSettings, index: SplitIndex) -> None:
-        self._run, self._number, self._origin, self._settings, self._index = run, number, origin, settings, index
-        self._maker: PartMaker | None = None
-
-    def add(self, batch: Batch, scores: Scores, piece: Piece, row: int) -> None:
-        """One block, in order, which begins at a row of the piece's shard.
-
-        Raises:
-            RunError: a score is not finite.
-        """
-        valid, targets = batch.valid.cpu(), batch.targets.cpu().numpy()
-        mean = scores.mean.cpu()
-        variance = None if scores.variance is None else scores.variance.cpu()
-        bad = check_scores(mean if variance is None else mean + variance, valid)
-        if bad is not None:
-            index = int(self._index.starts[piece.shard]) + row + bad[0]
-            raise self._not_finite(float(mean[bad]), index, bad[1])
-        if row == piece.first:
-            self._maker = PartMaker(self._settings, self._index.manifest.num_classes, first_row=row)
-        assert self._maker is not None
-        variances = None if variance is None else rounded(variance)
-        self._maker.add(rounded(mean), variances, targets, valid.numpy(), batch.num_images)
-        if row + batch.num_images == piece.stop:
-            content = encode_part(self._maker.part(), origin=self._origin)
-            # Another process of the same plan may have been faster: its part serves as well.
-            storage.create_exclusive(part_url(self._run, self._number, self._origin, piece), content)
-
-    def _not_finite(self, score: float, index: int, column: int) -> RunError:
-        return RunError(
-            f"the model answers {score} for class {self._index.manifest.class_ids[column]!r}",
-            expected="finite logits",
-            where=f"sample {index}, {self._index.name(index)}",
-            next_step="the model has diverged, or half precision overflows: go back to an earlier commit, or set "
-            "engine.precision to fp32",
-        )

@@ -266,7 +266,7 @@ class RoundCommitter:
         try:
             content = storage.read_bytes(url)
         except FileNotFoundError:
-            raise self._dropped() from None
+            raise dropped(self._run, self._plan.round) from None
         return decode_part(content, origin=self._origin, where=url)
 
     def _shards(self, found: _Found) -> Iterator[tuple[int, _Shard]]:
@@ -365,21 +365,23 @@ class RoundCommitter:
         )
         number = self._plan.round
         if read_plan(self._run, number) != self._plan:
-            raise self._dropped()
+            raise dropped(self._run, self._plan.round)
         url = round_url(self._run, number, "commit.json")
         content = document_bytes(document)
         if not storage.create_exclusive(url, content) and storage.read_bytes(url) != content:
-            raise self._dropped()
+            raise dropped(self._run, self._plan.round)
         storage.remove_folder(round_url(self._run, number, "parts"))
         return read_round(self._run, number)
 
-    def _dropped(self) -> OvertakenError:
-        return OvertakenError(
-            f"round {self._plan.round} is no longer the one that was being made",
-            expected="its plan and its parts, until it is committed",
-            where=storage.shown(round_url(self._run, self._plan.round)),
-            next_step="another job committed or dropped it: see `dist-mlpl labels log RUN`, then start again",
-        )
+
+def dropped(run: str, number: int) -> OvertakenError:
+    """What to raise when files of a round are gone while it is being made."""
+    return OvertakenError(
+        f"round {number} is no longer the one that was being made",
+        expected="its plan and its parts, until it is committed",
+        where=storage.shown(round_url(run, number)),
+        next_step="another job committed or dropped it: see `dist-mlpl labels log RUN`, then start again",
+    )
 
 
 def _kept(overlay: Overlay) -> Overlay:

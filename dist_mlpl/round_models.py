@@ -16,7 +16,7 @@ from dist_mlpl.engine import Engine
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.methods.base import Method
 
-Predict = Callable[[Batch], Tensor]  # logits (B, C) of a block, no gradient
+Predict = Callable[[Batch], Tensor]  # logits (B, C) of a block, no gradient; embeddings (B, D) where images vote
 
 
 class Model(NamedTuple):
@@ -65,7 +65,12 @@ def scoring_models(
     Raises:
         CheckpointError: a member is missing, pruned, of other classes or of another model; an ensemble of one.
     """
-    models = [Model(model_record(head), lambda batch: engine.predict(batch).logits)]
+
+    def predict(batch: Batch) -> Tensor:
+        output = engine.predict(batch)
+        return output.extras["embedding"] if settings.strategy == "neighbours" else output.logits
+
+    models = [Model(model_record(head), predict)]
     if settings.strategy != "ensemble":
         return models
     members: list[tuple[str, Commit]] = []

@@ -21,9 +21,9 @@ from dist_mlpl.curriculum.schedule import check_bounded, is_due
 from dist_mlpl.curriculum.uncertainty import check_dropout
 from dist_mlpl.data.cache import ExtentCache, cache_folder
 from dist_mlpl.data.fetch import Fetcher, check_cache_limit
+from dist_mlpl.data.held_out import PartView, run_manifest, whole_split
 from dist_mlpl.data.label_store import Labels, LabelStore
 from dist_mlpl.data.manifest import Manifest
-from dist_mlpl.data.mixture import load_sets
 from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
 from dist_mlpl.data.overlays import newest_round
 from dist_mlpl.data.split_index import SplitIndex
@@ -281,6 +281,9 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
     log_file = LogFile(out, attempt.name, world.rank, has_output=is_output_logged)
 
     method = build_method(config, manifest)
+    store = LabelStore(samples, build_view(data, samples), run=out)
+    if attempt.parent is None:
+        method.read_labels(store.at(0))
     engine = Engine(
         method, config.engine, config.optimizer, config.schedule,
         length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
@@ -291,7 +294,6 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
             check_dropout(method)
     if attempt.parent is None and config.method.init_from:
         notes.append(start_from(config.method.init_from, engine))
-    store = LabelStore(samples, build_view(data, samples), run=out)
     notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
     cache = build_cache(data, samples, world)
     stream = build_stream(config, samples, cache, world, engine, train=True)
@@ -353,7 +355,7 @@ def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
     """
     if data.unindexed is not None:
         return [open_tars(data.unindexed, split) for split in splits]
-    manifest = load_sets(data.manifest)
+    manifest = run_manifest(data)
     return [SplitIndex(manifest, split) for split in splits]
 
 
@@ -367,6 +369,10 @@ def build_view(data: DataSettings, index: AnySamples) -> LabelView | None:
     """What train labels are seen through, or None when every label may be seen as it is."""
     if isinstance(index, TarSet):
         return None
+    if data.held_out_fraction is not None:  # drawn over the whole split, so that each sample keeps its labels
+        whole = whole_split(index)
+        view = build_view(data.model_copy(update={"held_out_fraction": None}), whole)
+        return None if view is None else PartView(view, whole, index)
     if data.view is not None:
         return StoredView(view_url(index.manifest.url, data.view), index)
     if not data.is_view_asked:
@@ -461,7 +467,7 @@ def start_from(url: str, engine: Engine) -> str:
         A line that says how much was taken.
 
     Raises:
-        CheckpointError: no such run.
+        CheckpointError: no such run, or not enough of it for the method.
     """
     model = read_model(url, read_chain(url)[-1])
     taken = engine.load_matching(model)
@@ -472,4 +478,5 @@ def start_from(url: str, engine: Engine) -> str:
             where=f"method.init_from: {url}",
             next_step="check the path and the backbone's name",
         )
+    engine.method.check_start(url, taken)
     return f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"

@@ -17,6 +17,7 @@ from shards.stats import BYTE_BINS, CONFIDENCE_BINS, SplitStatistics, Statistics
 _TOP_CLASSES = 30
 _MAP_CLASSES = 16
 _PAIR_ROWS = 25
+_PAIR_COLUMNS = 5  # that a terminal has room for; the page shows how often one class goes with the other too
 _MIN_TOGETHER = 5  # images, for a pair to appear among the surprising ones
 _HISTOGRAM_BARS = 60
 
@@ -67,9 +68,10 @@ def stats_page(statistics: Statistics) -> str:
 
 
 def stats_tables(statistics: Statistics) -> list[Table]:
-    """The counts in short: splits, the most frequent and rarest classes, pairs."""
+    """The counts in short, 80 columns wide: splits side by side, the most frequent and rarest classes, pairs."""
     header, rows = _summary(statistics)
-    tables = [_rich("", header, rows, num_words=1)]
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    tables = [_rich("", columns[0], columns[1:], num_words=1)]
     names = _names(statistics)
     for split in statistics.splits.values():
         order = np.argsort(-split.positives, kind="stable")
@@ -80,7 +82,8 @@ def stats_tables(statistics: Statistics) -> list[Table]:
         )
         if len(split.pairs.both):
             header, rows = _pair_rows(split, split.pairs.top(8), names)
-            tables.append(_rich(f"{split.name}: most often present together", header, rows, num_words=2))
+            narrow = [row[:_PAIR_COLUMNS] for row in [header, *rows]]
+            tables.append(_rich(f"{split.name}: most often present together", narrow[0], narrow[1:], num_words=2))
     return tables
 
 
@@ -323,7 +326,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_words: i
 def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, num_words: int) -> Table:
     table = Table(title=title or None, title_justify="left")
     for place, word in enumerate(header):
-        table.add_column(word, justify="left" if place < num_words else "right")
+        is_word = place < num_words
+        table.add_column(_plain(word), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))  # brackets in names are no markup
+        table.add_row(*map(_plain, row))
     return table
+
+
+def _plain(text: str) -> str:
+    """Brackets in names are no markup."""
+    return text.replace("[", "\\[")

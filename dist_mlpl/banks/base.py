@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
+from dist_mlpl.banks.rows import Kind, as_bytes, from_bytes, kind_of
 from dist_mlpl.errors import BankError
 from dist_mlpl.settings import Settings
 
-NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % NUM_SHARDS whatever the number of ranks
+NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % num_shards whatever the number of ranks
 
-Dtype = Literal["f32", "f16", "u8", "i32", "i64"]
+Dtype = Literal["f64", "f32", "f16", "u8", "i32", "i64"]
 DTYPES: Final[dict[str, torch.dtype]] = {
-    "f32": torch.float32, "f16": torch.float16, "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
+    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "u8": torch.uint8, "i32": torch.int32,
+    "i64": torch.int64,
 }  # fmt: skip
 _NUMPY: Final[dict[str, type]] = {
-    "f32": np.float32, "f16": np.float16, "u8": np.uint8, "i32": np.int32, "i64": np.int64,
+    "f64": np.float64, "f32": np.float32, "f16": np.float16, "u8": np.uint8, "i32": np.int32, "i64": np.int64,
 }  # fmt: skip
-_KEYS = 2  # int64 numbers that travel with a written row: its index and its position
 
 
 class Column(Settings):
@@ -61,6 +62,8 @@ class Bank:
         folder: a local folder for memory-mapped columns, the files vanish with the process; None: host memory.
         is_replicated: every rank holds all rows; for tables so small that this costs nothing. Reading and writing
             then move nothing, and what is written must be the same on every rank.
+        num_shards: virtual shards, never a function of the number of ranks. With fewer rows than shards the first
+            ranks would own them all: a bank of few and large rows has as many shards as rows.
     """
 
     def __init__(
@@ -71,21 +74,33 @@ class Bank:
         *,
         folder: str | None = None,
         is_replicated: bool = False,
+        num_shards: int = NUM_SHARDS,
     ) -> None:
         self.name, self._folder, self._is_replicated = name, folder, is_replicated
-        self.spec = BankSpec(num_rows=num_rows, num_shards=NUM_SHARDS, columns=dict(columns))
+        self.spec = BankSpec(num_rows=num_rows, num_shards=num_shards, columns=dict(columns))
         rank, size = comm.rank(), comm.world_size()
-        self._owned = range(-(-rank * NUM_SHARDS // size), -(-(rank + 1) * NUM_SHARDS // size))
-        self._held = range(NUM_SHARDS) if is_replicated else self._owned
+        self._owned = range(-(-rank * num_shards // size), -(-(rank + 1) * num_shards // size))
+        self._held = range(num_shards) if is_replicated else self._owned
         sizes = [self._shard_rows(shard) for shard in self._held]
         self._starts = torch.tensor([0, *sizes]).cumsum(0)  # (shards + 1,) first local row of each held shard
         self._changed = torch.zeros(len(self._held), dtype=torch.bool)
         self._columns: dict[str, Tensor] | None = None
 
     @property
+    def is_replicated(self) -> bool:
+        """True where every rank holds all rows."""
+        return self._is_replicated
+
+    @property
     def held_shards(self) -> range:
         """Virtual shards that this rank holds and must load."""
         return self._held
+
+    def held_rows(self) -> Tensor:
+        """(n,) int64 rows that this rank holds, in the order in which they lie in its memory."""
+        size, step = self.spec.num_rows, self.spec.num_shards
+        rows = [torch.arange(min(shard, size), size, step) for shard in self._held]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Rows, wherever they are kept.
@@ -102,24 +117,15 @@ class Bank:
         Collective: all ranks; the indices, then the rows, one uneven all-to-all each. Nothing moves if replicated.
         """
         index = index.cpu()
-        error = self._index_error(index)
         if self._is_replicated:
+            error = self._index_error(index)
             if error is not None:
                 raise error
             places = self._places(index)
             return {name: column[places] for name, column in self._memory().items()}
-        order, counts = self._by_owner(index, error)
-        asked, counts_back = comm.exchange(index[order], counts, error=error)
-        error, rows = None, torch.empty(0, self._row_bytes, dtype=torch.uint8)
-        try:
-            places = self._places(asked)
-            rows = _as_bytes([column[places] for column in self._memory().values()])
-        except BankError as fault:
-            error = fault  # travels with the rows, so that all ranks stop together
-        answers, _ = comm.exchange(rows, counts_back, error=error)
-        in_order = torch.empty_like(answers)
-        in_order[order] = answers
-        return self._from_bytes(in_order)
+        kinds = [(DTYPES[column.dtype], column.shape) for column in self.spec.columns.values()]
+        columns = self._ask(index, [index], lambda asked: self._rows(asked[0]), kinds)
+        return dict(zip(self.spec.columns, columns, strict=True))
 
     def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
         """Replace rows; of several writes of one row the one with the highest position stays.
@@ -146,14 +152,72 @@ class Bank:
                 raise error
             self._put(index, position, parts)
             return
+        index, position, *rows = self._send(index, [index, position, *parts.values()], error)
+        self._put(index, position, dict(zip(self.spec.columns, rows, strict=True)))
+
+    # Moving rows between ranks ---------------------------------------------------------------------------------------
+
+    def _send(self, index: Tensor, parts: Sequence[Tensor], error: BankError | None) -> list[Tensor]:
+        """Hand each row to the rank that owns it.
+
+        Args:
+            index: (n,) rows of the bank that the parts are about.
+            parts: (n, *shape) each, any types.
+            error: what this rank found wrong; raised on all ranks in place of moving anything.
+
+        Returns:
+            The parts of the rows that this rank owns, in order of source rank.
+
+        Collective: all ranks, one uneven all-to-all.
+        """
         order, counts = self._by_owner(index, error)
-        keys = torch.stack([index, position], dim=1)
-        rows = torch.empty(0, 8 * _KEYS + self._row_bytes, dtype=torch.uint8)
-        if error is None:
-            rows = _as_bytes([keys, *parts.values()])[order]
+        rows = torch.empty(0, 1, dtype=torch.uint8) if error is not None else as_bytes(parts)[order]
         arrived, _ = comm.exchange(rows, counts, error=error)
-        keys = _copied(arrived[:, : 8 * _KEYS]).view(torch.int64)
-        self._put(keys[:, 0], keys[:, 1], self._from_bytes(arrived[:, 8 * _KEYS :]))
+        return from_bytes(arrived, [kind_of(part) for part in parts])
+
+    def _ask(
+        self,
+        index: Tensor,
+        questions: Sequence[Tensor],
+        answer: Callable[[list[Tensor]], list[Tensor]],
+        kinds: Sequence[Kind],
+        error: BankError | None = None,
+    ) -> list[Tensor]:
+        """Have each row answered by the rank that owns it.
+
+        Args:
+            index: (n,) rows of the bank that the questions are about.
+            questions: (n, *shape) each.
+            answer: what an owner makes of the questions that it was handed, one row each.
+            kinds: of the answers.
+            error: what this rank found wrong; raised on all ranks in place of moving anything.
+
+        Returns:
+            The answers in the order asked for.
+
+        Raises:
+            BankError: an index outside the bank, or what an owner raised; on all ranks.
+
+        Collective: all ranks; the questions, then the answers, one uneven all-to-all each.
+        """
+        error = error or self._index_error(index)
+        order, counts = self._by_owner(index, error)
+        rows = torch.empty(0, 1, dtype=torch.uint8) if error is not None else as_bytes(questions)[order]
+        asked, counts_back = comm.exchange(rows, counts, error=error)
+        fault = None
+        try:
+            rows = as_bytes(answer(from_bytes(asked, [kind_of(part) for part in questions])))
+        except BankError as found:
+            fault = found  # travels with the rows, so that all ranks stop together
+        answers, _ = comm.exchange(rows, counts_back, error=fault)
+        in_order = torch.empty_like(answers)
+        in_order[order] = answers
+        return from_bytes(in_order, kinds)
+
+    def _rows(self, index: Tensor) -> list[Tensor]:
+        """Every column of rows that this rank holds."""
+        places = self._places(index)
+        return [column[places] for column in self._memory().values()]
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 
@@ -176,7 +240,7 @@ class Bank:
     def pack(self, shards: Sequence[int]) -> dict[str, Tensor]:
         """Held shards as tensors for a file: `shards` (s,) int64, and each column's rows, shard after shard.
 
-        Within shard s the rows are s, s + NUM_SHARDS, s + 2 NUM_SHARDS and so on.
+        Within shard s the rows are s, s + num_shards, s + 2 num_shards and so on.
         """
         slices = [self._slice(shard) for shard in shards]
         packed = {name: torch.cat([column[part] for part in slices]) for name, column in self._memory().items()}
@@ -209,7 +273,7 @@ class Bank:
     # Where rows lie --------------------------------------------------------------------------------------------------
 
     def _shard_rows(self, shard: int) -> int:
-        return max(0, -(-(self.spec.num_rows - shard) // NUM_SHARDS))
+        return max(0, -(-(self.spec.num_rows - shard) // self.spec.num_shards))
 
     def _slice(self, shard: int) -> slice:
         place = shard - self._held.start
@@ -220,7 +284,7 @@ class Bank:
         size = comm.world_size()
         if error is not None:
             return torch.arange(len(index)), [0] * size
-        owner = (index % NUM_SHARDS) * size // NUM_SHARDS
+        owner = (index % self.spec.num_shards) * size // self.spec.num_shards
         return owner.argsort(stable=True), torch.bincount(owner, minlength=size).tolist()
 
     def _places(self, index: Tensor) -> Tensor:
@@ -229,15 +293,15 @@ class Bank:
         Raises:
             BankError: a row that another rank owns.
         """
-        shard = index % NUM_SHARDS - self._held.start
+        shard = index % self.spec.num_shards - self._held.start
         is_foreign = (shard < 0) | (shard >= len(self._held))
         if bool(is_foreign.any()):
             raise self._error(
                 f"row {int(index[is_foreign][0])} asked of rank {comm.rank()}",
-                expected=f"a row of its own: index % {NUM_SHARDS} in {self._held}",
+                expected=f"a row of its own: index % {self.spec.num_shards} in {self._held}",
                 next_step="all ranks must agree on who owns what: stop the run and report it",
             )
-        return self._starts[shard] + index // NUM_SHARDS
+        return self._starts[shard] + index // self.spec.num_shards
 
     def _put(self, index: Tensor, position: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Write rows that this rank holds, the last by position where there are several."""
@@ -248,7 +312,11 @@ class Bank:
         places = self._places(index[kept])
         for name, column in self._memory().items():
             column[places] = parts[name][kept]
-        self._changed[(index[kept] % NUM_SHARDS) - self._held.start] = True
+        self._mark(index[kept])
+
+    def _mark(self, index: Tensor) -> None:
+        """Rows that this rank holds have changed: they are to be saved."""
+        self._changed[index % self.spec.num_shards - self._held.start] = True
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
@@ -286,15 +354,6 @@ class Bank:
                 expected="a local folder with that much space",
                 next_step="set method.bank_folder to a larger disk, or to null for host memory",
             ) from error
-
-    def _from_bytes(self, rows: Tensor) -> dict[str, Tensor]:
-        """Columns of (n, row bytes) uint8."""
-        parts, start = {}, 0
-        for name, column in self.spec.columns.items():
-            part = _copied(rows[:, start : start + column.num_bytes]).view(DTYPES[column.dtype])
-            parts[name] = part.reshape(len(rows), *column.shape)
-            start += column.num_bytes
-        return parts
 
     # Faults ----------------------------------------------------------------------------------------------------------
 
@@ -334,14 +393,3 @@ def _cast(part: Tensor, column: Column) -> Tensor:
     """Floating values in the column's floating type; anything else stays as it is, to be refused if it does not fit."""
     dtype = DTYPES[column.dtype]
     return part.to(dtype) if dtype.is_floating_point and part.is_floating_point() else part
-
-
-def _as_bytes(parts: Sequence[Tensor]) -> Tensor:
-    """(n, row bytes) uint8 of tensors with n rows each."""
-    flat = [part.reshape(len(part), int(np.prod(part.shape[1:]))) for part in parts]
-    return torch.cat([_copied(part).view(torch.uint8) for part in flat], dim=1)
-
-
-def _copied(rows: Tensor) -> Tensor:
-    """In memory of its own: bytes are seen as another type only from an aligned start."""
-    return rows.clone(memory_format=torch.contiguous_format)

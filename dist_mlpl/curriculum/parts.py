@@ -150,13 +150,14 @@ def decode_part(content: bytes, *, origin: str, where: str) -> Part:
         num_samples, num_undecodable = arrays["numbers"].tolist()
         part = Part(listed, arrays["num_known"], num_samples, num_undecodable, arrays["codes"], arrays["counts"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise _unusable(f"a part that does not read: {error}", where) from error
+        raise unusable(f"a part that does not read: {error}", where) from error
     if made_from != origin:
-        raise _unusable(f"a part of the plan {made_from[:16]}...", where)
+        raise unusable(f"a part of the plan {made_from[:16]}...", where)
     return part
 
 
-def _unusable(found: str, where: str) -> CheckpointError:
+def unusable(found: str, where: str) -> CheckpointError:
+    """What to raise about a file of a pass."""
     return CheckpointError(
         found,
         expected="a part of this round, as its pass wrote it",

@@ -9,14 +9,16 @@ from pydantic import Field, model_validator
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.settings import Settings
 
-Strategy = Literal["score_threshold", "score_fraction", "positive_only", "ensemble", "uncertainty", "class_precision"]
+Strategy = Literal[
+    "score_threshold", "score_fraction", "positive_only", "ensemble", "uncertainty", "class_precision", "neighbours"
+]  # fmt: skip
 
 MAX_ENTRIES: Final = 1_000_000_000  # beliefs that a round may hold at most: 10 GB on disk before compression
 MAX_SCORE: Final = 65504.0  # scores are float16
 
 # Keys that decide a round only under some strategies.
 USED_BY: Final[dict[str, tuple[str, ...]]] = {
-    "threshold": ("score_threshold", "positive_only", "ensemble"),
+    "threshold": ("score_threshold", "positive_only", "ensemble", "neighbours"),
     "fraction": ("score_fraction",),
     "checkpoints": ("ensemble",),
     "runs": ("ensemble",),
@@ -24,12 +26,13 @@ USED_BY: Final[dict[str, tuple[str, ...]]] = {
     "num_passes": ("uncertainty",),
     "precision": ("class_precision",),
     "min_known": ("class_precision",),
+    "num_neighbours": ("neighbours",),
 }
 # Keys that say when, what is only reported, and which models: a round's plan lists those by digest.
 _NOT_DECIDING: Final = {
     "strategy", "start_epoch", "every_epochs", "num_rounds", "measure_hidden", "checkpoints", "runs",
 }  # fmt: skip
-_DEFAULT_THRESHOLDS: Final = {"score_threshold": 2.0, "positive_only": 5.0, "ensemble": 2.0}
+_DEFAULT_THRESHOLDS: Final = {"score_threshold": 2.0, "positive_only": 5.0, "ensemble": 2.0, "neighbours": 2.0}
 
 
 class CurriculumSettings(Settings):
@@ -45,8 +48,12 @@ class CurriculumSettings(Settings):
       uncertainty      variance of x over passes with dropout <= max_variance
       class_precision  |x| above a threshold of each class: the lowest at which a share `precision` of such answers
                        about known labels of the class was right
+      neighbours       as score_threshold, x the vote of the most similar images that know: log (p + 1) / (a + 1) where
+                       p of them say present and a absent
 
-    Source: Durand et al., CVPR 2019, section 3.3; defaults are the paper's. class_precision is ours.
+    Similar are images by the cosine of their embeddings, as the scoring pass computes them, to float16.
+
+    Source: Durand et al., CVPR 2019, section 3.3; defaults are the paper's. class_precision and neighbours are ours.
     """
 
     strategy: Strategy
@@ -62,8 +69,9 @@ class CurriculumSettings(Settings):
     num_passes: int = Field(20, ge=2)
     precision: float = Field(0.95, gt=0.5, le=1.0)
     min_known: int = Field(20, ge=1)  # a class with fewer answers about known labels takes the threshold of them all
+    num_neighbours: int = Field(100, ge=1)  # most similar images whose known labels vote
 
-    flips: bool = False  # score each image and its mirror image
+    flips: bool = False  # score each image and its mirror image, or take the mean of their embeddings
     keep_soft: bool = False  # keep sigmoid(x) beside each belief, as `soft_targets`
     cumulative: bool = False  # what was believed stays believed; else every round starts from human labels
     agree_rounds: int = Field(1, ge=1)  # believe what so many rounds in a row proposed, this one among them
@@ -103,6 +111,8 @@ class CurriculumSettings(Settings):
                 raise ValueError(f"{key} is set, but {self.strategy} does not use it: {', '.join(strategies)} would")
         if self.strategy == "ensemble" and self.checkpoints + len(self.runs) < 2:
             raise ValueError("an ensemble of one model: raise `checkpoints`, or name other `runs`")
+        if self.strategy == "neighbours" and self.logit_threshold == 0.0:
+            raise ValueError("threshold 0 under neighbours: labels about which nobody votes would be believed present")
         if self.num_rounds is not None and self.num_rounds > 1 and self.every_epochs is None:
             raise ValueError(f"num_rounds {self.num_rounds} needs every_epochs")
         return self

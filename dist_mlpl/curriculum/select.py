@@ -130,7 +130,7 @@ def candidates(
         chosen = is_unknown & (spread < key_above(settings.max_variance))
     elif settings.strategy == "positive_only":
         chosen = is_unknown & is_positive & (keys >= key_from(settings.logit_threshold))
-    elif settings.strategy in ("score_threshold", "ensemble"):
+    elif settings.strategy in ("score_threshold", "ensemble", "neighbours"):
         limit = settings.logit_threshold
         chosen = is_unknown & np.where(is_positive, keys >= key_from(limit), keys >= key_above(limit))
     else:  # score_fraction and class_precision decide when every score has been seen

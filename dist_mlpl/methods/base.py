@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.data.label_store import Labels
 from dist_mlpl.labels import UNKNOWN
+from dist_mlpl.methods.costs import Cost, Scale, bank_cost
 from dist_mlpl.models.backbone import BackboneSettings, build_backbone
 from dist_mlpl.models.classifier import Pooling
 from dist_mlpl.settings import Settings
@@ -94,6 +96,29 @@ class Method(nn.Module):
             seed: of the run.
         """
 
+    def read_labels(self, labels: Labels) -> None:
+        """Learn what the training labels say as a whole, into buffers: they are saved with the model, so that a resumed
+        run, `evaluate`, `relabel` and a run that starts from this one need no labels. Nothing by default.
+
+        Called once on every rank, when a run begins from nothing, before weights are taken over from `init_from`.
+
+        Args:
+            labels: human labels of the train split, after the view, without beliefs; to be read in blocks.
+
+        Collective: allowed, on all ranks alike.
+        """
+
+    def check_start(self, url: str, taken: Collection[str]) -> None:
+        """Refuse to begin with part of another run's model where that part is not enough. Any part is by default.
+
+        Args:
+            url: the run, `init_from`.
+            taken: names of the parameters and buffers that were taken over from it.
+
+        Raises:
+            CheckpointError: naming what is absent.
+        """
+
     def begin_epoch(self, progress: Progress) -> None:
         """Prepare an epoch that starts from its beginning; may read and write banks. Nothing by default.
 
@@ -152,6 +177,17 @@ class Method(nn.Module):
     def banks(self) -> dict[str, Bank]:
         """The method's banks by name, for saving and loading. None by default."""
         return {}
+
+    def costs(self, scale: Scale) -> list[Cost]:
+        """What banks, and heads that work in training alone, will cost: `dist-mlpl plan` shows it. Asked after
+        `begin_run`; touches no memory.
+
+        By default every bank's rows, and the traffic of one row read and one written for each image of a step.
+
+        Args:
+            scale: of the run that is planned, which may have other ranks than this process.
+        """
+        return [bank_cost(name, bank, scale) for name, bank in self.banks().items()]
 
     def bank_sources(self) -> dict[str, str]:
         """Banks that a new run takes from another run's newest commit: RUN by the bank's name. None by default."""

@@ -10,8 +10,8 @@ import numpy as np
 from dist_mlpl import storage
 from dist_mlpl.chain import Commit, read_chain, read_file
 from dist_mlpl.config import read_run_config
+from dist_mlpl.data.held_out import run_manifest
 from dist_mlpl.data.manifest import Manifest
-from dist_mlpl.data.mixture import load_sets
 from dist_mlpl.data.order import EpochOrder, epoch_length
 from dist_mlpl.errors import CheckpointError
 
@@ -59,7 +59,7 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
             where=run,
             next_step="`dist-mlpl shards index` the tars and train with data.manifest: such a run can be audited",
         )
-    manifest = load_sets(manifest_url or config.data.manifest)
+    manifest = run_manifest(config.data, manifest_url)
     chain = read_chain(run)
     _check_manifest(manifest, chain[-1])
     sizes, parts = manifest.shard_sizes(config.data.train_split), manifest.parts.get(config.data.train_split)

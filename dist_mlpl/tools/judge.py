@@ -8,6 +8,7 @@ from dist_mlpl import storage
 from dist_mlpl.batch import RunLength
 from dist_mlpl.chain import Commit, read_chain, read_model
 from dist_mlpl.config import Config, read_run_config
+from dist_mlpl.data.held_out import HELD_OUT
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import Manifest
 from dist_mlpl.engine import Engine, EngineSettings, start
@@ -47,7 +48,8 @@ def judge(
     commit = read_chain(run)[-1]
     data = config.data
     if manifest_url is not None:
-        data = data.model_copy(update={"manifest": manifest_url, "unindexed": None})
+        held = data.held_out_fraction if (split or data.eval_split) in (data.train_split, HELD_OUT) else None
+        data = data.model_copy(update={"manifest": manifest_url, "unindexed": None, "held_out_fraction": held})
     (samples,) = open_samples(data, split or data.eval_split)
     engine = open_engine(run, config, commit, samples.manifest, world)
     cache = build_cache(data, samples, world)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Final, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
 
 from dist_mlpl import storage
 from dist_mlpl.config import Config
@@ -16,15 +14,13 @@ from dist_mlpl.data.overlays import Overlay, RoundCommit, read_overlay
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
+from dist_mlpl.tools.drawing import BAD, FAINT, GOOD, PLAIN, Line, beside, opened, stacked
 from dist_mlpl.train import build_view
 
 _SIDE: Final = 256  # pixels of an image's longer side
 _WIDTH: Final = 420  # of the text beside it
-_LINE: Final = 14
-_MOST_LINES: Final = 8  # of one kind, the strongest first
-_PLAIN, _GOOD, _BAD, _FAINT = (20, 20, 20), (0, 110, 0), (180, 0, 0), (120, 120, 120)
 
-Line = tuple[str, tuple[int, int, int]]
+_MOST_LINES: Final = 8  # of one kind, the strongest first
 
 
 class _Labelled(NamedTuple):
@@ -71,19 +67,12 @@ def draw_samples(
     finally:
         fetcher.close()
     rows = [
-        _row(image, _lines(_labelled(run, commit, store, index, sample), index))
+        beside(opened(image), _lines(_labelled(run, commit, store, index, sample), index), side=_SIDE, width=_WIDTH)
         for image, sample in zip(images, samples, strict=True)
     ]
-    sheet = Image.new("RGB", (_SIDE + _WIDTH, sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
     name = "-".join(map(str, samples[:8]))
     url = out or storage.join(run, "pictures", f"labels-{commit.round:06d}-{index.split}-{name}.png")
-    storage.write_bytes(url, buffer.getvalue())
+    storage.write_bytes(url, stacked(rows))
     return url
 
 
@@ -100,10 +89,10 @@ def _labelled(run: str, commit: RoundCommit, store: LabelStore, index: SplitInde
 
 def _lines(labelled: _Labelled, index: SplitIndex) -> list[Line]:
     names = [entry.name for entry in index.manifest.classes]
-    lines: list[Line] = [(labelled.name, _FAINT)]
+    lines: list[Line] = [(labelled.name, FAINT)]
     for value, text in ((PRESENT, "people: present"), (ABSENT, "people: absent")):
         classes = np.flatnonzero(labelled.told == value)
-        lines += _listed(text, [(names[c], _PLAIN) for c in classes])
+        lines += _listed(text, [(names[c], PLAIN) for c in classes])
     beliefs = labelled.believed
     order = np.argsort(-np.abs(beliefs.scores.astype(np.float64)), kind="stable")
     for value, text in ((PRESENT, "model: present"), (ABSENT, "model: absent"), (UNKNOWN, "model: only proposed")):
@@ -112,7 +101,7 @@ def _lines(labelled: _Labelled, index: SplitIndex) -> list[Line]:
         for place in chosen:
             column = int(beliefs.classes[place])
             truth, sign = labelled.hidden[column], 1 if beliefs.scores[place] >= 0 else -1
-            color = _PLAIN if truth == UNKNOWN else _GOOD if truth == sign else _BAD
+            color = PLAIN if truth == UNKNOWN else GOOD if truth == sign else BAD
             mark = "" if truth == UNKNOWN else "  right" if truth == sign else "  wrong"
             found.append((f"{names[column]}  {float(beliefs.scores[place]):+.2f}{mark}", color))
         lines += _listed(text, found)
@@ -124,14 +113,4 @@ def _listed(title: str, entries: list[Line]) -> list[Line]:
         return []
     shown = [("   " + text, color) for text, color in entries[:_MOST_LINES]]
     more = len(entries) - len(shown)
-    return [(title, _FAINT), *shown, *([(f"   and {more} more", _FAINT)] if more else [])]
-
-
-def _row(content: bytes, lines: list[Line]) -> Image.Image:
-    picture = ImageOps.contain(Image.open(io.BytesIO(content)).convert("RGB"), (_SIDE, _SIDE))
-    row = Image.new("RGB", (_SIDE + _WIDTH, max(picture.height, _LINE * len(lines)) + 8), "white")
-    row.paste(picture, (0, 4))
-    pen = ImageDraw.Draw(row)
-    for number, (text, color) in enumerate(lines):
-        pen.text((_SIDE + 8, 4 + number * _LINE), text.encode("ascii", "replace").decode(), fill=color)
-    return row
+    return [(title, FAINT), *shown, *([(f"   and {more} more", FAINT)] if more else [])]

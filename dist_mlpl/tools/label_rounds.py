@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dist_mlpl import storage
 from dist_mlpl.chain import read_head
 from dist_mlpl.config import read_run_config
-from dist_mlpl.data.mixture import load_sets
+from dist_mlpl.data.held_out import run_manifest
 from dist_mlpl.data.overlays import (
     Overlay,
     RoundCommit,
@@ -87,7 +87,7 @@ def open_split(run: str, manifest_url: str | None = None) -> SplitIndex:
         ManifestError: its shards are not there.
     """
     config = read_run_config(run)
-    return SplitIndex(load_sets(manifest_url or config.data.manifest), config.data.train_split)
+    return SplitIndex(run_manifest(config.data, manifest_url), config.data.train_split)
 
 
 def committed(run: str, number: int | None) -> RoundCommit:

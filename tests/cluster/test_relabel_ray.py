@@ -10,7 +10,7 @@ import pytest
 from dist_mlpl import storage
 from dist_mlpl.chain import read_chain
 from dist_mlpl.data.overlays import read_round, round_url
-from tests.support.runs import run, tiny_config, tiny_shards, write_config
+from tests.support.runs import run_command, tiny_config, tiny_shards, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -28,12 +28,12 @@ def test_a_round_on_two_ray_workers_has_the_bytes_of_one_local_process(embedded_
     sections = {"curriculum": curriculum, "cluster": {"num_workers": 2}, "engine": {"kind": "deepspeed"}}
     config = write_config(tmp_path / "run.yaml", tiny_config(shards, **sections))
     trained = storage.join(bucket, "run")
-    run("train", config, "--out", trained)
+    run_command("train", config, "--out", trained)
     assert [(commit.epoch, commit.round) for commit in read_chain(trained)][-1] == (2, 1)
     commits = {}
     for name, options in {"local": ["--local"], "ray": []}.items():
         out = copy_of(trained, storage.join(bucket, name))
-        made = json.loads(run("relabel", out, "--set", "fraction=0.3", "--json", *options).stdout)
+        made = json.loads(run_command("relabel", out, "--set", "fraction=0.3", "--json", *options).stdout)
         assert made["round"] == 2
         assert made["num_present"] + made["num_absent"] == round(0.3 * made["num_unknown"])
         commits[name] = storage.read_bytes(round_url(out, 2, "commit.json"))

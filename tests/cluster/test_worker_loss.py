@@ -14,7 +14,8 @@ import pytest
 from dist_mlpl import storage
 from dist_mlpl.chain import read_chain, read_head
 from dist_mlpl.progress import read_rows
-from tests.support.runs import assert_same_end, command, environment, run, tiny_config, tiny_shards, write_config
+from tests.support.runs import assert_same_end, command, environment, tiny_config, tiny_shards, write_config
+from tests.support.runs import run_command as run
 
 pytestmark = pytest.mark.cluster
 

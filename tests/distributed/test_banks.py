@@ -20,19 +20,27 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def run_suite(rank: int, world_size: int, folder: str) -> list[str]:
-    done = []
-    for name, make in BANKS.items():
+def run_suite(rank: int, world_size: int, folder: str) -> dict[str, str | None]:
+    found = {}
+    for name, kind in BANKS.items():
         for check in SUITE:
-            check(make(folder))
-            done.append(f"{name} {check.__name__}")
-    return done
+            found[f"{name} {check.__name__}"] = check(kind, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def suite_on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    (found,) = run_ranks(run_suite, 1, str(tmp_path_factory.mktemp("scratch")))
+    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_bank_keeps_the_suite_on_any_number_of_ranks(world_size: int, tmp_path: Path) -> None:
-    for done in run_ranks(run_suite, world_size, str(tmp_path)):
-        assert len(done) == len(BANKS) * len(SUITE)
+def test_every_bank_keeps_the_suite_and_the_same_bits_on_any_number_of_ranks(
+    world_size: int, suite_on_one_rank: dict[str, str | None], tmp_path: Path
+) -> None:
+    for found in run_ranks(run_suite, world_size, str(tmp_path)):
+        assert len(found) == len(BANKS) * len(SUITE)
+        assert found == suite_on_one_rank  # digests of all that a bank holds
     assert list(tmp_path.iterdir()) == []  # mapped files have no name
 
 
@@ -89,18 +97,16 @@ def test_every_rank_owns_whole_shards_and_all_ranks_own_all() -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_bank_of_another_shape_is_refused(saved) -> None:
+def test_a_bank_of_another_make_is_refused(saved) -> None:
     out, commits = saved[1]
-    wrong = {
-        "f32": KeyedBank("f32", NUM_ROWS, (4,), "f32"),
-        "f16": KeyedBank("f16", NUM_ROWS, (2, 2), "f32"),
-        "u8": KeyedBank("u8", NUM_ROWS + 1, (5,), "u8"),
-        "elsewhere": KeyedBank("elsewhere", 3, (1,), "f32"),
-    }
-    for name, bank in wrong.items():
-        with pytest.raises(BankError, match="no bank" if name == "elsewhere" else "differs") as caught:
-            load_banks(out, commits[-1], {name: bank})
+    others = [make() for kind in BANKS.values() for make in kind.others]
+    assert len(others) > len(BANKS)
+    for bank in others:
+        with pytest.raises(BankError, match="differs") as caught:
+            load_banks(out, commits[-1], {bank.name: bank})
         assert "00000011.json" in caught.value.where
+    with pytest.raises(BankError, match="no bank"):
+        load_banks(out, commits[-1], {"elsewhere": KeyedBank("elsewhere", 3, (1,), "f32")})
 
 
 def test_a_damaged_or_missing_bank_file_is_refused_by_name(saved, tmp_path: Path) -> None:
@@ -111,10 +117,10 @@ def test_a_damaged_or_missing_bank_file_is_refused_by_name(saved, tmp_path: Path
     try:
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(CheckpointError, match="banks/f32"):
-            load_banks(out, commits[-1], {"f32": BANKS["f32"]("")})
+            load_banks(out, commits[-1], {"f32": BANKS["f32"].make("")})
         path.unlink()
         with pytest.raises(CheckpointError, match="banks/f32"):
-            load_banks(out, commits[-1], {"f32": BANKS["f32"]("")})
+            load_banks(out, commits[-1], {"f32": BANKS["f32"].make("")})
     finally:
         path.write_bytes(whole)
 

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ensemble": {"strategy": "ensemble", "threshold": 0.03},
     "uncertainty": {"strategy": "uncertainty", "num_passes": 3, "max_variance": 0.05, "keep_soft": True},
     "precision": {"strategy": "class_precision", "precision": 0.55, "prior_quota": 1.0},
+    "neighbours": {"strategy": "neighbours", "num_neighbours": 7, "threshold": 0.5, "flips": True},
 }
 
 
@@ -59,9 +60,10 @@ class Place:
     def predict(self, batch: Batch) -> Tensor:
         self.method.eval()
         with torch.no_grad():
-            logits = self.method(batch, None).logits
-        logits[batch.index == self.spoilt, 3] = float("nan")
-        return logits
+            output = self.method(batch, None)
+        answers = output.extras["embedding"] if self.settings.strategy == "neighbours" else output.logits
+        answers[batch.index == self.spoilt, 3] = float("nan")
+        return answers
 
     def round(self, run: str, **options: Any) -> Any:
         """The next round, or None when stopped."""

@@ -365,6 +365,20 @@ def test_the_tables_of_a_terminal_take_brackets_for_what_they_are(tmp_path: Path
     assert "empty" in text
 
 
+def test_the_tables_of_a_terminal_lose_nothing_at_80_columns(tmp_path: Path) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    found = stats(hostile_set(tmp_path).url)
+    for table in stats_tables(found):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("é") >= 80, "a long name is folded, not cut"
+    for word in ("present an image", "without any known", "classes never present", "together", "lift"):
+        assert word in text
+    assert f"{int(found.splits['train'].positives.sum()):,}" in text
+
+
 @pytest.mark.parametrize("num_classes", [1, 2])
 def test_a_set_of_one_or_two_classes_can_be_shown(num_classes: int, tmp_path: Path) -> None:
     source: npt.NDArray[np.int8] = np.ones((4, num_classes), dtype=np.int8)

@@ -1,8 +1,7 @@
 """Owns how a test runs a function on several gloo processes of this machine.
 
-Children are forked from a server that has torch imported already, so a rank starts in a fraction of a second instead of
-the seconds that the import takes. The function travels by value (cloudpickle): the child does not import the test
-module, and functions defined inside a test work too.
+Children are forked from a server (`forks`), so a rank starts in a fraction of a second. The function travels by value
+(cloudpickle): the child does not import the test module, and functions defined inside a test work too.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import contextlib
 import faulthandler
 import os
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,13 +25,8 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-_PRELOAD = ["torch", "torch.distributed", "cloudpickle"]
-_ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
+from tests.support import forks
+
 _HUNG = "Timeout ("  # how faulthandler begins the stacks that it prints when time is up
 _ALARM_SECONDS = 5.0  # for the alarms of hung children to arrive
 _GRACE_SECONDS = 1.0  # after the first failure
@@ -72,7 +64,7 @@ def run_ranks(
     """
     payload = _by_value(function, args)
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    variables = dict(os.environ) | _ONE_THREAD | _rendezvous(world_size) | dict(env or {})
+    variables = dict(os.environ) | forks.one_thread() | forks.rendezvous(world_size) | dict(env or {})
     deadline = time.monotonic() + timeout_seconds
     children: list[_Child] = []
     try:
@@ -97,11 +89,7 @@ class _Child:
     result: Any = None
 
     def end(self) -> None:
-        if (pid := self.process.pid) and self.process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # killed before it could start its own session
-                os.killpg(pid, signal.SIGKILL)
-            self.process.kill()
-        self.process.join()
+        forks.end(self.process)
         self.pipe.close()
 
 
@@ -119,34 +107,10 @@ def _by_value(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _rendezvous(world_size: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-
-
 def _start(payload: bytes, variables: dict[str, str], folder: str, deadline: float, use_group: bool) -> _Child:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    ours, theirs = context.Pipe()
+    ours, theirs = Pipe()
     arguments = (theirs, payload, variables, folder, deadline, use_group)
-    process = context.Process(target=_child_main, args=arguments, name=f"rank-{variables['RANK']}")
-    # The server is started with the first process and keeps the environment it finds: libraries that it imports size
-    # their thread pools then, and a forked child must not inherit running threads.
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)
-    try:
-        process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    process = forks.start(_child_main, arguments, name=f"rank-{variables['RANK']}")
     theirs.close()
     return _Child(process, ours)
 

@@ -1,4 +1,4 @@
-"""Owns small whole runs for tests: shards, a config, the command as a child process, a kill at a given commit."""
+"""Owns small whole runs for tests: shards, a config, the command in processes of its own, a kill at a given commit."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dist_mlpl.chain import read_chain, read_model
 from dist_mlpl.checkpoint import read_state
 from shards.build import build
 from shards.sources.table import read_table
+from tests.support.forks import Verb
 from tests.support.images import write_images
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,10 +87,24 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(*arguments: str, num_ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a verb to its end; with `check`, a failure shows what it printed."""
+    """Run a verb without Ray to its end, on as many ranks; with `check`, a failure shows what it printed."""
+    verb = Verb(*arguments, num_ranks=num_ranks, variables=environment())
+    return _checked(arguments, verb.finished(timeout), check=check)
+
+
+def run_command(
+    *arguments: str, num_ranks: int = 1, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """The same as a person starts it, by Python or torchrun, with all imports before it."""
     done = subprocess.run(
         command(*arguments, num_ranks=num_ranks), env=environment(), capture_output=True, text=True, timeout=timeout
     )
+    return _checked(arguments, done, check=check)
+
+
+def _checked(
+    arguments: tuple[str, ...], done: subprocess.CompletedProcess, *, check: bool
+) -> subprocess.CompletedProcess:
     if check and done.returncode != 0:
         raise AssertionError(f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -97,25 +112,22 @@ def run(*arguments: str, num_ranks: int = 1, check: bool = True, timeout: float 
 
 def run_until(
     is_reached: Callable[[], bool], *arguments: str, num_ranks: int = 1, with_signal: int = signal.SIGKILL
-) -> subprocess.Popen[str]:
-    """Start a verb in a process group of its own and signal the whole group once a condition holds.
+) -> subprocess.CompletedProcess:
+    """Start a verb without Ray and signal all its processes once a condition holds.
 
     Returns:
-        The finished process.
+        The finished processes.
     """
-    child = subprocess.Popen(
-        command(*arguments, num_ranks=num_ranks), env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    verb = Verb(*arguments, num_ranks=num_ranks, variables=environment())
     deadline = time.monotonic() + 240
     while not is_reached():
-        if child.poll() is not None or time.monotonic() > deadline:
-            os.killpg(child.pid, signal.SIGKILL) if child.poll() is None else None
-            raise AssertionError(f"ended before the condition held: {child.communicate()[0]}")
+        if not verb.is_running or time.monotonic() > deadline:
+            verb.signal(signal.SIGKILL)
+            done = verb.finished(60)
+            raise AssertionError(f"ended before the condition held: {done.stdout}\n{done.stderr}")
         time.sleep(0.005)  # between looks at the condition
-    os.killpg(child.pid, with_signal)
-    child.communicate(timeout=120)
-    return child
+    verb.signal(with_signal)
+    return verb.finished(120)
 
 
 def rows_reach(out: Path, step: int) -> Callable[[], bool]:

@@ -31,6 +31,7 @@ FLOORS = {
     "dist_mlpl.bank_files": 4,
     "dist_mlpl.evaluate": 4,
     "dist_mlpl.relabel": 4, "dist_mlpl.round_commit": 4, "dist_mlpl.round_models": 4, "dist_mlpl.round_truth": 4,
+    "dist_mlpl.round_parts": 4, "dist_mlpl.round_neighbours": 4,
     "dist_mlpl.progress": 4, "dist_mlpl.display": 4,
     "dist_mlpl.profile": 4,
     "dist_mlpl.config": 5, "shards": 5,
