@@ -121,7 +121,7 @@ def labels_show(
         return
     console = Console()
     for key in ("round", "parent", "restores", "strategy", "parameters", "models", "counts", "decided"):
-        console.print(f"{key}: {getattr(commit, key)}", highlight=False, markup=False)
+        console.print(f"{key}: {getattr(commit, key)}", highlight=False, markup=False, soft_wrap=True)
     console.print(_class_table(found.names, found.counts, columns, top))
 
 
@@ -149,7 +149,7 @@ def labels_diff(
         return
     changed = found.counts[:, :-1]
     console = Console()
-    console.print("  ".join(f"{name} {count:,}" for name, count in totals.items()), highlight=False)
+    console.print("  ".join(f"{name} {count:,}" for name, count in totals.items()), highlight=False, soft_wrap=True)
     console.print(_class_table(found.names, changed, DIFFERENCES[:-1], top))
 
 
@@ -170,7 +170,7 @@ def labels_rollback(
 def _class_table(names: list[str], counts: Any, columns: Sequence[str], top: int) -> Table:
     """Rows of (C, k) counts, those with the largest sums first."""
     table = Table()
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     order = sorted(range(len(names)), key=lambda place: -int(counts[place].sum()))

@@ -211,8 +211,8 @@ def shards_index(
     console.print(
         f"{manifest.num_classes} classes, those that a sample does not list are {manifest.unlisted}; "
         f"{manifest.url} {state}, digest {manifest.digest[:16]}",
-        highlight=False,
-    )
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @shards_app.command("verify")
@@ -336,7 +336,8 @@ def _show_set(manifest: Manifest, state: str, as_json: bool, began: float, **tol
 def _print_faults(console: Console, faults: Any) -> None:
     for fault in faults:
         place = f"{fault.file} {fault.where}".strip()
-        console.print(f"[red]{place}: {fault.found}; expected {fault.expected}[/]", highlight=False)
+        line = f"{place}: {fault.found}; expected {fault.expected}"
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _bar() -> Any:

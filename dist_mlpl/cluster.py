@@ -38,6 +38,7 @@ from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
+from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import build_view, open_samples, train
 
@@ -480,15 +481,15 @@ def cluster_at(address: str | None, config: Config) -> Iterator[None]:
 
     Raises:
         ConfigError: the machine, as a local cluster, has too few CPUs for the workers.
+        RunError: no cluster at the address.
     """
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
         return
     if address not in (None, "local"):
-        ray.init(address=address, **quiet)
+        join(address, where=f"--address, cluster.address or RAY_ADDRESS: {address}")
         try:
             yield
         finally:
@@ -514,7 +515,10 @@ def cluster_at(address: str | None, config: Config) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="mlpl-ray-")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # this cluster listens on this machine alone
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, num_cpus=num_cores, **quiet)
+        ray.init(
+            address="local", include_dashboard=False, _temp_dir=folder, num_cpus=num_cores,
+            log_to_driver=False, logging_level=logging.ERROR,
+        )  # fmt: skip
         yield
     finally:
         ray.shutdown()

@@ -18,7 +18,7 @@ from dist_mlpl.batch import Batch
 from dist_mlpl.chain import Commit
 from dist_mlpl.curriculum.schedule import CurriculumSettings, check_bounded
 from dist_mlpl.curriculum.uncertainty import Moments, check_dropout, computed_once, dropping
-from dist_mlpl.data.label_store import Labels
+from dist_mlpl.data.label_store import Labels, check_belongs
 from dist_mlpl.data.order import PADDING
 from dist_mlpl.data.overlays import (
     RoundCommit,
@@ -182,6 +182,7 @@ def plan_round(
 
     Raises:
         ConfigError: tars without an index, or a round that could fill the disk.
+        CheckpointError: the newest round is about other shards or another view.
         OvertakenError: another round is being made, from other models or settings.
 
     Collective: all ranks, one broadcast.
@@ -191,6 +192,8 @@ def plan_round(
 
     def take() -> RoundPlan:
         parent = newest_round(run)
+        if parent:
+            check_belongs(run, read_round(run, parent), index, labels.view)
         plan = RoundPlan(
             round=parent + 1,
             parent=parent,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import socket
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 _MAX_LOSSES = 5  # of one task, to workers or nodes that die
 _WAITING = 2  # tasks that wait for each CPU of the cluster besides the one it works on
+_REACH_SECONDS = 10.0  # for a cluster's port to take a connection
 
 
 def map_tasks(
@@ -96,16 +99,32 @@ def _joined(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"no Ray cluster: {' '.join(str(error).split())[:300]}",
-            expected="a running cluster, or `local` to start one here",
-            where=f"--ray-address {address}",
-            next_step="check the address and `ray status`",
-        ) from error
+    join(address, where=f"--ray-address {address}")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def join(address: str, *, where: str) -> None:
+    """Join a Ray cluster, or find out soon that there is none: Ray itself would try for minutes.
+
+    Args:
+        address: see `map_tasks`.
+        where: the setting, for messages.
+
+    Raises:
+        RunError: no cluster at the address.
+    """
+    try:
+        place = urlsplit(address if "//" in address else f"//{address}")
+        if place.hostname is not None and place.port is not None:  # else `auto`, `local`
+            socket.create_connection((place.hostname, place.port), timeout=_REACH_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"no Ray cluster: {' '.join(str(error).split())[:300]}",
+            expected="a running cluster, or `local` to start one here",
+            where=where,
+            next_step="check the address and `ray status`; the head's port is 6379 unless it was told another",
+        ) from error

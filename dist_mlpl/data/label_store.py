@@ -168,20 +168,32 @@ class LabelStore:
         if self._run is None or not isinstance(self.samples, SplitIndex):
             raise ValueError(f"round {round_number} of a store that holds none")
         commit = read_round(self._run, round_number)
-        self._check_belongs(commit, self.samples)
+        check_belongs(self._run, commit, self.samples, self._view)
         return Labels(self.samples, self._view, RoundBeliefs(self._run, commit, self.samples))
 
-    def _check_belongs(self, commit: RoundCommit, samples: SplitIndex) -> None:
-        assert self._run is not None
-        own = {"split": samples.split, "manifest": samples.manifest.digest, "view": self.view_digest}
-        found = {"split": commit.split, "manifest": commit.manifest_digest, "view": commit.view_digest}
-        wrong = [name for name in own if own[name] != found[name]]
-        if commit.files and len(commit.files) != len(samples.shards):
-            wrong.append("number of shards")
-        if wrong:
-            raise CheckpointError(
-                f"round {commit.round} of labels is about another {' and '.join(wrong)}",
-                expected="; ".join(f"{name} {str(own[name])[:16]}" for name in own),
-                where=storage.shown(round_url(self._run, commit.round, "commit.json")),
-                next_step="use the shards and the view that the round was made with, or a new run folder",
-            )
+
+def check_belongs(run: str, commit: RoundCommit, samples: SplitIndex, view: LabelView | None) -> None:
+    """Refuse a round that is about other shards, or about what another view leaves unknown.
+
+    Args:
+        run: RUN.
+        commit: of the round.
+        samples: the split as it is now.
+        view: of the run.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    view_digest = None if view is None else view.digest
+    own = {"split": samples.split, "manifest": samples.manifest.digest, "view": view_digest}
+    found = {"split": commit.split, "manifest": commit.manifest_digest, "view": commit.view_digest}
+    wrong = [name for name in own if own[name] != found[name]]
+    if commit.files and len(commit.files) != len(samples.shards):
+        wrong.append("number of shards")
+    if wrong:
+        raise CheckpointError(
+            f"round {commit.round} of labels is about another {' and '.join(wrong)}",
+            expected="; ".join(f"{name} {str(own[name])[:16]}" for name in own),
+            where=storage.shown(round_url(run, commit.round, "commit.json")),
+            next_step="use the shards and the view that the round was made with, or a new run folder",
+        )

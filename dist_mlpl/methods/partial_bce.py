@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.batch import Batch, Progress
 from dist_mlpl.labels import ABSENT, UNKNOWN
 from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce, partial_bce, solve_normaliser
-from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
-from dist_mlpl.models.classifier import PooledHead
+from dist_mlpl.methods.base import MethodSettings, training_targets
+from dist_mlpl.methods.pooled import PooledMethod
 from dist_mlpl.models.graph import LabelGraph, LabelGraphSettings
 
 
@@ -75,7 +75,7 @@ class PartialBceSettings(MethodSettings):
         return PartialBce(self, num_classes=num_classes, image_size=image_size)
 
 
-class PartialBce(Method):
+class PartialBce(PooledMethod):
     """One loss over known labels, human and, from the first round on, believed; no banks.
 
     With a graph, the loss and the scores are of its corrected logits; heatmaps stay those of the head.
@@ -86,9 +86,6 @@ class PartialBce(Method):
     def __init__(self, settings: PartialBceSettings, *, num_classes: int, image_size: int) -> None:
         super().__init__(settings, num_classes=num_classes, image_size=image_size)
         self.settings = settings
-        self.head = PooledHead(
-            self.backbone.num_features, num_classes, dropout=settings.dropout, pooling=settings.pooling
-        )
         self.graph = None if settings.graph is None else LabelGraph(settings.graph, num_classes)
 
     @torch.no_grad()
@@ -103,14 +100,13 @@ class PartialBce(Method):
             recalled["num_human"] = comm.reduce_sum(num_human.float()[None])
         return recalled
 
-    def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
-        head = self.head(self.backbone(batch.images), with_heatmaps=self.is_asked(HEATMAPS))
-        logits = head.logits if self.graph is None else self.graph(head.logits)
-        extras = {"embedding": head.embedding, HEATMAPS: head.heatmaps}
-        if recalled is None:
-            return step_output(logits, {}, extras)
-        with torch.autocast(logits.device.type, enabled=False):
-            return step_output(logits, {"bce": self._share(logits, batch, recalled)}, extras)
+    def refine(self, logits: Tensor) -> Tensor:
+        return logits if self.graph is None else self.graph(logits)
+
+    def losses(
+        self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"bce": self._share(logits, batch, recalled)}, {}
 
     def _share(self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
         """() this micro-batch's part of the global batch's loss."""

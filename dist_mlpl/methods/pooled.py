@@ -11,7 +11,7 @@ from dist_mlpl.models.classifier import PooledHead
 
 
 class PooledMethod(Method):
-    """A trunk and a pooled linear head; what it learns from is said by `losses`.
+    """A trunk and a pooled linear head; `losses` says what it learns from, `refine` what corrects its logits.
 
     Args:
         settings: of the method.
@@ -27,12 +27,17 @@ class PooledMethod(Method):
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
         head = self.head(self.backbone(batch.images), with_heatmaps=self.is_asked(HEATMAPS))
+        logits = self.refine(head.logits)
         extras = {"embedding": head.embedding, HEATMAPS: head.heatmaps}
         if recalled is None:
-            return step_output(head.logits, {}, extras)
-        with torch.autocast(head.logits.device.type, enabled=False):
-            terms, more = self.losses(head.logits, batch, recalled)
-            return step_output(head.logits, terms, extras | more)
+            return step_output(logits, {}, extras)
+        with torch.autocast(logits.device.type, enabled=False):
+            terms, more = self.losses(logits, batch, recalled)
+            return step_output(logits, terms, extras | more)
+
+    def refine(self, logits: Tensor) -> Tensor:
+        """The (B, C) logits that are answered and learned from, of the head's own: those, unless a method says more."""
+        return logits
 
     def losses(
         self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_mlpl.errors import ConfigError
+from dist_mlpl.models.recompute import add, linear, pull_back
 from dist_mlpl.settings import Settings
 
 # Entries of a block of nodes, in one tensor of its width; working on a block takes some fifteen of these.
@@ -183,12 +184,12 @@ class _Propagation(torch.autograd.Function):
                 earlier, offer_slope = torch.empty_like(states), torch.zeros_like(offer)
                 update = partial(_update, len(states))
                 for block in _blocks(states, weights):
-                    earlier[block], *others = _pull_back(update, slope[block], states[block], offer, *weights)
-                    _add([offer_slope, *weight_slopes], others)
+                    earlier[block], *others = pull_back(update, slope[block], states[block], offer, *weights)
+                    add([offer_slope, *weight_slopes], others)
                 for block in _blocks(states, weights):
                     by_block = offer_slope[block] if _is_pairwise(weights) else offer_slope
-                    own, *others = _pull_back(_offer, by_block, states[block], *weights)
-                    _add([earlier[block], *weight_slopes], [own, *others])
+                    own, *others = pull_back(_offer, by_block, states[block], *weights)
+                    add([earlier[block], *weight_slopes], [own, *others])
                 slope = earlier
         return None, None, slope, *weight_slopes
 
@@ -204,8 +205,8 @@ def _offer(states: Tensor, *weights: Tensor) -> Tensor:
     """
     message_weight, message_bias, *_ = weights
     if _is_pairwise(weights):
-        return _linear(states, message_weight[:, : states.shape[-1]])
-    return _linear(states, message_weight, message_bias).relu().sum(dim=0)
+        return linear(states, message_weight[:, : states.shape[-1]])
+    return linear(states, message_weight, message_bias).relu().sum(dim=0)
 
 
 def _update(num_classes: int, states: Tensor, offer: Tensor, *weights: Tensor) -> Tensor:
@@ -222,40 +223,19 @@ def _update(num_classes: int, states: Tensor, offer: Tensor, *weights: Tensor) -
     message_weight, message_bias, input_weight, input_bias, state_weight, state_bias = weights
     if _is_pairwise(weights):
         senders, receivers = message_weight.split(states.shape[-1], dim=1)
-        seen = _linear(states, receivers, message_bias)  # (c, B, M)
+        seen = linear(states, receivers, message_bias)  # (c, B, M)
         total = (offer + seen.unsqueeze(1)).relu().sum(dim=1)  # of (c, C, B, M)
-        own = (_linear(states, senders) + seen).relu()
+        own = (linear(states, senders) + seen).relu()
     else:
-        total, own = offer, _linear(states, message_weight, message_bias).relu()
+        total, own = offer, linear(states, message_weight, message_bias).relu()
     mean = (total - own) / max(1, num_classes - 1)  # (c, B, M), over the other nodes; 0 for a single class
 
-    inputs = _linear(mean, input_weight, input_bias).chunk(3, dim=-1)  # three of (c, B, H)
-    memory = _linear(states, state_weight, state_bias).chunk(3, dim=-1)
+    inputs = linear(mean, input_weight, input_bias).chunk(3, dim=-1)  # three of (c, B, H)
+    memory = linear(states, state_weight, state_bias).chunk(3, dim=-1)
     reset = torch.sigmoid(inputs[0] + memory[0])
     kept_share = torch.sigmoid(inputs[1] + memory[1])
     candidate = torch.tanh(inputs[2] + reset * memory[2])
     return candidate + kept_share * (states - candidate)
-
-
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product in autocast's type, given back in the inputs' own.
-
-    ZeRO-3's linear rounds the bias of more than two dimensions by itself: given two, all engines agree in bf16 too.
-    """
-    return F.linear(inputs.flatten(0, -2), weight, bias).unflatten(0, inputs.shape[:-1]).to(inputs.dtype)
-
-
-def _pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Compute a block again and take a slope by its result back to its inputs; 0 for those it does not use."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, slope, materialize_grads=True)
-
-
-def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Add in place."""
-    for total, part in zip(totals, parts, strict=True):
-        total += part
 
 
 def _is_pairwise(weights: tuple[Tensor, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from dist_mlpl import storage, tasks
+from dist_mlpl.cluster import cluster_at
 from dist_mlpl.errors import DataError, RunError, ShardError
 from dist_mlpl.tasks import map_tasks
 from shards.extend import extend
@@ -81,6 +83,21 @@ def always_die() -> None:
 
 def configuration() -> dict[str, Any]:
     return storage.configuration()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:port", "[::1:6379"])
+def test_an_address_without_a_cluster_is_refused_before_ray_is_asked(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray would try for minutes"))
+    with socket.socket() as probe:  # bound, and nobody listens
+        probe.bind(("127.0.0.1", 0))
+        found = address.format(probe.getsockname()[1])
+        with pytest.raises(RunError, match="no Ray cluster"):
+            list(map_tasks(fail, [(0,)], address=found))
+        with pytest.raises(RunError, match="no Ray cluster") as caught, cluster_at(found, None):  # type: ignore[arg-type]
+            pytest.fail("joined")
+    assert found in caught.value.where
 
 
 @pytest.mark.long

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -30,8 +32,18 @@ from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.label_rounds import DIFFERENCES, class_counts, differences, open_split, roll_back, rounds_of
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
 from dist_mlpl.train import build_view, train
+from tests.support.forks import Verb
 from tests.support.relabelling import beliefs_of, round_from_table
-from tests.support.runs import assert_same_end, rows_reach, run, run_until, tiny_config, tiny_shards, write_config
+from tests.support.runs import (
+    assert_same_end,
+    environment,
+    rows_reach,
+    run,
+    run_until,
+    tiny_config,
+    tiny_shards,
+    write_config,
+)
 from tests.support.sets import order_over, stream_over
 from tests.support.views import random_targets
 
@@ -402,6 +414,104 @@ def answer(*arguments: str, exit_code: int = 0) -> str:
         return str(result.exception)
     assert result.exit_code == exit_code, result.output
     return result.stdout
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def spoil_model(out: Path) -> None:
+    """The newest model answers NaN about one class; its commit names the file as it is now."""
+    head = read_chain(str(out))[-1]
+    file = next(file for file in head.files if file.path.endswith("/model.safetensors"))
+    model = read_model(str(out), head)
+    model["head.linear.bias"][3] = float("nan")
+    content = safetensors.torch.save(model)
+    rewrite_commit(out / "commits" / f"{head.name}.json", file.path, content)
+    (out / file.path).write_bytes(content)
+
+
+def rewrite_commit(record: Path, path: str, content: bytes) -> None:
+    """The record says of one of its files what the content is."""
+    document = json.loads(record.read_text())
+    entry = next(entry for entry in document["files"] if entry["path"] == path)
+    entry |= {"num_bytes": len(content), "sha256": storage.sha256_of_bytes(content)}
+    record.write_text(json.dumps(document))
+
+
+def spoil_labels(out: Path) -> None:
+    """A belief of the newest round is 2."""
+    record = out / "rounds" / "000002" / "commit.json"
+    path = json.loads(record.read_text())["files"][0]["path"]
+    table = pa.ipc.open_file(out / "rounds" / path).read_all()
+    values = pa.array([2, *table.column("value").to_pylist()[1:]], pa.int8())
+    changed = table.set_column(table.schema.get_field_index("value"), "value", values)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(changed)
+    (out / "rounds" / path).write_bytes(sink.getvalue().to_pybytes())
+    rewrite_commit(record, path, sink.getvalue().to_pybytes())
+
+
+def take_rounds_of_another_set(out: Path) -> None:
+    """The rounds are about other shards."""
+    for record in out.glob("rounds/*/commit.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"manifest_digest": "0" * 64}))
+
+
+def cut_newest_record(out: Path) -> None:
+    """The newest round's record ends in its middle."""
+    record = out / "rounds" / "000002" / "commit.json"
+    record.write_bytes(record.read_bytes()[:200])
+
+
+BAD_ROUNDS: dict[str, tuple[Callable[[Path], None], list[str], str, int]] = {
+    "scores that are no numbers": (spoil_model, [], "the model answers nan", 4),
+    "a belief outside the code": (spoil_labels, ["cumulative=true"], "a value that is no label", 4),
+    "rounds of another data set": (take_rounds_of_another_set, [], "about another manifest", 4),
+    "half a record": (cut_newest_record, [], "round 2 of labels cannot be read", 4),
+    "a negative threshold": (lambda out: None, ["threshold=-1"], "curriculum.threshold", 2),
+    "a threshold that is no number": (lambda out: None, ["threshold=.nan"], "curriculum.threshold", 2),
+    "a threshold beyond all scores": (lambda out: None, ["threshold=70000"], "curriculum.threshold", 2),
+    "more than everything": (lambda out: None, ["strategy=score_fraction", "fraction=1.5"], "curriculum.fraction", 2),
+    "an ensemble of one": (lambda out: None, ["strategy=ensemble", "checkpoints=1"], "an ensemble of one model", 2),
+    "another strategy's key": (lambda out: None, ["strategy=positive_only", "fraction=0.5"], "does not use it", 2),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROUNDS)
+def test_what_cannot_make_a_round_is_refused_by_name_and_nothing_committed_changes(
+    case: str, trained: tuple[Path, Rows], tmp_path: Path
+) -> None:
+    spoil, overrides, words, exit_code = BAD_ROUNDS[case]
+    out = copy_of(trained, tmp_path)
+    spoil(out)
+    before = everything(out)
+    options = [part for override in overrides for part in ("--set", override)]
+    assert words in answer("relabel", str(out), "--local", *options, exit_code=exit_code)
+    after = everything(out)
+    assert {name: after.get(name) for name in before} == before
+    assert not (out / "rounds" / "000003" / "commit.json").exists()
+    assert {name for name in after.keys() - before.keys() if not name.startswith("rounds/000003/")} == set()
+
+
+def test_of_two_jobs_at_once_both_make_the_same_round_or_the_later_one_gives_way(
+    trained: tuple[Path, Rows], tmp_path: Path
+) -> None:
+    for name, fractions, codes in (("same", (0.5, 0.5), [0, 0]), ("other", (0.5, 0.4), [0, 4])):
+        out = Path(shutil.copytree(trained[0], tmp_path / name))
+        jobs = [
+            Verb("relabel", str(out), "--local", "--json", "--set", "strategy=score_fraction", "--set",
+                 f"fraction={fraction}", num_ranks=1, variables=environment())
+            for fraction in fractions
+        ]  # fmt: skip
+        done = [job.finished(120) for job in jobs]
+        assert sorted(one.returncode for one in done) == codes, [one.stderr for one in done]
+        made = {json.loads(one.stdout)["sha256"] for one in done if one.returncode == 0}
+        assert made == {read_round(str(out), 3).sha256}
+        assert newest_round(str(out)) == 3
+        assert all("OvertakenError" in one.stderr for one in done if one.returncode)
 
 
 def test_the_verbs_answer(trained: tuple[Path, Rows], tmp_path: Path) -> None:

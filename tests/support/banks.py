@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.bank_files import load_banks, save_banks
 from dist_mlpl.banks.base import DTYPES, Bank, Column
+from dist_mlpl.banks.heatmaps import HeatmapBank
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.neighbours import Neighbours
 from dist_mlpl.banks.table import TableBank
@@ -32,6 +33,7 @@ from tests.support.class_banks import (
     update_prototypes,
     update_ring,
 )
+from tests.support.heatmaps import faulty_maps
 
 NUM_ROWS = 2500  # more than two rows a shard, and not the same number in each
 
@@ -212,6 +214,16 @@ BANKS: dict[str, Kind] = {
         SlowRing,
         lambda ring: faulty_features(ring, ring.push),
         [lambda: make_ring("ring_f16", dtype="f32")],
+    ),
+    "heatmaps": Kind(
+        lambda folder: HeatmapBank("heatmaps", NUM_ROWS, num_slots=2, map_size=3, seed=0, folder=folder or None),
+        write,
+        SlowBank,
+        lambda bank: [*faulty_writes(bank), *faulty_maps(bank)],
+        [
+            lambda: HeatmapBank("heatmaps", NUM_ROWS, num_slots=3, map_size=3, seed=0),
+            lambda: HeatmapBank("heatmaps", NUM_ROWS, num_slots=2, map_size=4, seed=0),
+        ],
     ),
     **{name: prototype_kind(name) for name in ("prototypes_kmeans", "prototypes_cosine", "prototypes_slots")},
 }

@@ -139,7 +139,7 @@ def expected_beliefs(
 
 def _is_proposed(settings: CurriculumSettings, x: Any, spread: Any, at: tuple[int, int]) -> bool:
     theta = settings.logit_threshold
-    if settings.strategy in ("score_threshold", "ensemble"):
+    if settings.strategy in ("score_threshold", "ensemble", "neighbours"):
         return bool(x[at] >= theta or x[at] < -theta)
     if settings.strategy == "positive_only":
         return bool(x[at] >= theta)

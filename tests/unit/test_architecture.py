@@ -53,6 +53,7 @@ HOMES = {
     "moto": {"dist_mlpl.tools.object_store"},
     "boto3": {"dist_mlpl.tools.object_store"},
     "botocore": {"dist_mlpl.tools.object_store"},
+    "triton": {"dist_mlpl.kernels.triton_scores"},
     "tensorboard": {"dist_mlpl.progress"},
     "torch.utils.tensorboard": {"dist_mlpl.progress"},
 }

@@ -1,0 +1,124 @@
+"""Owns the attention of every class over the cells of an image: one plain form for all devices, one fused for CUDA.
+
+Most of the work is B * L * C * k hyperbolic tangents. They are never all in memory: both forms make them a block at a
+time, forward and again backward. What is left, a softmax over (B, C, L) scores and one product with the cells, holds k
+times fewer numbers and is torch's own in both forms.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers in a block of tangents: on a CPU a block and what is made of it stay in a core's cache.
+_CPU_ENTRIES = 2**17
+_DEVICE_ENTRIES = 2**24
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # projected (B, L, k), keys (C, k), query (k,) to scores (B, C, L)
+
+
+class Attended(NamedTuple):
+    """What the classes saw of the cells."""
+
+    class_features: Tensor  # (B, C, D), with a graph, in the cells' type or autocast's
+    attention: Tensor  # (B, C, L) float32 (float64 for such inputs), detached; sums to 1 over the cells
+
+
+def semantic_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
+    """One feature a class: the cells, weighed by how much the class attends to each.
+
+    u = W1 cell; s_lc = query . tanh(u_l * key_c); a = softmax of s over the cells; feature_c = sum_l a_lc cell_l.
+
+    Computed by the fused form on CUDA where triton is installed, by the chunked form elsewhere. Scores and softmax are
+    float32 or wider under autocast too; both products run in autocast's type.
+
+    Args:
+        cells: (B, L, D).
+        keys: (C, k), W2 e of the class vectors e.
+        projection: (k, D), W1.
+        query: (k,), w4 @ W3: nothing lies between these two layers, and their biases cancel in the softmax.
+
+    Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022), semantic decoupling.
+    """
+    is_fused = cells.is_cuda and cells.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return (fused_attention if is_fused else chunked_attention)(cells, keys, projection, query)
+
+
+def chunked_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
+    """`semantic_attention` by torch's own operations, on any device, in float32 or float64."""
+    return _attend(_ChunkedScores.apply, cells, keys, projection, query)
+
+
+def fused_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
+    """`semantic_attention` by Triton kernels, which keep each tangent in a register; computes in float32.
+
+    Differs: of float16 and bfloat16 inputs the tangent is the device's own approximation (relative error 2**-11).
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    from dist_mlpl.kernels.triton_scores import FusedScores
+
+    return _attend(FusedScores.apply, cells, keys, projection, query)
+
+
+def _attend(score: Score, cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
+    projected = F.linear(cells, projection)  # (B, L, k)
+    attention = score(projected, keys, query).softmax(dim=-1)  # (B, C, L)
+    return Attended(attention.to(cells.dtype) @ cells, attention.detach())
+
+
+class _ChunkedScores(torch.autograd.Function):
+    """s_bcl = query . tanh(projected_bl * key_c), block by block of cells and classes; the backward makes z again."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, keys: Tensor, query: Tensor) -> Tensor:
+        ctx.save_for_backward(projected, keys, query)
+        u, t, q = _flat(projected, keys, query)
+        scores = u.new_empty(len(u), len(t))  # (B * L, C)
+        with torch.autocast(u.device.type, enabled=False):
+            for rows, columns in _blocks(u, t):
+                z = (u[rows, None] * t[columns]).tanh_()  # (r, c, k)
+                scores[rows, columns] = z @ q
+        return scores.unflatten(0, projected.shape[:2]).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        u, t, q = _flat(*inputs)
+        slopes = grad_outputs[0].transpose(1, 2).flatten(0, 1)  # (B * L, C)
+        u_slope, t_slope, q_slope = torch.zeros_like(u), torch.zeros_like(t), torch.zeros_like(q)
+        with torch.autocast(u.device.type, enabled=False):
+            for rows, columns in _blocks(u, t):
+                z = (u[rows, None] * t[columns]).tanh_()  # (r, c, k)
+                slope = slopes[rows, columns].contiguous()  # (r, c)
+                q_slope += slope.flatten() @ z.flatten(0, 1)
+                inner = z.square_().neg_().add_(1).mul_(slope.unsqueeze(-1))  # by u * t, but for q
+                u_slope[rows] += (inner * t[columns]).sum(dim=1)
+                t_slope[columns] += inner.mul_(u[rows, None]).sum(dim=0)
+        found = (u_slope.mul_(q).view(inputs[0].shape), t_slope.mul_(q), q_slope)
+        return tuple(slope.to(given.dtype) for slope, given in zip(found, inputs, strict=True))
+
+
+def _flat(projected: Tensor, keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B * L, k), (C, k) and (k,) in float32 or wider."""
+    precise = torch.promote_types(projected.dtype, torch.float32)
+    return projected.flatten(0, 1).to(precise), keys.to(precise), query.to(precise)
+
+
+def _blocks(u: Tensor, t: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (n, k) cells and (C, k) classes into pairs of slices that bound the memory of a block."""
+    is_cached = u.device.type == "cpu" and type(u) is Tensor  # another type holds shapes alone: see tools/plan.py
+    entries = max(1, (_CPU_ENTRIES if is_cached else _DEVICE_ENTRIES) // u.shape[1])
+    num_columns = max(1, min(len(t), int(entries**0.5)))
+    num_rows = max(1, min(len(u), entries // num_columns))
+    for row in range(0, len(u), num_rows):
+        for column in range(0, len(t), num_columns):
+            yield slice(row, row + num_rows), slice(column, column + num_columns)

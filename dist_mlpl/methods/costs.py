@@ -1,0 +1,115 @@
+"""Owns what a method's memory and heads are said to cost: the numbers of one part, and the arithmetic of banks."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_mlpl import keyed
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
+
+_COUNT_BYTES: Final = 16  # that an exchange announces to each other rank
+_GATHER_BYTES: Final = 8  # that a gather announces
+_TRIALS: Final = 100  # batches that are drawn to see how many classes a step touches
+
+
+class Scale(NamedTuple):
+    """What costs depend on besides a method's own settings."""
+
+    world_size: int  # R
+    global_batch: int  # G
+    num_cells: int  # of the feature map, L
+    targets: Targets  # (n, C) int8, labels of n images of the data as the run is told them, without beliefs
+
+    @property
+    def share_images(self) -> float:
+        """Images of an average rank in a step."""
+        return self.global_batch / self.world_size
+
+    @property
+    def positives(self) -> npt.NDArray[np.bool_]:
+        """(n, C), where an image is known to show a class."""
+        return self.targets == PRESENT
+
+    @property
+    def num_known(self) -> float:
+        """Known labels of an average image."""
+        return float((self.targets != UNKNOWN).sum() / len(self.targets))
+
+    @property
+    def num_positives(self) -> float:
+        """Known present labels of an average image."""
+        return float(self.positives.sum() / len(self.targets))
+
+    def touched_classes(self, num_shards: int) -> float:
+        """Classes that some image of an average step is known to show, on the rank that owns most of them.
+
+        Args:
+            num_shards: of a bank with a row a class; owners are those of `Bank`.
+        """
+        size = _TRIALS * self.global_batch
+        chosen = (keyed.uniform(keyed.key("touched classes"), size) * len(self.targets)).astype(np.int64)
+        owner = np.arange(self.targets.shape[1]) % num_shards * self.world_size // num_shards
+        positives = self.positives
+        touched = np.stack([positives[batch].any(axis=0) for batch in chosen.reshape(_TRIALS, -1)])  # (trials, C)
+        by_rank = [touched[:, owner == rank].sum(axis=1) for rank in range(self.world_size)]
+        return float(np.max(by_rank, axis=0).mean())
+
+
+class Cost(NamedTuple):
+    """What one part of a method takes."""
+
+    name: str
+    held_bytes: float = 0.0  # on the rank that holds most: parameters, or rows of a bank
+    kept_bytes: float = 0.0  # for the backward pass, an image
+    sent_bytes: float = 0.0  # by an average rank to others in a step, as `comm.traffic` counts them
+    flops: float = 0.0  # an image, forward and backward; a multiply-add is two
+
+
+def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes: float = 1.0) -> Cost:
+    """What a bank holds, and what `Bank.read` and `Bank.write` send for so many rows an image.
+
+    Of a replicated bank nothing moves.
+
+    Args:
+        name: of the bank.
+        bank: any.
+        scale: of the run.
+        reads: rows an image; 0 for a bank that a step does not read.
+        writes: rows an image; 0 for a bank that a step does not write.
+    """
+    R, B = scale.world_size, scale.share_images
+    row_bytes = sum(column.num_bytes for column in bank.spec.columns.values())
+    if bank.is_replicated:
+        return Cost(name, held_bytes=bank.spec.num_rows * row_bytes)
+    num_shards = bank.spec.num_shards
+    owned = range(-(-num_shards // R))  # of rank 0, which has most
+    held_rows = sum(max(0, -(-(bank.spec.num_rows - shard) // num_shards)) for shard in owned)
+    asked = exchange_bytes(B * reads, 8, R) + exchange_bytes(B * reads, row_bytes, R) if reads else 0.0
+    written = exchange_bytes(B * writes, 16 + row_bytes, R) if writes else 0.0
+    return Cost(name, held_bytes=held_rows * row_bytes, sent_bytes=asked + written)
+
+
+def exchange_bytes(num_rows: float, row_bytes: float, world_size: int) -> float:
+    """Sent by an average rank in one `comm.exchange` of `num_rows` rows a rank, their destinations even over ranks."""
+    others = world_size - 1
+    return _COUNT_BYTES * others + num_rows * row_bytes * others / world_size
+
+
+def gather_bytes(most_rows: float, row_bytes: float, world_size: int) -> float:
+    """Sent by a rank in one `comm.gather_rows`.
+
+    Args:
+        most_rows: of the rank that has most.
+        row_bytes: of one row.
+        world_size: R.
+    """
+    return (world_size - 1) * (_GATHER_BYTES + most_rows * row_bytes)
+
+
+def reduce_bytes(num_bytes: float, world_size: int) -> float:
+    """Sent by a rank in one all-reduce of so many bytes."""
+    return 2 * num_bytes * (world_size - 1) / world_size

@@ -1,0 +1,292 @@
+"""Owns EN + CL + SCL: expected negatives, and predictions and class maps held against an image's own earlier ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.heatmaps import (
+    EMPTY,
+    CellGrid,
+    HeatmapBank,
+    Slots,
+    read_through_crop,
+    visible_share,
+    write_through_crop,
+)
+from dist_mlpl.banks.slots import renew_slots
+from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.labels import PRESENT
+from dist_mlpl.losses.consistency import consistency_loss, spatial_consistency_loss
+from dist_mlpl.losses.single_positive import expected_negative_loss
+from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
+from dist_mlpl.methods.costs import Cost, Scale
+from dist_mlpl.methods.unknown_loss import pick, valid_index
+from dist_mlpl.models.class_maps import SlotHead
+
+SLOTS: Final = "slots"  # the bank's name, and the prefix of what is recalled of it
+_PADDED = ("resnet", "resnext", "wide_resnet")  # strided layers of odd width, padded on both sides
+
+
+class SpatialConsistencySettings(MethodSettings):
+    """Which of the three terms, and the memory they share.
+
+    The paper's own numbers are not known; the defaults are starting values. Weights near 1 stop learning while the
+    averages lag behind: for an unlikely class the slope of L1, p (1 - p), all but cancels that of cross-entropy, p.
+
+    Args:
+        expected_positives: K of an image, of EN; VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4. Null: no EN, every unknown
+            label is taken for absent (AN).
+        consistency_weight: gamma of CL; 0 leaves the term out.
+        spatial_weight: beta of SCL; 0 leaves the term and the maps out.
+        warmup_epochs: first epochs of AN alone; the memory is written from the start.
+        ramp_fraction: of the run, over which the weights of CL and SCL rise from 0; 0 for none.
+        momentum: mu of the running averages of scores and maps.
+        num_slots: M, classes remembered an image; at most C are.
+        map_size: W, cells along a side of a remembered map of the full image.
+        slot_margin: by how much a class must beat the least likely remembered one to take its slot.
+        trust_ratio: r_0: an annotated class counts in full while the view shows at least this share of the strongest
+            evidence remembered of it, and in proportion below; from an image's third visit on. 0: always in full.
+        use_centres: let a residual net's cells look where they really do, half a cell to the top left of an even grid.
+        faithful: the re-implementation's form; see `SpatialConsistency`.
+        bank_folder: local folder for the memory-mapped bank; null: host memory.
+    """
+
+    name: Literal["spatial_consistency"] = "spatial_consistency"
+    expected_positives: float | None = Field(None, gt=0.0)
+    consistency_weight: float = Field(0.1, ge=0.0)
+    spatial_weight: float = Field(0.1, ge=0.0)
+    warmup_epochs: int = Field(1, ge=0)
+    ramp_fraction: float = Field(0.2, ge=0.0, le=1.0)
+    momentum: float = Field(0.8, ge=0.0, lt=1.0)
+    num_slots: int = Field(32, ge=1)
+    map_size: int = Field(14, ge=1)
+    slot_margin: float = Field(0.05, ge=0.0, lt=1.0)
+    trust_ratio: float = Field(0.3, ge=0.0, le=1.0)
+    use_centres: bool = True
+    faithful: bool = False
+    bank_folder: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SpatialConsistencySettings:
+        if self.expected_positives is None and self.consistency_weight == self.spatial_weight == 0.0:
+            raise ValueError("no term is left: set expected_positives, consistency_weight or spatial_weight, or take "
+                             "method single_positive with loss an")  # fmt: skip
+        if self.expected_positives is not None and round(self.expected_positives) > self.num_slots:
+            raise ValueError(f"expected_positives {self.expected_positives:g} needs as many num_slots: classes outside "
+                             "the slots are taken for absent")  # fmt: skip
+        return self
+
+    def build(self, *, num_classes: int, image_size: int) -> SpatialConsistency:
+        return SpatialConsistency(self, num_classes=num_classes, image_size=image_size)
+
+
+class SpatialConsistency(Method):
+    """EN, CL and SCL on a fully convolutional head; losses are means over the valid images of the global batch.
+
+    The bank `slots` holds, of each image, its annotated classes and its likeliest unknown ones: running score and
+    running map. The same forward reads it before it is written.
+
+    Source: Verelst et al., WACV 2023. No code is known; the rule of the expected negatives, weights and schedule are
+        reconstructions.
+    Differs: maps and scores of M classes an image, not of all: classes outside the slots are expected absent, and have
+        no consistency terms. Cells never seen have no part; where a crop hides an annotated class, its label counts
+        less.
+    Faithful: as a third party's re-implementation has it: slots for all classes; maps that start at 0, at 1 for
+        annotated classes, so that SCL pulls unknown classes down until the average has forgotten; an image's
+        probability is the mean of its cells' probabilities; an even grid; labels count in full.
+    """
+
+    def __init__(self, settings: SpatialConsistencySettings, *, num_classes: int, image_size: int) -> None:
+        super().__init__(settings, num_classes=num_classes, image_size=image_size)
+        self.settings, self._image_size = settings, image_size
+        self._num_slots = num_classes if settings.faithful else min(settings.num_slots, num_classes)
+        self._map_size = settings.map_size if settings.spatial_weight > 0 else 0
+        self._use_trust = settings.trust_ratio > 0 and self._map_size > 0 and not settings.faithful
+        self.head = SlotHead(
+            self.backbone.num_features, num_classes, dropout=settings.dropout, pooling=settings.pooling
+        )
+
+    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+        self._bank = HeatmapBank(
+            SLOTS, num_samples, num_slots=self._num_slots, map_size=self._map_size, seed=seed,
+            folder=self.settings.bank_folder,
+        )  # fmt: skip
+
+    def banks(self) -> dict[str, Bank]:
+        return {SLOTS: self._bank}
+
+    def costs(self, scale: Scale) -> list[Cost]:
+        """As every method's, and the class maps, which training alone makes."""
+        if not self._map_size:
+            return super().costs(scale)
+        M, width, L = self._num_slots, self.backbone.num_features, scale.num_cells
+        maps = Cost("class maps", kept_bytes=4.0 * M * (width + L), flops=6.0 * M * width * L)
+        return [*super().costs(scale), maps]
+
+    @torch.no_grad()
+    def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """As every method's, and the slots of the valid images, K and the ramp in force.
+
+        Collective: all ranks, one all-reduce of 8 bytes and a read of the bank.
+        """
+        settings = self.settings
+        recalled = super().recall(batch, progress)
+        index, _ = valid_index(batch)
+        slots = self._bank.read_slots(index)
+        recalled |= {f"{SLOTS}/{name}": part.to(index.device) for name, part in slots._asdict().items()}
+        is_warm = progress.epoch >= settings.warmup_epochs
+        ramp = min(1.0, progress.fraction / settings.ramp_fraction) if settings.ramp_fraction > 0 else 1.0
+        return recalled | {
+            "remembered": index,
+            "num_expected": torch.tensor([(settings.expected_positives or 0.0) if is_warm else 0.0]),
+            "ramp": torch.tensor([ramp if is_warm else 0.0]),
+        }
+
+    def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
+        feature_map = self.backbone(batch.images)
+        is_asked, is_faithful = self.is_asked(HEATMAPS), self.settings.faithful
+        head = self.head(feature_map, with_heatmaps=is_asked or is_faithful)
+        logits = pooled_probs(head.heatmaps) if is_faithful and head.heatmaps is not None else head.logits
+        extras: dict[str, Any] = {"embedding": head.embedding, HEATMAPS: head.heatmaps if is_asked else None}
+        if recalled is None:
+            return step_output(logits, {}, extras)
+        valid = batch.valid
+        x = logits[valid]
+        before = Slots(*(pick(recalled["remembered"], recalled[f"{SLOTS}/{name}"], batch.index[valid])
+                         for name in Slots._fields))  # fmt: skip
+        slots = self._renewed(before, x.detach(), batch.targets[valid])
+        classes = slots.classes.clamp(min=0)
+        map_logits = self.head.class_maps(feature_map[valid], classes) if self._map_size else None
+        with torch.autocast(logits.device.type, enabled=False):
+            is_told = (slots.classes == before.classes) & (slots.classes != EMPTY)
+            terms = self._terms(x, map_logits, batch, recalled, slots, is_told)
+        probs = torch.sigmoid(x.detach()).gather(1, classes)
+        mean = torch.lerp(probs, slots.scores, self.settings.momentum)
+        extras |= {f"{SLOTS}/{name}": part for name, part in slots._replace(scores=mean)._asdict().items()}
+        if map_logits is not None:
+            extras[f"{SLOTS}/evidence"] = torch.sigmoid(map_logits.detach())
+        return step_output(logits, terms, extras)
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        super().observe(batch, output)
+        valid = batch.valid
+        slots = Slots(*(output.extras[f"{SLOTS}/{name}"] for name in Slots._fields))
+        heatmaps = slots.heatmaps
+        if self._map_size:
+            evidence = output.extras[f"{SLOTS}/evidence"]
+            heatmaps = write_through_crop(
+                heatmaps, evidence, batch.crop[valid], batch.flipped[valid], self.settings.momentum,
+                grid=self._grid(evidence.shape[-1]),
+            )  # fmt: skip
+        held = slots.classes.clamp(min=0)
+        is_annotated = (batch.targets[valid].gather(1, held) == PRESENT) & (slots.classes != EMPTY)
+        scores = slots.scores.masked_fill(is_annotated, 1.0).masked_fill(slots.classes == EMPTY, 0.0)
+        self._bank.write_slots(
+            batch.index[valid], slots._replace(scores=scores, heatmaps=heatmaps, visits=slots.visits + 1)
+        )
+
+    def _renewed(self, before: Slots, logits: Tensor, targets: Tensor) -> Slots:
+        """Slots after the newest predictions have moved in."""
+        slots = renew_slots(before, torch.sigmoid(logits), targets, margin=self.settings.slot_margin)
+        if not self.settings.faithful:
+            return slots
+        start = (targets.gather(1, slots.classes.clamp(min=0)) == PRESENT).to(slots.heatmaps.dtype)
+        is_new = slots.heatmaps.isnan() & (slots.classes != EMPTY)[:, :, None, None]
+        return slots._replace(heatmaps=torch.where(is_new, start[:, :, None, None], slots.heatmaps))
+
+    def _terms(
+        self,
+        x: Tensor,
+        map_logits: Tensor | None,
+        batch: Batch,
+        recalled: dict[str, Tensor],
+        slots: Slots,
+        is_told: Tensor,
+    ) -> dict[str, Tensor]:
+        """This micro-batch's shares of the three terms.
+
+        Args:
+            x: (n, C) logits of the valid rows.
+            map_logits: (n, M, G, G) of the slots.
+            slots: of the valid rows, renewed.
+            is_told: (n, M) bool, slots that have a history.
+        """
+        settings, valid = self.settings, batch.valid
+        num_valid, ramp = recalled["num_valid"].clamp(min=1).squeeze(), recalled["ramp"].to(x.device).squeeze()
+        trust = torch.ones_like(slots.scores)
+        terms = {}
+        if map_logits is not None:
+            crop, flipped, G = batch.crop[valid], batch.flipped[valid], map_logits.shape[-1]
+            history = read_through_crop(slots.heatmaps, crop, flipped, G, grid=self._grid(G))
+            share = spatial_consistency_loss(map_logits, history) / num_valid
+            terms["spatial"] = settings.spatial_weight * ramp * share
+            if self._use_trust:
+                shown = (visible_share(slots.heatmaps, crop) / settings.trust_ratio).clamp(max=1.0)
+                trust = torch.where(slots.visits[:, None] >= 2, shown, trust)
+        if settings.consistency_weight > 0:
+            share = consistency_loss(x.gather(1, slots.classes.clamp(min=0)), slots.scores, is_told) / num_valid
+            terms["consistency"] = settings.consistency_weight * ramp * share
+        num_expected = float(recalled["num_expected"])
+        loss = classification_loss(x, training_targets(batch)[valid], slots, is_told, trust, num_expected)
+        return {"classification": loss / (num_valid * self.num_classes)} | terms
+
+    def _grid(self, num_cells: int) -> CellGrid | None:
+        """Where the trunk's cells look."""
+        if not self.settings.use_centres or self.settings.faithful:
+            return None
+        return cell_grid(self.settings.backbone.name, self._image_size, num_cells)
+
+
+def classification_loss(
+    logits: Tensor, targets: Tensor, slots: Slots, is_told: Tensor, trust: Tensor, num_expected: float
+) -> Tensor:
+    """EN ranked by the slots' scores; a present label counts by its trust.
+
+    Args:
+        logits: (n, C).
+        targets: (n, C) int8 in {-1, 0, 1}.
+        slots: M of each image.
+        is_told: (n, M) bool, slots with a history. An image without any is ranked by its own logits.
+        trust: (n, M) in [0, 1], of the slots' classes if present; other present labels count in full.
+        num_expected: K; 0 for AN.
+
+    Returns:
+        () sum over images and classes.
+    """
+    held, probs = slots.classes.clamp(min=0), torch.sigmoid(logits.detach())
+    ranking = torch.full_like(probs, -1.0)  # below every score
+    ranking = ranking.scatter_reduce(1, held, slots.scores.masked_fill(~is_told, -1.0), "amax")
+    ranking = torch.where(is_told.any(dim=1, keepdim=True), ranking, probs)
+    total = expected_negative_loss(logits, targets, ranking, expected_positives=num_expected)
+    doubt = 1.0 - trust.masked_fill(slots.classes == EMPTY, 1.0)
+    doubts = torch.zeros_like(probs).scatter_reduce(1, held, doubt, "amax")  # (n, C)
+    return total + (doubts * F.logsigmoid(logits) * (targets == PRESENT)).sum()  # off the -log p counted in full
+
+
+def pooled_probs(map_logits: Tensor) -> Tensor:
+    """(B, C) logits of the mean over cells of the probabilities of maps (B, C, h, w)."""
+    return torch.logit(torch.sigmoid(map_logits).mean(dim=(2, 3)), eps=1e-6)
+
+
+def cell_grid(backbone: str, image_size: int, num_cells: int) -> CellGrid | None:
+    """Where a trunk's cells look; None for an even grid.
+
+    In a residual net each strided layer is padded alike on both sides, so that cell a is centred on pixel a * stride,
+    not on the middle of an a-th part of the image: a view and its mirror image disagree by almost a cell.
+
+    Args:
+        backbone: its name.
+        image_size: S, pixels.
+        num_cells: G along a side; the stride is the power of two that gives so many.
+    """
+    if not backbone.startswith(_PADDED):
+        return None
+    return CellGrid(side=image_size, stride=2.0 ** round(math.log2(image_size / num_cells)), first=0.5)

@@ -1,0 +1,279 @@
+"""Owns SST: known labels complete unknown ones inside an image (IST) and from other images (CST)."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_mlpl import comm
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.ring import Ring
+from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.data.label_store import Labels
+from dist_mlpl.labels import PRESENT, UNKNOWN
+from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
+from dist_mlpl.losses.cooccurrence import cooccurrence_loss
+from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce
+from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
+from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes, gather_bytes
+from dist_mlpl.models.cooccurrence import PairHead, Pairs, PairSettings
+from dist_mlpl.models.gated_graph import GatedGraphSettings
+from dist_mlpl.models.label_counts import count_cooccurrence
+from dist_mlpl.models.semantic import SemanticHead, SemanticSettings
+
+RING: Final = "positives"
+_EPSILON: Final = 1e-9  # least length that a feature is divided by
+
+
+class SstSettings(MethodSettings):
+    """SST's models, losses and schedule; the defaults are the reference code's.
+
+    Args:
+        head: attention and classifier.
+        graph: between the classes.
+        pairs: the head that says which classes are in an image together.
+        ring_capacity: K, features kept of each class.
+        start_epoch: the first one with transferred labels.
+        threshold: theta, the score from which an unknown label is taken for present, at `start_epoch`.
+        threshold_step: by how much theta falls with each further epoch.
+        threshold_floor: below which it does not fall.
+        intra_weight, inter_weight: w1 and w2, of the labels transferred inside an image and from other images.
+        pair_loss_weight: lambda 1, of the pair head's loss.
+        contrastive_weight: lambda 2.
+        faithful: take the reference code's numbers where they differ; see `Sst`.
+        bank_folder: local folder for the ring's memory-mapped memory; null: host memory.
+    """
+
+    name: Literal["sst"] = "sst"
+    head: SemanticSettings = SemanticSettings()
+    graph: GatedGraphSettings = GatedGraphSettings()
+    pairs: PairSettings = PairSettings()
+    ring_capacity: int = Field(100, ge=1)
+    start_epoch: int = Field(5, ge=0)
+    threshold: float = Field(0.95, gt=0.0, le=1.0)
+    threshold_step: float = Field(0.025, ge=0.0)
+    threshold_floor: float = Field(0.75, gt=0.0, le=1.0)
+    intra_weight: float = Field(1.0, ge=0.0)
+    inter_weight: float = Field(1.0, ge=0.0)
+    pair_loss_weight: float = Field(10.0, ge=0.0)
+    contrastive_weight: float = Field(0.05, ge=0.0)
+    faithful: bool = False
+    bank_folder: str | None = None
+
+    def build(self, *, num_classes: int, image_size: int) -> Sst:
+        return Sst(self, num_classes=num_classes, image_size=image_size)
+
+    def threshold_at(self, epoch: int) -> float:
+        """theta in the given epoch; infinite before the first with transferred labels."""
+        if epoch < self.start_epoch:
+            return math.inf
+        return max(self.threshold_floor, self.threshold - self.threshold_step * (epoch - self.start_epoch))
+
+
+class Sst(Method):
+    """Structured semantic transfer.
+
+        x = classify(f);  f = decouple(backbone(image))
+        L = BCE(x, y) + w1 BCE(x, yI) + w2 BCE(x, yC) + rho (lambda1 L_ist + lambda2 L_cst)
+
+    yI and yC are y where it is known, and present where a score reaches theta: of yI how likely the class is beside
+    those known present in the image, of yC how like the image's feature is to the class's known positives in the ring.
+
+    Source: Chen et al., AAAI 2022 (arXiv 2112.10941), sections 3.2 to 3.4, and its code for what the paper leaves open.
+    Differs, and `faithful` undoes it:
+        A_ij counts only images where j is known (the code's is r times too small at a share r of known labels).
+        L_ist is over pairs of which both labels are known (the code takes a pair with an unknown label as apart).
+        The mean similarity is over the ring's filled entries (the code divides by K always).
+        A group of images without a pair of positives has no part in L_cst (the code counts all its other pairs).
+        BCE is the paper's, a mean over images of means over their labels (the code's is one mean over all labels;
+            its count of transferred labels is that of a micro-batch on all ranks).
+    Differs always:
+        Classes never seen have rows of the identity in A (NaN in the code).
+        The ring is read before the step and written after it (the code writes first).
+        L_cst is over groups of images, and its random draw is replaced by the expected value.
+        Thresholds and ramp are functions of the position, the ring is saved: a resumed run goes on as it was.
+    """
+
+    def __init__(self, settings: SstSettings, *, num_classes: int, image_size: int) -> None:
+        super().__init__(settings, num_classes=num_classes, image_size=image_size)
+        self.settings = settings
+        self.head = SemanticHead(
+            settings.head, settings.graph, num_features=self.backbone.num_features, num_classes=num_classes
+        )
+        self.pair_head = PairHead(settings.pairs, self.head.width, num_classes)
+
+    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+        self._num_samples, self._group_size = num_samples, group_size
+        settings = self.settings
+        self._ring = Ring(
+            RING, self.num_classes, settings.ring_capacity, self.head.width, folder=settings.bank_folder
+        )  # fmt: skip
+
+    def read_labels(self, labels: Labels) -> None:
+        counts = count_cooccurrence(labels, labels.samples.num_samples, self.num_classes)
+        self.head.check_classes(labels.samples.manifest.class_ids)
+        self.head.set_cooccurrence(counts, is_biased=self.settings.faithful)
+        self.pair_head.set_cooccurrence(counts)
+
+    def banks(self) -> dict[str, Bank]:
+        return {RING: self._ring}
+
+    def costs(self, scale: Scale) -> list[Cost]:
+        """The ring with its means on every rank, and the pair head, which works in training alone."""
+        C, D, R, H = self.num_classes, self.head.width, scale.world_size, self.settings.pairs.pair_width
+        row_bytes = 16 + 4 * D
+        ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
+        sent = exchange_bytes(scale.share_images * scale.num_positives, row_bytes, R)
+        sent += gather_bytes(scale.touched_classes(self._ring.spec.num_shards), row_bytes, R)
+        num_known = (scale.targets != UNKNOWN).sum(axis=1)
+        num_pairs = float((num_known * (num_known - 1) / 2).mean()) + scale.num_positives * (C - scale.num_known)
+        if self.pair_head.num_neighbours is not None:
+            num_pairs *= 2 * self.pair_head.num_neighbours / C
+        num_ends = min(C, 2 * num_pairs)  # classes that some pair has
+        products = num_ends * self.settings.pairs.class_width * (D + 2 * H) + num_pairs * H
+        return [
+            ring._replace(held_bytes=ring.held_bytes + C * (4 * D + 8), sent_bytes=sent),
+            Cost("pairs", kept_bytes=4.0 * num_ends * (D + 2 * H), flops=6.0 * products),
+        ]
+
+    @torch.no_grad()
+    def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """As every method's, and what the whole step shares.
+
+        `num_pairs`, `num_contrasted` (1,) over the global batch; `ring_means` (C, D), `ring_counts` (C,); `threshold`
+        theta and `ramp` rho, (1,) on the CPU.
+
+        Collective: all ranks; two all-reduces of 8 bytes, and `Ring.means`.
+        """
+        targets = training_targets(batch)
+        contrasted = num_contrasted(
+            targets, group_size=self._group_size, keep_negatives_alone=self.settings.faithful
+        )  # fmt: skip
+        own = torch.stack([contrasted.new_tensor(len(self._trained_pairs(targets, batch.valid).slot)), contrasted])
+        num_pairs, contrasted = comm.reduce_sum(own).split(1)
+        means, counts = self._ring.means()
+        ramp = progress.samples_consumed / self._num_samples if progress.epoch == 0 else 1.0
+        return super().recall(batch, progress) | {
+            "num_pairs": num_pairs,
+            "num_contrasted": contrasted,
+            "ring_means": means.to(batch.valid.device),
+            "ring_counts": counts.to(batch.valid.device),
+            "threshold": torch.tensor([self.settings.threshold_at(progress.epoch)]),
+            "ramp": torch.tensor([ramp]),
+        }
+
+    def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
+        feature_map = self.backbone(batch.images)
+        found = self.head.decouple(feature_map, with_attention=self.is_asked(HEATMAPS))
+        f, x = found.class_features, self.head.classify(found.class_features)  # (B, C, D), (B, C)
+        extras = {"embedding": feature_map.mean(dim=(2, 3), dtype=f.dtype), HEATMAPS: found.attention}
+        if recalled is None:
+            return step_output(x, {}, extras)
+
+        settings, y = self.settings, training_targets(batch)
+        is_open = (y == UNKNOWN) & batch.valid[:, None]
+        trained, asked = self._trained_pairs(y, batch.valid), self.pair_head.pairs(y == PRESENT, is_open)
+        pair_logits = self.pair_head(f, trained.joined(asked))  # one call: ZeRO-3 gathers its weights once
+        with torch.autocast(x.device.type, enabled=False):
+            of_trained, of_asked = pair_logits.split([len(trained.slot), len(asked.slot)])
+            ramp, theta = float(recalled["ramp"]), float(recalled["threshold"])
+            y_intra = torch.where(is_open & (likely_beside(of_asked, asked, y) >= theta), PRESENT, y)
+            y_inter = torch.where(is_open & (self._similarity(f, recalled) >= theta), PRESENT, y)
+            bce, bce_intra, bce_inter = self._bce(x, [y, y_intra, y_inter], batch, recalled)
+            is_transferring = theta != math.inf  # g_e
+            terms = {
+                "bce": bce,
+                "bce_intra": is_transferring * settings.intra_weight * bce_intra,
+                "bce_inter": is_transferring * settings.inter_weight * bce_inter,
+                "intra": ramp * settings.pair_loss_weight * self._pair_loss(of_trained, trained, y, recalled),
+                "inter": ramp * settings.contrastive_weight * self._contrastive_loss(f, y, recalled),
+            }
+        rows, classes = (y == PRESENT).nonzero(as_tuple=True)
+        positives = {"ring_class": classes, "ring_feature": f[rows, classes], "ring_position": batch.index[rows]}
+        return step_output(x, terms, extras | positives)
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Put the features of known positives into the ring, those of a higher index later.
+
+        Collective: all ranks, see `Ring.push`.
+        """
+        extras = output.extras
+        self._ring.push(extras["ring_class"], extras["ring_feature"], extras["ring_position"])
+
+    def _trained_pairs(self, y: Tensor, valid: Tensor) -> Pairs:
+        """The pairs that the pair head learns from."""
+        is_in = valid[:, None].expand_as(y) if self.settings.faithful else y != UNKNOWN
+        return self.pair_head.pairs(is_in, is_in)
+
+    def _pair_loss(self, logits: Tensor, pairs: Pairs, y: Tensor, recalled: dict[str, Tensor]) -> Tensor:
+        """() this micro-batch's part of L_ist, a mean over the pairs of the global batch."""
+        is_together = (y[pairs.image, pairs.first] == PRESENT) & (y[pairs.image, pairs.second] == PRESENT)
+        return cooccurrence_loss(logits, is_together) / recalled["num_pairs"].clamp(min=1).squeeze()
+
+    def _contrastive_loss(self, f: Tensor, y: Tensor, recalled: dict[str, Tensor]) -> Tensor:
+        """() this micro-batch's part of L_cst, a mean over the contrasted pairs of the global batch."""
+        faithful = self.settings.faithful
+        total = contrastive_loss(f, y, group_size=self._group_size, keep_negatives_alone=faithful)
+        return total / recalled["num_contrasted"].clamp(min=1).squeeze()
+
+    def _similarity(self, f: Tensor, recalled: dict[str, Tensor]) -> Tensor:
+        """(B, C) mean cosine of each feature with the ring's of its class; 0 where there are none."""
+        similarity = mean_similarity(f.detach(), recalled["ring_means"])
+        if self.settings.faithful:
+            similarity = similarity * (recalled["ring_counts"] / self.settings.ring_capacity)
+        return similarity
+
+    def _bce(self, x: Tensor, targets: list[Tensor], batch: Batch, recalled: dict[str, Tensor]) -> list[Tensor]:
+        """() each, this micro-batch's parts of the global batch's BCE on y (B, C), yI and yC.
+
+        Collective: with `faithful`, one all-reduce of 16 bytes: how many labels were transferred is not known before.
+        """
+        num_valid = recalled["num_valid"].clamp(min=1).squeeze()
+        if not self.settings.faithful:
+            return [image_mean_bce(x, y) * (len(y) / num_valid) for y in targets]  # divides by padding too
+        own = torch.stack([(y != UNKNOWN).sum() for y in targets] + [batch.valid.sum()]).float()  # (4,)
+        over_ranks = comm.reduce_sum(own.clone()).clamp(min=1)
+        share = own / over_ranks * (over_ranks[3] / num_valid)
+        share[0] = own[0] / recalled["num_known"].clamp(min=1).squeeze()
+        return [masked_mean_bce(x, y) * part for y, part in zip(targets, share, strict=False)]
+
+
+def likely_beside(logits: Tensor, pairs: Pairs, targets: Tensor) -> Tensor:
+    """How likely each class is in an image beside those known present there: r of IST.
+
+    Args:
+        logits: (M,) of the pair head, for pairs of a class known present and another; a pair that is not given counts
+            as probability 0.
+        pairs: they, in any order.
+        targets: (B, C) int8 in {-1, 0, 1}.
+
+    Returns:
+        (B, C) in [0, 1], a constant: the mean over the image's classes known present; 0 where there are none.
+
+    Source: SST, section 3.2, and its code.
+    """
+    receiver = torch.where(targets[pairs.image, pairs.second] == PRESENT, pairs.first, pairs.second)
+    total = torch.zeros(targets.shape, dtype=logits.dtype, device=logits.device)
+    total.index_put_((pairs.image, receiver), logits.detach().sigmoid(), accumulate=True)
+    return total / (targets == PRESENT).sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def mean_similarity(class_features: Tensor, means: Tensor) -> Tensor:
+    """Mean cosine of a feature with all of its class in the ring: the product with the mean of their unit vectors.
+
+    Args:
+        class_features: (B, C, D).
+        means: (C, D), mean unit vectors, zeros for an empty class.
+
+    Returns:
+        (B, C) in [-1, 1].
+
+    Source: SST, section 3.3; exact to rounding.
+    """
+    lengths = torch.linalg.vector_norm(class_features, dim=-1).clamp(min=_EPSILON)
+    return torch.einsum("bcd,cd->bc", class_features, means.to(class_features.dtype)) / lengths

@@ -1,0 +1,60 @@
+"""Owns how a layer works block by block: products that all engines round alike, and blocks computed again backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Entries of a block, in one tensor of its width; working on a block takes some fifteen of these.
+_CPU_ENTRIES = 2**18
+_DEVICE_ENTRIES = 2**22
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product in autocast's type, given back in the inputs' own.
+
+    ZeRO-3's linear rounds the bias of more than two dimensions by itself: given two, all engines agree in bf16 too.
+
+    Args:
+        inputs: (..., n), at least two dimensions.
+        weight: (m, n).
+        bias: (m,).
+
+    Returns:
+        (..., m).
+    """
+    return F.linear(inputs.flatten(0, -2), weight, bias).unflatten(0, inputs.shape[:-1]).to(inputs.dtype)
+
+
+def pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Compute a block again and take a slope by its result back to its inputs; 0 for those it does not use.
+
+    Args:
+        function: of the inputs, differentiable.
+        slope: by its result, same shape.
+    """
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, slope, materialize_grads=True)
+
+
+def add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Add in place, tensor by tensor."""
+    for total, part in zip(totals, parts, strict=True):
+        total += part
+
+
+def blocks(num_rows: int, row_entries: int, device: torch.device) -> Iterator[slice]:
+    """Cut rows into blocks that bound the memory of a step.
+
+    Args:
+        num_rows: to cut.
+        row_entries: numbers in a row of the widest tensor.
+        device: whose memory it is.
+    """
+    entries = _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
+    step = max(1, entries // max(1, row_entries))
+    return (slice(start, start + step) for start in range(0, num_rows, step))

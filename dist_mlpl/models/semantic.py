@@ -1,0 +1,198 @@
+"""Owns the semantic head: one feature a class by attention over the cells, a graph between classes, one logit each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_mlpl.kernels.semantic_attention import semantic_attention
+from dist_mlpl.models.class_embeddings import check_order, read_embeddings
+from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
+from dist_mlpl.models.label_counts import LabelCounts
+from dist_mlpl.models.recompute import linear
+from dist_mlpl.settings import Settings
+
+
+class SemanticSettings(Settings):
+    """The sizes of decoupling and classifier.
+
+    Args:
+        embeddings: URL of class vectors (C, W) in the order of the classes, .npy or .safetensors, which stay as they
+            are; null: learned ones.
+        embedding_width: W of learned vectors, and of those in the file where it is given; null: 300, or the file's.
+        attention_width: k, of the layer in which cells and classes meet.
+        feature_width: D, to which a 1x1 convolution and a BatchNorm bring the trunk's channels; null: neither, D = F.
+        head_width: of the layer before the logits; null: D.
+        pool: average 2 x 2 cells first.
+    """
+
+    embeddings: str | None = None
+    embedding_width: int | None = Field(None, ge=1)
+    attention_width: int = Field(512, ge=1)
+    feature_width: int | None = Field(None, ge=1)
+    head_width: int | None = Field(None, ge=1)
+    pool: bool = False
+
+
+class Decoupled(NamedTuple):
+    """One feature a class, and where it was seen when asked for."""
+
+    class_features: Tensor  # (B, C, D) float32 (float64 in a float64 model)
+    attention: Tensor | None  # (B, C, h, w) in [0, 1], sums to 1 over the cells; detached
+    peak: Tensor | None  # (B, C) int64, cell of the largest attention, row * w + column
+
+
+class SemanticDecoupling(nn.Module):
+    """Every class looks at the cells with its own attention and takes their weighted mean.
+
+        u_l = W1 cell_l;  t_c = W2 e_c;  s_lc = w4 . (W3 tanh(u_l * t_c));  a = softmax over l;  f_c = sum_l a_lc cell_l
+
+    W3 and w4 have nothing between them: their product, a vector of k numbers, meets the tangents. They stay two
+    parameters, so that training takes the reference's path. Neither the weighted map (B, h, w, C, D) nor the tangents
+    (B, L, C, k) are ever whole in memory.
+
+    Args:
+        settings: sizes.
+        num_features: F of the trunk.
+        num_classes: C.
+
+    Attributes:
+        width: D.
+
+    Raises:
+        ConfigError: a file of class vectors that does not fit.
+        StorageError: one that cannot be read.
+
+    Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022) with its code.
+    Differs: the biases of W3 and w4 are left out: they cancel in the softmax. Exact otherwise, to rounding.
+    """
+
+    def __init__(self, settings: SemanticSettings, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        k = settings.attention_width
+        self.width = D = settings.feature_width or num_features
+        self._pool, self._url = settings.pool, settings.embeddings
+        self._embedded_classes: tuple[str, ...] | None = None
+        self.reduce = nn.Identity() if settings.feature_width is None else _reduction(num_features, D)
+        if settings.embeddings is None:
+            W = settings.embedding_width or 300
+            self.embeddings: Tensor = nn.Parameter(torch.randn(num_classes, W))
+        else:
+            found = read_embeddings(settings.embeddings, num_classes=num_classes, width=settings.embedding_width)
+            W = found.vectors.shape[1]
+            self._embedded_classes = found.classes
+            self.register_buffer("embeddings", found.vectors)
+        self.cell_weight = nn.Parameter(torch.empty(k, D))  # W1
+        self.class_weight = nn.Parameter(torch.empty(k, W))  # W2
+        self.mixing_weight = nn.Parameter(torch.empty(k, k))  # W3
+        self.score_weight = nn.Parameter(torch.empty(1, k))  # w4
+        for weight in (self.cell_weight, self.class_weight, self.mixing_weight, self.score_weight):
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)  # as nn.Linear
+
+    def forward(self, feature_map: Tensor, *, with_attention: bool = False) -> Decoupled:
+        """Take one feature a class from a feature map.
+
+        Args:
+            feature_map: (B, F, h, w), any floating type.
+            with_attention: also give attention and peaks, L = h * w numbers for each class of an image.
+        """
+        pooled = F.avg_pool2d(feature_map, 2) if self._pool else feature_map
+        reduced: Tensor = self.reduce(pooled)  # (B, D, h, w)
+        cells = reduced.flatten(2).transpose(1, 2)  # (B, L, D)
+        keys = F.linear(self.embeddings, self.class_weight)  # (C, k)
+        query = (self.score_weight @ self.mixing_weight).squeeze(0)  # (k,)
+        found = semantic_attention(cells, keys, self.cell_weight, query)
+        features = found.class_features.to(torch.promote_types(feature_map.dtype, torch.float32))
+        if not with_attention:
+            return Decoupled(features, None, None)
+        return Decoupled(features, found.attention.unflatten(2, reduced.shape[2:]), found.attention.argmax(dim=2))
+
+    def check_classes(self, class_ids: tuple[str, ...]) -> None:
+        """Hold the order of the file's rows against the data's classes, where the file names them.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        if self._url is not None and self._embedded_classes is not None:
+            check_order(self._url, self._embedded_classes, class_ids)
+
+
+class ClassClassifier(nn.Module):
+    """o_c = tanh(Wo [h_c; f_c] + bo), shared by the classes; x_c = <w_c, o_c> + b_c.
+
+    Args:
+        width: D of h and f.
+        head_width: of o.
+        num_classes: C.
+
+    Source: SSGRL and SST, with their code.
+    """
+
+    def __init__(self, width: int, head_width: int, num_classes: int) -> None:
+        super().__init__()
+        self.joint_weight = nn.Parameter(torch.empty(head_width, 2 * width))
+        self.joint_bias = nn.Parameter(torch.empty(head_width))
+        self.class_weight = nn.Parameter(torch.empty(num_classes, head_width))
+        self.class_bias = nn.Parameter(torch.empty(num_classes))
+        for parameter, inputs in (
+            (self.joint_weight, 2 * width),
+            (self.joint_bias, 2 * width),
+            (self.class_weight, head_width),
+            (self.class_bias, head_width),
+        ):
+            nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
+
+    def forward(self, propagated: Tensor, class_features: Tensor) -> Tensor:
+        """Logits (B, C), in the inputs' type, of h and f (B, C, D)."""
+        of_graph, of_image = self.joint_weight.split(class_features.shape[-1], dim=1)  # (o, D) each: no [h; f] is made
+        joint = (linear(propagated, of_graph) + linear(class_features, of_image, self.joint_bias)).tanh()  # (B, C, o)
+        scores = torch.einsum("bco,co->bc", joint, self.class_weight).to(joint.dtype)
+        return scores + self.class_bias
+
+
+class SemanticHead(nn.Module):
+    """Decoupling, graph and classifier. Its two calls belong inside a method's forward.
+
+    Args:
+        settings: of decoupling and classifier.
+        graph: of the graph.
+        num_features: F of the trunk.
+        num_classes: C.
+
+    Attributes:
+        width: D.
+    """
+
+    def __init__(
+        self, settings: SemanticSettings, graph: GatedGraphSettings, *, num_features: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.decoupling = SemanticDecoupling(settings, num_features, num_classes)
+        self.width = self.decoupling.width
+        self.graph = GatedGraph(graph, self.width, num_classes)
+        self.classifier = ClassClassifier(self.width, settings.head_width or self.width, num_classes)
+
+    def decouple(self, feature_map: Tensor, *, with_attention: bool = False) -> Decoupled:
+        """See `SemanticDecoupling.forward`."""
+        return self.decoupling(feature_map, with_attention=with_attention)
+
+    def classify(self, class_features: Tensor) -> Tensor:
+        """Logits (B, C) of class features (B, C, D): propagated over the graph, joined with themselves, classified."""
+        return self.classifier(self.graph(class_features), class_features)
+
+    def check_classes(self, class_ids: tuple[str, ...]) -> None:
+        """See `SemanticDecoupling.check_classes`."""
+        self.decoupling.check_classes(class_ids)
+
+    def set_cooccurrence(self, counts: LabelCounts, *, is_biased: bool = False) -> None:
+        """See `GatedGraph.set_cooccurrence`."""
+        self.graph.set_cooccurrence(counts, is_biased=is_biased)
+
+
+def _reduction(num_features: int, width: int) -> nn.Sequential:
+    """(B, F, h, w) to (B, D, h, w); features may be negative."""
+    return nn.Sequential(nn.Conv2d(num_features, width, kernel_size=1, bias=False), nn.BatchNorm2d(width))

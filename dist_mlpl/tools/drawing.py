@@ -1,0 +1,76 @@
+"""Owns how the tools draw: pictures with lines of text, in rows, as one PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+PLAIN, GOOD, BAD, FAINT = (20, 20, 20), (0, 110, 0), (180, 0, 0), (120, 120, 120)
+LINE: Final = 14  # pixels a line of text is high
+GAP: Final = 8
+
+Line = tuple[str, tuple[int, int, int]]  # text and its colour
+
+
+def opened(content: bytes) -> Image.Image:
+    """The image in a file's bytes, RGB."""
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def beside(picture: Image.Image, lines: Sequence[Line], *, side: int, width: int) -> Image.Image:
+    """A picture, at most `side` pixels long, with `width` pixels of text on its right."""
+    picture = ImageOps.contain(picture, (side, side))
+    row = Image.new("RGB", (side + width, max(picture.height, LINE * len(lines)) + GAP), "white")
+    row.paste(picture, (0, GAP // 2))
+    _write(row, lines, left=side + GAP, top=GAP // 2)
+    return row
+
+
+def above(picture: Image.Image, lines: Sequence[Line], *, side: int) -> Image.Image:
+    """A picture, at most `side` pixels long, over its lines of text."""
+    picture = ImageOps.contain(picture, (side, side))
+    tile = Image.new("RGB", (side + GAP, side + GAP + LINE * len(lines)), "white")
+    tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    _write(tile, lines, left=2, top=side + 2)
+    return tile
+
+
+def in_a_row(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Tiles from left to right."""
+    row = Image.new("RGB", (sum(tile.width for tile in tiles), max(tile.height for tile in tiles)), "white")
+    left = 0
+    for tile in tiles:
+        row.paste(tile, (left, 0))
+        left += tile.width
+    return row
+
+
+def stacked(rows: Sequence[Image.Image]) -> bytes:
+    """Rows from top to bottom, as a PNG."""
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def heated(picture: Image.Image, evidence: np.ndarray) -> Image.Image:
+    """A grey picture under a map (h, w), dark blue where it is lowest and yellow where it is highest."""
+    low, high = float(evidence.min()), float(evidence.max())
+    scaled = (evidence - low) / (high - low if high > low else 1.0)
+    heat = Image.fromarray((255 * scaled).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    colors = ImageOps.colorize(heat, black=(0, 0, 90), mid=(200, 60, 60), white=(255, 255, 60))
+    return Image.blend(picture.convert("L").convert("RGB"), colors, 0.5)
+
+
+def _write(sheet: Image.Image, lines: Sequence[Line], *, left: int, top: int) -> None:
+    pen = ImageDraw.Draw(sheet)
+    for number, (text, color) in enumerate(lines):
+        pen.text((left, top + number * LINE), text.encode("ascii", "replace").decode(), fill=color)

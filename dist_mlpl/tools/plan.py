@@ -1,0 +1,315 @@
+"""Owns the plan of a run: what its trunk, heads and banks hold, send and compute, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_mlpl import keyed, storage
+from dist_mlpl.config import Config
+from dist_mlpl.data.label_store import LabelStore
+from dist_mlpl.data.order import check_global_batch
+from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.errors import ConfigError
+from dist_mlpl.labels import Targets
+from dist_mlpl.methods.base import Method, MethodSettings, images_alone
+from dist_mlpl.methods.costs import Cost, Scale, reduce_bytes
+from dist_mlpl.models.semantic import SemanticSettings
+from dist_mlpl.train import build_view, open_samples
+
+LARGEST: Final = 9605  # trainable classes of Open Images
+_SAMPLED: Final = 2048  # images whose labels are counted
+_NUM_IMAGES: Final = 2  # that are computed for their shapes; one alone has no variance for some BatchNorms
+
+
+class Plan(NamedTuple):
+    """What a run takes."""
+
+    num_classes: int  # C
+    num_samples: int  # N of the train split
+    scale: Scale
+    trunk: Cost
+    heads: list[Cost]  # of inference
+    extras: list[Cost]  # banks, and heads that work in training alone
+    gradient_bytes: float  # sent by a rank for the gradients of a step, at ZeRO stages 0 to 2
+
+    @property
+    def added(self) -> Cost:
+        """All that comes on top of the trunk."""
+        return total_cost("heads and banks", [*self.heads, *self.extras])
+
+
+def total_cost(name: str, costs: list[Cost]) -> Cost:
+    """The sum of several parts."""
+    columns = zip(*(cost[1:] for cost in costs), strict=True)
+    return Cost(name, *(sum(column) for column in columns)) if costs else Cost(name)
+
+
+def make_plan(
+    config: Config, *, num_ranks: int, num_classes: int | None = None, num_samples: int | None = None
+) -> Plan:
+    """Work out a run's plan; the model is built without memory, no image is read.
+
+    Args:
+        config: of the run.
+        num_ranks: R.
+        num_classes: instead of the manifest's.
+        num_samples: instead of the train split's.
+
+    Raises:
+        ConfigError: tars without an index, whose labels cannot be counted, or a batch that so many ranks cannot share.
+        DataError: no manifest.
+    """
+    storage.configure_storage(config.data.storage_options)
+    (samples,) = open_samples(config.data, config.data.train_split)
+    if not isinstance(samples, SplitIndex):
+        raise ConfigError(
+            "tars without an index",
+            expected="indexed shards: a plan counts their labels",
+            where="data.unindexed",
+            next_step="run `dist-mlpl shards index` first",
+        )
+    N = samples.num_samples if num_samples is None else num_samples
+    C = samples.manifest.num_classes if num_classes is None else num_classes
+    check_global_batch(config.global_batch, group_size=config.group_size, world_size=num_ranks, num_samples=N)
+
+    method, found = _measured(_settings(config, C, samples.manifest.num_classes), C, config.transform.size)
+    method.begin_run(num_samples=N, group_size=config.group_size, seed=config.seed)
+    scale = Scale(
+        world_size=num_ranks,
+        global_batch=config.global_batch,
+        num_cells=found.num_cells,
+        targets=_told(config, samples, C),
+    )
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return Plan(
+        num_classes=C, num_samples=N, scale=scale, trunk=found.costs.pop("backbone"), heads=list(found.costs.values()),
+        extras=method.costs(scale), gradient_bytes=reduce_bytes(4 * trained, num_ranks),
+    )  # fmt: skip
+
+
+def _settings(config: Config, num_classes: int, given_classes: int) -> MethodSettings:
+    """The method's, without weights that would be read; for other classes than the data's, without their vectors."""
+    settings = config.method
+    changes: dict[str, Any] = {"backbone": settings.backbone.model_copy(update={"weights": None})}
+    for name in type(settings).model_fields:
+        part = getattr(settings, name)
+        if num_classes != given_classes and isinstance(part, SemanticSettings):
+            changes[name] = part.model_copy(update={"embeddings": None})
+    return settings.model_copy(update=changes)
+
+
+def _told(config: Config, samples: SplitIndex, num_classes: int) -> Targets:
+    """(n, C) int8 labels, as the run is told them, of images evenly spread over the split.
+
+    For other classes than the data's: as many labels an image, of classes drawn evenly.
+    """
+    chosen = np.unique(np.linspace(0, samples.num_samples - 1, _SAMPLED).round().astype(np.int64))
+    targets = LabelStore(samples, build_view(config.data, samples)).at(0).targets(chosen)
+    if num_classes == samples.manifest.num_classes:
+        return targets
+    images, classes = targets.nonzero()
+    drawn = np.zeros((len(chosen), num_classes), dtype=np.int8)
+    places = (keyed.uniform(keyed.key("classes"), len(images)) * num_classes).astype(np.int64)
+    drawn[images, places] = targets[images, classes]
+    return drawn
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    costs: dict[str, Cost]  # by the method's child, "backbone" among them
+    num_cells: int
+
+
+def _measured(settings: MethodSettings, num_classes: int, image_size: int) -> tuple[Method, _Found]:
+    """Build a method of shapes alone, run a forward of inference, and a backward through each call of its parts.
+
+    Kept activations are those of float32; bf16 keeps about half.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method = settings.build(num_classes=num_classes, image_size=image_size)
+        batch = images_alone(torch.empty(_NUM_IMAGES, 3, image_size, image_size), num_classes)
+        with _watched(method) as watch:
+            method(batch, None)
+        for call in watch.calls:
+            call.count_backward(watch.flops)
+    costs = {
+        name: Cost(
+            name,
+            held_bytes=sum(tensor.nbytes for tensor in [*child.parameters(), *child.buffers()]),
+            kept_bytes=watch.kept[name] / _NUM_IMAGES,
+            flops=watch.flops[name] / _NUM_IMAGES,
+        )
+        for name, child in method.named_children()
+    }
+    return method, _Found(costs, watch.num_cells)
+
+
+class _Call(NamedTuple):
+    """One call of a part of the method, from outside it."""
+
+    child: str
+    module: nn.Module
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def count_backward(self, flops: Counter[str]) -> None:
+        """Through this call alone, to its inputs and weights."""
+        wanted = [t for t in [*self.inputs, *self.module.parameters()] if t.requires_grad]
+        outputs = [t for t in self.outputs if t.requires_grad]
+        if wanted and outputs:
+            with _counting(self.child, flops):
+                torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True, retain_graph=True)
+
+
+class _Watch:
+    """What is seen while a method runs."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.flops: Counter[str] = Counter()  # by child
+        self.kept: Counter[str] = Counter()  # bytes by child
+        self.num_cells = 0
+
+
+@contextmanager
+def _watched(method: Method) -> Iterator[_Watch]:
+    """Note every call from outside into a child of the method, what it computes and what autograd keeps of it."""
+    watch = _Watch()
+    running: list[tuple[str, Any]] = []  # calls that have begun, the child of each, and what counts the outermost
+    seen = {tensor.untyped_storage()._cdata for tensor in [*method.parameters(), *method.buffers()]}
+
+    def enter(name: str) -> Any:
+        def begin(module: nn.Module, inputs: Any) -> None:
+            counting = None if running else _counting(name, watch.flops)
+            if counting is not None:
+                counting.__enter__()
+            running.append((name, counting))
+
+        return begin
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        name, counting = running.pop()
+        if name == "backbone" and isinstance(output, Tensor) and output.dim() == 4:
+            watch.num_cells = math.prod(output.shape[2:])  # of the last of its layers, which a method may call singly
+        if counting is not None:
+            counting.__exit__(None, None, None)
+            watch.calls.append(_Call(name, module, _tensors(inputs), _tensors(output)))
+
+    def pack(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory._cdata not in seen:  # as long as the graph is there, no other memory has its number
+            seen.add(memory._cdata)
+            watch.kept[running[-1][0] if running else ""] += memory.nbytes()
+        return tensor
+
+    hooks = []
+    for child_name, child in method.named_children():
+        for module in child.modules():
+            hooks += [module.register_forward_pre_hook(enter(child_name)), module.register_forward_hook(leave)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def _counting(name: str, flops: Counter[str]) -> Iterator[None]:
+    """Add what is computed inside."""
+    with FlopCounterMode(display=False, custom_mapping=_POINTWISE) as counter:
+        yield
+    flops[name] += counter.get_total_flops()
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Of one, or of some in a tuple."""
+    return [t for t in (found if isinstance(found, tuple | list) else [found]) if isinstance(t, Tensor)]
+
+
+def _one_each(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """One for each number that comes out."""
+    return math.prod(out_shape)
+
+
+def _matrix_vector(matrix: Any, vector: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+_ATEN = torch.ops.aten
+_POINTWISE: Final = {  # what torch's counter leaves out and attention over classes is made of
+    **dict.fromkeys((_ATEN.tanh, _ATEN.tanh_, _ATEN.mul, _ATEN.mul_), _one_each), _ATEN.mv: _matrix_vector,
+}  # fmt: skip
+
+
+# Showing --------------------------------------------------------------------------------------------------------------
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON holds it."""
+    costs = {"trunk": plan.trunk, "added": plan.added}
+    parts = {"heads": plan.heads, "extras": plan.extras}
+    return {
+        "num_classes": plan.num_classes,
+        "num_samples": plan.num_samples,
+        **{name: value for name, value in plan.scale._asdict().items() if name != "targets"},
+        "num_positives": plan.scale.num_positives,
+        **{name: cost._asdict() for name, cost in costs.items()},
+        **{name: [cost._asdict() for cost in found] for name, found in parts.items()},
+        "gradient_bytes": plan.gradient_bytes,
+    }
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row a part, then all that comes on top of the trunk."""
+    scale = plan.scale
+    title = (
+        f"{plan.num_classes:,} classes, {plan.num_samples:,} images, {scale.world_size} ranks, "
+        f"{scale.global_batch} images a step, {scale.num_cells} cells, {scale.num_positives:.2f} known positives each"
+    )
+    table = Table(
+        title=title, caption="held and sent: a rank; kept for the backward pass (float32): an image", min_width=96
+    )
+    for heading in ("", "held", "kept / image", "sent / step", "FLOPs / image", "of the trunk's"):
+        table.add_column(heading, justify="right" if heading else "left")
+    gradients = Cost("gradients", sent_bytes=plan.gradient_bytes)
+    for cost in (plan.trunk, *plan.heads, *plan.extras):
+        table.add_row(*_cells(cost, plan))
+    table.add_section()
+    for cost in (plan.added, gradients):
+        table.add_row(*_cells(cost, plan))
+    return table
+
+
+def largest_line(plan: Plan) -> str:
+    """The sum of what comes on top of the trunk, for another number of classes."""
+    _, held, kept, sent, flops, share = _cells(plan.added, plan)
+    return (
+        f"with {plan.num_classes:,} classes, heads and banks: {held} held, {kept} kept an image, {sent} sent a step, "
+        f"{flops} FLOPs an image, {share} of the trunk's"
+    )
+
+
+def _cells(cost: Cost, plan: Plan) -> list[str]:
+    share = cost.flops / plan.trunk.flops
+    sizes = [_scaled(size, "B") for size in (cost.held_bytes, cost.kept_bytes, cost.sent_bytes)]
+    return [cost.name, *sizes, _scaled(cost.flops, ""), f"{share:.1%}" if cost.flops else ""]
+
+
+def _scaled(number: float, unit: str) -> str:
+    """Three digits and a power of a thousand; nothing for 0."""
+    if number == 0:
+        return ""
+    power = min(5, max(0, int(math.log10(number) // 3)))
+    return f"{number / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}".strip()

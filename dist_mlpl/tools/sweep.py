@@ -1,0 +1,177 @@
+"""Owns a sweep: configs times known fractions times seeds as a queue of runs, and what each of them has come to."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from dist_mlpl import storage
+from dist_mlpl.chain import read_head
+from dist_mlpl.config import Config, check_resume, load_config, read_run_config, run_config_url
+from dist_mlpl.data.held_out import HELD_OUT
+from dist_mlpl.data.stream import DataSettings
+from dist_mlpl.errors import ConfigError
+from dist_mlpl.tools.sweep_table import Result
+
+HELD_OUT_FRACTION: Final = 0.2
+# What a sweep asks of every run unless told otherwise: one process needs no DeepSpeed, and an evaluation always follows
+# the last epoch.
+_SETTINGS: Final = ("engine.kind=plain", "evaluation.every_epochs=1000000")
+_KNOWN_WORDS: Final = {  # besides fractions
+    "single": ["data.known_rule=single_positive", "data.known_fraction=null"],
+    "all": ["data.known_rule=bernoulli", "data.known_fraction=null"],
+}
+
+
+class PlannedRun(NamedTuple):
+    """One run of a sweep.
+
+    Args:
+        method: its config's file name without the ending.
+        known: how much of the labels is known, as a word.
+        seed: of training and of the view.
+        folder: RUN.
+        config: as it resolves.
+        arguments: of `dist-mlpl` that train it, or go on with it.
+    """
+
+    method: str
+    known: str
+    seed: int
+    folder: str
+    config: Config
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return storage.name(self.folder)
+
+    @property
+    def command(self) -> str:
+        """What makes the run alone, for a person; without options of stores, which may hold keys."""
+        shown = [part for part in self.arguments if not part.startswith("data.storage_options")]
+        kept = [a for a, b in zip(shown, [*shown[1:], ""], strict=True) if (a, b) != ("--set", "--set")]
+        return f"dist-mlpl {shlex.join(kept)}"
+
+
+def plan_sweep(
+    paths: Sequence[str],
+    *,
+    out: str,
+    known: Sequence[str] = (),
+    num_seeds: int = 1,
+    overrides: Sequence[str] = (),
+    is_choosing: bool = False,
+) -> list[PlannedRun]:
+    """Every run of a sweep, in the order they are made: all methods under one seed before the next seed.
+
+    Seed s draws the weights, the order and the view of every method alike, so that methods may be compared seed by
+    seed. The evaluation split is read once, after the last epoch.
+
+    Args:
+        paths: of configs; their file names name the methods.
+        out: folder or URL that holds the runs' folders.
+        known: fractions in (0, 1], `single` for one positive label an image, `all`; none for what each config says.
+        num_seeds: seeds 0 .. num_seeds - 1.
+        overrides: `section.field=value` for every run.
+        is_choosing: hold a fifth of the train split out and judge on it instead of the evaluation split.
+
+    Raises:
+        ConfigError: no config, two of one name, one that does not check, or a `known` that is none of the above.
+    """
+    methods = [storage.name(path).removesuffix(".yaml") for path in paths]
+    twice = sorted({method for method in methods if methods.count(method) > 1})
+    if twice or not paths:
+        raise ConfigError(
+            f"two configs named {', '.join(twice)}" if twice else "no config",
+            expected="configs with file names of their own: these name the rows of the table",
+            where="CONFIG",
+            next_step="rename one of them, or sweep them into different folders",
+        )
+    common = list(_SETTINGS)
+    if is_choosing:
+        common += [f"data.held_out_fraction={HELD_OUT_FRACTION}", f"data.eval_split={HELD_OUT}"]
+    common += overrides
+    runs: list[PlannedRun] = []
+    shares: list[str | None] = list(known) or [None]
+    for seed in range(num_seeds):
+        for one in shares:
+            changes = [*common, *_known_overrides(one), f"seed={seed}", f"data.known_seed={seed}"]
+            runs += [
+                _plan_run(method, path, changes, seed=seed, out=out)
+                for method, path in zip(methods, paths, strict=True)
+            ]
+    return runs
+
+
+def _plan_run(method: str, path: str, changes: list[str], *, seed: int, out: str) -> PlannedRun:
+    config = load_config(path, overrides=changes)
+    known = known_word(config.data)
+    folder = storage.join(out, f"{method}-{known}-{seed}")
+    sets = [part for change in changes for part in ("--set", change)]
+    arguments = ("train", path, "--out", folder, "--local", *sets)
+    return PlannedRun(method, known, seed, folder, config.model_copy(update={"out": folder}), arguments)
+
+
+def _known_overrides(known: str | None) -> list[str]:
+    if known is None:
+        return []
+    if known in _KNOWN_WORDS:
+        return _KNOWN_WORDS[known]
+    if not is_known_word(known):
+        raise ConfigError(
+            f"--known {known}",
+            expected="a fraction in (0, 1], `single` or `all`",
+            where="--known",
+            next_step="write it like --known 0.1 0.3 single",
+        )
+    return [f"data.known_fraction={known}"]
+
+
+def is_known_word(text: str) -> bool:
+    """Whether a word of the command line says how much is known, and is no config."""
+    try:
+        return text in _KNOWN_WORDS or 0.0 < float(text) <= 1.0
+    except ValueError:
+        return False
+
+
+def known_word(data: DataSettings) -> str:
+    """How much of the labels a run may see, as a word that fits into a file name."""
+    if data.view is not None:
+        return storage.name(data.view)
+    if data.known_rule == "single_positive":
+        return "single"
+    if data.known_fraction is None:
+        return "all"
+    rule = "" if data.known_rule == "bernoulli" else f"-{data.known_rule}"
+    return f"{data.known_fraction:g}{rule}"
+
+
+def epochs_done(run: PlannedRun) -> int:
+    """Epochs that a run has committed."""
+    head = read_head(run.folder)
+    return 0 if head is None else min(head.epoch, run.config.num_epochs)
+
+
+def result_of(run: PlannedRun) -> Result | None:
+    """What a finished run came to; None while its chain has not reached the last epoch, or it is not judged yet.
+
+    Raises:
+        CheckpointError: the folder holds a run of another config, or a damaged chain.
+    """
+    if storage.exists(run_config_url(run.folder)):
+        check_resume(read_run_config(run.folder), run.config, allow_change=False)
+    head = read_head(run.folder)
+    if head is None or head.epoch < run.config.num_epochs:
+        return None
+    try:
+        content = storage.read_bytes(storage.join(run.folder, "evaluations", f"{head.name}.json"))
+    except FileNotFoundError:
+        return None
+    record: dict[str, Any] = json.loads(content)
+    numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    return Result(run.method, run.known, run.seed, str(record["split"]), numbers)

@@ -1,0 +1,139 @@
+"""Claims about banks that answer more than rows, on 1 to 4 ranks: means of rings, prototypes, nearest images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_mlpl import comm
+from dist_mlpl.bank_files import load_banks, save_banks
+from dist_mlpl.banks.neighbours import Neighbours
+from dist_mlpl.banks.prototypes import Prototypes
+from dist_mlpl.banks.ring import Ring
+from dist_mlpl.chain import Commit
+from dist_mlpl.errors import BankError
+from tests.support.banks import UPDATES, commit_with, own_rows
+from tests.support.class_banks import (
+    CAPACITY,
+    NUM_CLASSES,
+    NUM_PROTOTYPES,
+    SlowRing,
+    make_prototypes,
+    make_ring,
+    update_prototypes,
+    update_ring,
+)
+from tests.support.neighbours import crowded, slow_nearest
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+N, WIDTH, NUM_QUERIES, K = 600, 6, 40, 9
+Answers = dict[str, Tensor]
+
+
+def answers(ring: Ring, prototypes: Prototypes, neighbours: Neighbours) -> Answers:
+    """All that methods ask of these banks; queries are dealt to ranks unevenly, and gathered in order."""
+    means, filled = ring.means()
+    table, counts = prototypes.table()
+    assert torch.equal(prototypes.counts(), counts)
+    generator = torch.Generator().manual_seed(comm.rank())
+    classes = torch.randint(0, NUM_CLASSES, (11 * comm.rank(),), generator=generator)
+    slots = torch.randint(0, NUM_PROTOTYPES, (len(classes),), generator=generator)
+    assert torch.equal(prototypes.read(classes, slots), table[classes, slots])
+    own = own_rows(NUM_QUERIES)
+    scores, found = neighbours.search(embeddings()[own], K)
+    order = comm.gather_rows(own).argsort()
+    scores, found = (comm.gather_rows(part)[order] for part in (scores, found))
+    return {"means": means, "filled": filled, "table": table, "counts": counts, "scores": scores, "found": found}
+
+
+def embeddings() -> Tensor:
+    return crowded(N, WIDTH, seed=4)
+
+
+def make_banks() -> tuple[Ring, Prototypes, Neighbours]:
+    return make_ring("ring"), make_prototypes("prototypes_kmeans"), Neighbours("neighbours", N, WIDTH)
+
+
+def fill(ring: Ring, prototypes: Prototypes, neighbours: Neighbours, updates: list[tuple[int, int]]) -> None:
+    for update in updates:
+        update_ring(ring, *update)
+        update_prototypes(prototypes, *update)
+        ring.means()  # what changes between two calls alone moves
+    own = own_rows(N)
+    own = own[own % 3 > 0]
+    stamps = torch.ones(len(own), dtype=torch.int32)
+    neighbours.write(own, {"rows": embeddings()[own], "stamps": stamps})
+
+
+def work(rank: int, world_size: int, out: str) -> tuple[Answers, Commit]:
+    banks = make_banks()
+    fill(*banks, UPDATES)
+    named = {bank.name: bank for bank in banks}
+    records, files = save_banks(out, "checkpoints/00000001-0001", named, None)
+    refuse(*banks)
+    return answers(*banks), commit_with(records, files)
+
+
+def refuse(ring: Ring, prototypes: Prototypes, neighbours: Neighbours) -> None:
+    """The last rank alone asks for what there is not."""
+    bad = torch.nan if comm.rank() == comm.world_size() - 1 else 1.0
+    with pytest.raises(BankError, match="not finite"):
+        neighbours.search(torch.full((comm.rank() + 1, WIDTH), bad), K)
+
+
+def load(rank: int, world_size: int, out: str, commit: Commit) -> Answers:
+    banks = make_banks()
+    fill(*banks, [(7, 40)])  # to be gone afterwards
+    answers(*banks)
+    load_banks(out, commit, {bank.name: bank for bank in banks})
+    return answers(*banks)
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Folder, and what each rank answered and saved."""
+    found = {}
+    for world_size in (1, 2, 3, 4):
+        out = str(tmp_path_factory.mktemp("out"))
+        found[world_size] = out, run_ranks(work, world_size, out)
+    return found
+
+
+def assert_same(found: Answers, expected: Answers) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_every_rank_of_any_number_gets_the_bits_that_one_rank_gets(by_ranks, world_size: int) -> None:
+    expected = by_ranks[1][1][0][0]
+    for found, _ in by_ranks[world_size][1]:
+        assert_same(found, expected)
+
+
+def test_means_and_nearest_images_are_those_of_loops(by_ranks) -> None:
+    found = by_ranks[1][1][0][0]
+    twin = SlowRing(make_ring("ring"))
+    for update in UPDATES:
+        twin.update(*update)
+    means, filled = twin.means()
+    np.testing.assert_allclose(found["means"].numpy(), means, rtol=0, atol=1e-7)
+    assert found["filled"].tolist() == filled.tolist()
+    assert max(filled) == CAPACITY
+    index = torch.arange(N)[torch.arange(N) % 3 > 0]
+    scores, nearest = slow_nearest(embeddings()[index], index, embeddings()[:NUM_QUERIES], K)
+    assert torch.equal(found["found"], nearest)
+    assert torch.equal(found["scores"], scores)
+
+
+@pytest.mark.parametrize(("from_ranks", "to_ranks"), [(4, 3), (1, 4), (3, 1)])
+def test_banks_that_were_loaded_answer_as_those_that_were_saved(by_ranks, from_ranks: int, to_ranks: int) -> None:
+    out, results = by_ranks[from_ranks]
+    for found in run_ranks(load, to_ranks, out, results[0][1]):
+        assert_same(found, by_ranks[1][1][0][0])

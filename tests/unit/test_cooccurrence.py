@@ -1,0 +1,101 @@
+"""Claims about the pair head: its logits are the printed ones, and only pairs asked for are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_mlpl.losses.cooccurrence import cooccurrence_loss
+from dist_mlpl.models import recompute
+from dist_mlpl.models.cooccurrence import PairHead, PairSettings
+from tests.support.losses import random_targets
+from tests.support.semantic import pair_logit, pair_loss_oracle, pair_slots, random_pair_head
+
+pytestmark = pytest.mark.unit
+
+C, D = 7, 5
+FORMS = (None, 1, 3)
+
+
+def random_masks(seed: int, num_images: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.rand(num_images, C, generator=generator) < 0.5 for _ in range(2))
+
+
+def expected_pairs(head: PairHead, is_first: torch.Tensor, is_second: torch.Tensor) -> set[tuple[int, ...]]:
+    found = set()
+    for image in range(len(is_first)):
+        for (i, j), slot in pair_slots(head).items():
+            fits = is_first[image, i] and is_second[image, j]
+            if head.num_neighbours is None:
+                fits = fits or (is_first[image, j] and is_second[image, i])
+            if fits:
+                found.add((image, i, j, slot))
+    return found
+
+
+@pytest.mark.parametrize("num_neighbours", FORMS)
+def test_pairs_join_the_one_kind_to_the_other_each_once(num_neighbours):
+    head = random_pair_head(C, D, num_neighbours=num_neighbours)
+    for seed in range(20):
+        is_first, is_second = random_masks(seed)
+        for second in (is_second, is_first):
+            rows = list(zip(*(column.tolist() for column in head.pairs(is_first, second)), strict=True))
+            assert len(rows) == len(set(rows))
+            assert set(rows) == expected_pairs(head, is_first, second)
+
+
+@pytest.mark.parametrize("entries", [1, 40, 2**18])
+@pytest.mark.parametrize("num_neighbours", FORMS)
+def test_logits_and_gradients_are_those_of_the_printed_equations(monkeypatch, num_neighbours, entries):
+    monkeypatch.setattr(recompute, "_CPU_ENTRIES", entries)
+    head = random_pair_head(C, D, num_neighbours=num_neighbours)
+    features = torch.randn(4, C, D, generator=torch.Generator().manual_seed(0))
+    pairs = head.pairs(*random_masks(0))
+
+    def printed(features: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [pair_logit(head, features[b, i], features[b, j], s) for b, i, j, s in zip(*pairs, strict=True)]
+        )
+
+    torch.testing.assert_close(head(features, pairs), printed(features), rtol=1e-5, atol=1e-5)
+    head, features = head.double(), features.double().requires_grad_()
+    found, expected = head(features, pairs), printed(features)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    inputs, slope = [features, *head.parameters()], torch.randn(len(found), dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(output, inputs, slope) for output in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_no_pair_at_all_leaves_every_parameter_connected():
+    head, features = random_pair_head(C, D), torch.randn(4, C, D, requires_grad=True)
+    nothing = torch.zeros(4, C, dtype=torch.bool)
+    logits = head(features, head.pairs(nothing, nothing))
+    assert logits.shape == (0,)
+    logits.sum().backward()
+    for tensor in (features, *head.parameters()):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+def test_weights_grow_with_all_pairs_up_to_some_hundred_classes_and_linearly_above():
+    settings = PairSettings(class_width=2, pair_width=3)
+    assert len(PairHead(settings, 2, 80).pair_weight) == 3160
+    assert len(PairHead(settings, 2, 601).pair_weight) == 601 * 32
+    assert len(PairHead(settings, 2, 9605).pair_weight) == 9605 * 32
+
+
+def test_before_any_labels_are_read_a_head_of_neighbours_has_no_pairs():
+    head = PairHead(PairSettings(class_width=2, pair_width=3, num_neighbours=2), 4, 9)
+    everything = torch.ones(3, 9, dtype=torch.bool)
+    assert len(head.pairs(everything, everything).slot) == 0
+
+
+def test_the_loss_is_the_printed_one():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.cat([torch.randn(50, generator=generator).double() * 4, torch.tensor([-40.0, 40.0])])
+    is_together = random_targets((1, 52), 1.0, generator)[0] == 1
+    expected = pair_loss_oracle(logits.sigmoid().tolist(), is_together.tolist())
+    assert float(cooccurrence_loss(logits, is_together)) == pytest.approx(expected, rel=1e-10)
+    assert float(cooccurrence_loss(logits.float(), is_together)) == pytest.approx(expected, rel=1e-5)
+    assert torch.autograd.gradcheck(lambda x: cooccurrence_loss(x, is_together[:50]), logits[:50].requires_grad_())
