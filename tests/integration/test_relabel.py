@@ -496,22 +496,18 @@ def test_what_cannot_make_a_round_is_refused_by_name_and_nothing_committed_chang
     assert {name for name in after.keys() - before.keys() if not name.startswith("rounds/000003/")} == set()
 
 
-def test_of_two_jobs_at_once_both_make_the_same_round_or_the_later_one_gives_way(
+def test_two_equal_jobs_at_once_make_one_round_and_the_slower_one_gives_way_if_it_must(
     trained: tuple[Path, Rows], tmp_path: Path
 ) -> None:
-    for name, fractions, codes in (("same", (0.5, 0.5), [0, 0]), ("other", (0.5, 0.4), [0, 4])):
-        out = Path(shutil.copytree(trained[0], tmp_path / name))
-        jobs = [
-            Verb("relabel", str(out), "--local", "--json", "--set", "strategy=score_fraction", "--set",
-                 f"fraction={fraction}", num_ranks=1, variables=environment())
-            for fraction in fractions
-        ]  # fmt: skip
-        done = [job.finished(120) for job in jobs]
-        assert sorted(one.returncode for one in done) == codes, [one.stderr for one in done]
-        made = {json.loads(one.stdout)["sha256"] for one in done if one.returncode == 0}
-        assert made == {read_round(str(out), 3).sha256}
-        assert newest_round(str(out)) == 3
-        assert all("OvertakenError" in one.stderr for one in done if one.returncode)
+    out = copy_of(trained, tmp_path)
+    given = ["relabel", str(out), "--local", "--json", "--set", "strategy=score_fraction", "--set", "fraction=0.5"]
+    jobs = [Verb(*given, num_ranks=1, variables=environment()) for _ in range(2)]
+    done = [job.finished(120) for job in jobs]
+    made = [json.loads(one.stdout)["sha256"] for one in done if one.returncode == 0]
+    assert set(made) == {read_round(str(out), 3).sha256}, [one.stderr for one in done]
+    assert newest_round(str(out)) == 3
+    assert all(one.returncode == 4 and "OvertakenError" in one.stderr for one in done if one.returncode)
+    assert not list(out.glob("rounds/*/parts/*"))
 
 
 def test_the_verbs_answer(trained: tuple[Path, Rows], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.support.runs import (
     environment,
     rows_reach,
     run,
+    run_command,
     run_until,
     tiny_config,
     tiny_shards,
@@ -107,7 +108,7 @@ def test_the_batch_may_change_in_the_middle_of_an_epoch_when_allowed(shards: str
     assert refused.returncode == 4
     assert "global_batch" in refused.stderr
     assert "--allow-change" in refused.stderr
-    run("train", second, "--local", "--out", str(out), "--allow-change", num_ranks=2)
+    run_command("train", second, "--local", "--out", str(out), "--allow-change", num_ranks=2)
     proof = json.loads(run("audit", str(out), "--json").stdout)
     assert proof["is_exact"]
     assert proof["epochs"][0]["num_planned"] == 48 + 48  # 3 x 16, then 2 x 24 of the 56 left
