@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Waiting threads sleep: two ranks whose threads spin on each other's cores run ten times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-long check bench
+.PHONY: setup demo test test-long check bench bench-gpu
 
 setup: .venv/installed
 
@@ -34,3 +34,11 @@ bench: setup
 	$(BIN)/python -m tests.bench.bench_openimages
 	$(BIN)/python -m tests.bench.bench_losses
 	$(BIN)/python -m tests.bench.bench_graph
+	$(BIN)/python -m tests.bench.bench_relabel
+	$(BIN)/python -m tests.bench.bench_semantic
+	$(BIN)/python -m tests.bench.bench_heatmaps
+	$(BIN)/python -m tests.bench.bench_banks
+	$(BIN)/python -m tests.bench.bench_neighbours
+
+bench-gpu: setup
+	$(BIN)/python -m tests.bench.bench_gpu

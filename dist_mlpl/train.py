@@ -40,9 +40,9 @@ from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
 from dist_mlpl.profile import StepProfile
 from dist_mlpl.progress import Action, LogFile, Report, without_nan
-from dist_mlpl.relabel import relabel
-from dist_mlpl.round_commit import on_first_rank
-from dist_mlpl.round_truth import measure, summary
+from dist_mlpl.rounds.commit import on_first_rank
+from dist_mlpl.rounds.relabel import relabel
+from dist_mlpl.rounds.truth import measure, summary
 from dist_mlpl.spans import span
 from dist_mlpl.world import World
 

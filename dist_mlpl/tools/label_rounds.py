@@ -28,7 +28,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import CheckpointError, ConfigError, OvertakenError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 from dist_mlpl.progress import read_rows
-from dist_mlpl.round_truth import summary
+from dist_mlpl.rounds.truth import summary
 
 MEASURED = ("hidden_precision_present", "hidden_recall_present", "hidden_precision_absent", "hidden_recall_absent",
             "num_flipped", "num_flipped_right", "num_flipped_wrong")  # fmt: skip

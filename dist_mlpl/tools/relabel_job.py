@@ -13,9 +13,9 @@ from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.overlays import RoundCommit
 from dist_mlpl.engine import start
 from dist_mlpl.errors import CheckpointError, ConfigError
-from dist_mlpl.relabel import relabel
-from dist_mlpl.round_commit import on_first_rank
-from dist_mlpl.round_truth import measure, summary
+from dist_mlpl.rounds.commit import on_first_rank
+from dist_mlpl.rounds.relabel import relabel
+from dist_mlpl.rounds.truth import measure, summary
 from dist_mlpl.tools.judge import empty_method, inference_settings, open_engine
 from dist_mlpl.train import build_cache, build_stream, build_view, open_samples
 

@@ -34,8 +34,8 @@ from dist_mlpl.data.transform import Transform, TransformSettings
 from dist_mlpl.engine import Engine, EngineSettings
 from dist_mlpl.methods.table import METHODS
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
-from dist_mlpl.relabel import Scorer, make_round, plan_round
-from dist_mlpl.round_models import Model
+from dist_mlpl.rounds.models import Model
+from dist_mlpl.rounds.relabel import Scorer, make_round, plan_round
 from dist_mlpl.world import World
 from tests.support.images import tiny_jpeg
 from tests.support.label_sets import label_split, write_label_set

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_mlpl import comm, relabel, round_commit
+from dist_mlpl import comm
 from dist_mlpl.batch import Batch
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.fetch import Fetcher
@@ -21,9 +21,11 @@ from dist_mlpl.data.stream import Stream
 from dist_mlpl.data.transform import Transform, TransformSettings
 from dist_mlpl.data.views import View
 from dist_mlpl.errors import MlplError, OvertakenError, RunError
-from dist_mlpl.relabel import Scorer, make_round, plan_round
-from dist_mlpl.round_models import Model
-from dist_mlpl.round_truth import measure
+from dist_mlpl.rounds import commit as round_commit
+from dist_mlpl.rounds import relabel
+from dist_mlpl.rounds.models import Model
+from dist_mlpl.rounds.relabel import Scorer, make_round, plan_round
+from dist_mlpl.rounds.truth import measure
 from dist_mlpl.world import World
 from tests.support.methods import tiny_method
 from tests.support.ranks import run_ranks

@@ -293,7 +293,7 @@ def dying(create: Callable[[str, bytes], bool], last: int, is_before: bool) -> C
 def test_a_run_asked_to_stop_in_a_round_stops_there_and_goes_on(
     trained: tuple[Path, Rows], shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_mlpl.relabel._LOOK_BLOCKS", 2)
+    monkeypatch.setattr("dist_mlpl.rounds.relabel._LOOK_BLOCKS", 2)
     out = tmp_path / "run"
     rounds = out / "rounds" / "000001"
     rows = train_here(config_of(shards), out, ask=lambda: Action.STOP if rounds.exists() else Action.GO_ON)

@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two in most shards."""
-    monkeypatch.setattr("dist_mlpl.round_commit.piece_samples", lambda num_samples: 16)
+    monkeypatch.setattr("dist_mlpl.rounds.commit.piece_samples", lambda num_samples: 16)
 
 
 def make(run: Path, *asked: str, **options: Callable[[], bool]) -> RoundCommit | None:

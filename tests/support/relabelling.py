@@ -22,7 +22,7 @@ from dist_mlpl.data.overlays import (
     read_overlay,
     round_url,
 )
-from dist_mlpl.round_commit import RoundCommitter, part_url, pieces_of
+from dist_mlpl.rounds.commit import RoundCommitter, part_url, pieces_of
 
 BLOCK = 4  # rows that are handed to a part at once
 

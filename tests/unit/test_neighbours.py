@@ -16,7 +16,7 @@ from dist_mlpl.curriculum.votes import (
     encode_embedded,
 )
 from dist_mlpl.errors import BankError, CheckpointError
-from dist_mlpl.round_neighbours import others
+from dist_mlpl.rounds.neighbours import others
 from tests.support.neighbours import crowded, slow_nearest, slow_votes
 
 pytestmark = pytest.mark.unit

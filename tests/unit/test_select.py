@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mlpl import round_commit
 from dist_mlpl.curriculum import caps
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.curriculum.select import (
@@ -26,6 +25,7 @@ from dist_mlpl.curriculum.select import (
     value_of,
 )
 from dist_mlpl.errors import ConfigError
+from dist_mlpl.rounds import commit as round_commit
 from tests.support.relabelling import beliefs_of, expected_beliefs, round_from_table
 from tests.support.views import random_targets
 

@@ -12,8 +12,8 @@ from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.curriculum.uncertainty import Moments, check_dropout, computed_once, dropouts, dropping
 from dist_mlpl.data.overlays import RoundModel
 from dist_mlpl.errors import ConfigError
-from dist_mlpl.relabel import Scorer
-from dist_mlpl.round_models import Model
+from dist_mlpl.rounds.models import Model
+from dist_mlpl.rounds.relabel import Scorer
 from tests.support.methods import random_batch, tiny_method
 
 pytestmark = pytest.mark.unit

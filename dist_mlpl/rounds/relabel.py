@@ -36,10 +36,10 @@ from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import Method
-from dist_mlpl.round_commit import Piece, RoundCommitter, deal, on_first_rank
-from dist_mlpl.round_models import Model, is_made, scoring_models
-from dist_mlpl.round_neighbours import vote
-from dist_mlpl.round_parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
+from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal, on_first_rank
+from dist_mlpl.rounds.models import Model, is_made, scoring_models
+from dist_mlpl.rounds.neighbours import vote
+from dist_mlpl.rounds.parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
 
 _LOOK_BLOCKS = 16  # between looks at whether a rank failed or was asked to stop: 512 images
 _BLOCKS_IN_WORK = 4  # scored and not yet put into a part, while the next ones are computed

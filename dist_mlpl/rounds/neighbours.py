@@ -20,8 +20,8 @@ from dist_mlpl.curriculum.votes import Embedded, Known, Voters, decode_embedded,
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import MlplError
-from dist_mlpl.round_commit import Piece, deal, dropped, on_first_rank, pieces_of
-from dist_mlpl.round_parts import Place, missing
+from dist_mlpl.rounds.commit import Piece, deal, dropped, on_first_rank, pieces_of
+from dist_mlpl.rounds.parts import Place, missing
 
 _DENSE_ENTRIES = 4_000_000  # of scores at once
 

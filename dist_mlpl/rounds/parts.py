@@ -16,7 +16,7 @@ from dist_mlpl.curriculum.select import check_scores, rounded
 from dist_mlpl.curriculum.votes import EmbeddedMaker, encode_embedded
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import RunError
-from dist_mlpl.round_commit import Piece, part_url, pieces_of
+from dist_mlpl.rounds.commit import Piece, part_url, pieces_of
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ from dist_mlpl.data.overlays import Overlay, RoundCommit, read_overlay, read_rou
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.views import LabelView
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
-from dist_mlpl.round_commit import own_shards
+from dist_mlpl.rounds.commit import own_shards
 
 _BLOCK_ENTRIES = 4_000_000  # of dense labels at once
 _NAMES = ("hidden_present", "hidden_absent", "believed_present", "believed_absent", "right_present", "right_absent",
