@@ -78,6 +78,15 @@ class Config(Settings):
             raise ValueError("curriculum.strategy uncertainty does not work with engine.compile, which fixes dropout")
         return self
 
+    @model_validator(mode="after")
+    def _check_places(self) -> Config:
+        if self.method.needs_places and (self.transform.rand_augment is not None or self.transform.cutout):
+            raise ValueError(
+                f"method {self.method.name} remembers where things are seen: leave out transform.rand_augment and "
+                "transform.cutout, which move or hide them unrecorded"
+            )
+        return self
+
     @property
     def run_folder(self) -> str:
         """`out`, which must be set by then.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -33,6 +33,8 @@ class MethodSettings(Settings):
         dropout: probability of dropping a pooled feature before the classifier, in [0, 1).
         init_from: URL of a run whose model this one starts from.
     """
+
+    needs_places: ClassVar[bool] = False  # it reads or writes maps through the crop: pixels must stay where they were
 
     name: str
     backbone: BackboneSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ class SpatialConsistencySettings(MethodSettings):
         faithful: the re-implementation's form; see `SpatialConsistency`.
         bank_folder: local folder for the memory-mapped bank; null: host memory.
     """
+
+    needs_places: ClassVar[bool] = True
 
     name: Literal["spatial_consistency"] = "spatial_consistency"
     expected_positives: float | None = Field(None, gt=0.0)

@@ -229,6 +229,15 @@ def test_an_unknown_method_and_a_missing_one_are_met_with_the_names_there_are() 
         assert "'partial_bce'" in found
 
 
+@pytest.mark.parametrize("hides", [{"transform__cutout": 0.2}, {"transform__rand_augment": {"num_ops": 1}}])
+def test_a_method_that_remembers_places_refuses_what_moves_or_hides_them_unrecorded(hides: dict[str, Any]) -> None:
+    method = {"name": "spatial_consistency", "backbone": {"name": "resnet_small"}}
+    assert with_(method=method).method.needs_places
+    with pytest.raises(ConfigError, match="remembers where things are seen"):
+        with_(method=method, **hides)
+    with_(**hides)
+
+
 @pytest.mark.parametrize("num_workers", [0, -1, [3, 1], [0, 2], [1, 2, 3]])
 def test_a_number_of_workers_that_cannot_be_is_refused(num_workers: Any) -> None:
     assert "num_workers" in str(refusal({**BASE, "cluster": {"num_workers": num_workers}}))
