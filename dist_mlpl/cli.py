@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
-add_label_verbs(app)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config, a path or URL.")]
@@ -138,6 +137,9 @@ def audit(
         console.print(f"{verdict} (commit {report.head.step})", highlight=False)
     if report.faults:
         sys.exit(4)
+
+
+add_label_verbs(app)
 
 
 @app.command()
