@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 
@@ -286,13 +286,24 @@ def make_round(
     todo = on_first_rank(lambda: missing(index, place.embedded if has_votes else place.part))
     dealt = deal(todo, [piece.num_samples for piece in todo], world_size=comm.world_size())
     writer: Writer = EmbeddingWriter(place, index) if has_votes else PartWriter(place, settings, index)
-    with scorer.scoring(plan.round) as score, ExitStack() as stack:
-        worker = stack.enter_context(ThreadPoolExecutor(1, "parts"))
-        if not _pass(dealt, labels, index, stream, score, writer, worker, is_asked, tell):
+    with _clearing(place):
+        with scorer.scoring(plan.round) as score, ThreadPoolExecutor(1, "parts") as worker:
+            if not _pass(dealt, labels, index, stream, score, writer, worker, is_asked, tell):
+                return None
+        if has_votes and not vote(place, settings, labels, index, device=scorer.device, is_asked=is_asked):
             return None
-    if has_votes and not vote(place, settings, labels, index, device=scorer.device, is_asked=is_asked):
-        return None
-    return RoundCommitter(run, plan, origin=place.origin, settings=settings, index=index).commit()
+        return RoundCommitter(run, plan, origin=place.origin, settings=settings, index=index).commit()
+
+
+@contextmanager
+def _clearing(place: Place) -> Iterator[None]:
+    """Leave no parts behind when a job that was faster has committed the round and removed those it saw."""
+    try:
+        yield
+    except OvertakenError:
+        if newest_round(place.run) >= place.number:
+            storage.remove_folder(round_url(place.run, place.number, "parts"))
+        raise
 
 
 def _pass(
