@@ -21,3 +21,18 @@ def embedded_s3() -> Iterator[EmbeddedS3]:
 def s3_bucket(embedded_s3: EmbeddedS3) -> str:
     """`s3://bucket-RANDOM`, empty, for this test alone."""
     return embedded_s3.make_bucket(f"bucket-{secrets.token_hex(6)}")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for what a module trains in this process, fixtures included: the number of threads orders the sums,
+    and runs in processes of their own have one.
+
+    For modules that ask for it by `pytest.mark.usefixtures`, which comes before all other fixtures of the module.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -385,6 +385,23 @@ class Bank:
                 )
         return None
 
+    def _feature_error(self, class_id: Tensor, features: Tensor, position: Tensor, *, width: int) -> BankError | None:
+        """What is wrong with features (n, width) and positions (n,) for (n,) classes, cast already."""
+        n = len(class_id)
+        if tuple(features.shape) != (n, width) or tuple(position.shape) != (n,):
+            return self._error(
+                f"features {tuple(features.shape)} and positions {tuple(position.shape)} for {n} classes",
+                expected=f"({n}, {width}) and ({n},)",
+                next_step="hand in one feature and one position for each class id",
+            )
+        if not bool(features.isfinite().all()):
+            return self._error(
+                "a feature that is not finite",
+                expected="finite numbers; nothing was taken in",
+                next_step="lower the learning rate; if the bank is f16, keep features below 65,504",
+            )
+        return None
+
     def _error(self, found: str, *, expected: str, next_step: str) -> BankError:
         return BankError(found, expected=expected, where=f"bank {self.name!r}, rank {comm.rank()}", next_step=next_step)
 

@@ -93,7 +93,7 @@ class Prototypes(Bank):
         """
         class_id, position = class_id.cpu(), position.cpu()
         features = features.detach().cpu().float()
-        error = self._index_error(class_id) or self._feature_error(class_id, features, position)
+        error = self._index_error(class_id) or self._feature_error(class_id, features, position, width=self._width)
         slots = torch.full_like(class_id, _NEAREST) if slot is None else slot.cpu()
         if slot is not None:
             error = error or self._slot_error(class_id, slots)
@@ -278,19 +278,3 @@ class Prototypes(Bank):
             expected=f"a slot in [0, {self._num_prototypes})",
             next_step="this is a fault of the method: keep the log and report it",
         )
-
-    def _feature_error(self, class_id: Tensor, features: Tensor, position: Tensor) -> BankError | None:
-        n = len(class_id)
-        if tuple(features.shape) != (n, self._width) or tuple(position.shape) != (n,):
-            return self._error(
-                f"features {tuple(features.shape)} and positions {tuple(position.shape)} for {n} classes",
-                expected=f"({n}, {self._width}) and ({n},)",
-                next_step="hand in one feature and one position for each class id",
-            )
-        if not bool(features.isfinite().all()):
-            return self._error(
-                "a feature that is not finite",
-                expected="finite numbers; nothing was added",
-                next_step="lower the learning rate",
-            )
-        return None

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dist_mlpl.banks.base import DTYPES, NUM_SHARDS, Bank, Column
 from dist_mlpl.banks.replica import Replica
-from dist_mlpl.errors import BankError
 
 SMALLEST_NORM: Final = 1e-9  # a feature shorter than this is divided by it
 _ONE: Final = 2.0**40  # unit vectors are summed as whole numbers of 2**-40, so that sums never drift
@@ -83,7 +82,7 @@ class Ring(Bank):
         """
         class_id, position = class_id.cpu(), position.cpu()
         features = features.detach().cpu().to(DTYPES[self.spec.columns["features"].dtype])
-        error = self._index_error(class_id) or self._feature_error(class_id, features, position)
+        error = self._index_error(class_id) or self._feature_error(class_id, features, position, width=self._width)
         self._take(*self._send(class_id, [class_id, position, features], error))
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -133,22 +132,6 @@ class Ring(Bank):
         memory["num_pushed"][places] += sizes
         self._mark(classes)
         self._means.mark(classes)
-
-    def _feature_error(self, class_id: Tensor, features: Tensor, position: Tensor) -> BankError | None:
-        n = len(class_id)
-        if tuple(features.shape) != (n, self._width) or tuple(position.shape) != (n,):
-            return self._error(
-                f"features {tuple(features.shape)} and positions {tuple(position.shape)} for {n} classes",
-                expected=f"({n}, {self._width}) and ({n},)",
-                next_step="hand in one feature and one position for each class id",
-            )
-        if not bool(features.isfinite().all()):
-            return self._error(
-                "a feature that is not finite",
-                expected="finite numbers; nothing was taken in",
-                next_step="lower the learning rate; if the ring is f16, keep features below 65,504",
-            )
-        return None
 
 
 def _from_first(sizes: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl.batch import Batch
-from dist_mlpl.data.transform import DecodedImage, Transform, decode_on
+from dist_mlpl.data.jpeg import decode_on
+from dist_mlpl.data.transform import DecodedImage, Transform
 from dist_mlpl.errors import ShardError
 
 Indices = npt.NDArray[np.int64]

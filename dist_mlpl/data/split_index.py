@@ -63,10 +63,10 @@ class SplitIndex:
         """Whether some tar lies in a store."""
         return any(storage.is_remote(url) for url in {entry.tars or self.manifest.tars_url for entry in self.shards})
 
-    @property
-    def are_images_decoded(self) -> bool:
-        """Whether every image was decoded whole when it was packed, so that its bytes are known to be sound."""
-        return self.manifest.packing is not None and self.manifest.packing.decode
+    def is_sound(self, shard: int) -> bool:
+        """Whether every image of a shard was decoded whole when it was packed, and its bytes are checked when read."""
+        packing = self.manifest.packing
+        return packing is not None and packing.decode and self.shard_index(shard).crc32 is not None
 
     @property
     def shard_sizes(self) -> list[int]:

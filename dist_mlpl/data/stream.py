@@ -406,14 +406,15 @@ class Stream:
         for row in set(range(first, stop)).difference(rows):
             clear(batch, row)
         told = _told(labels, share.indices[rows])
-        is_sound = self._index.are_images_decoded
-        for row, content, known in zip(rows, self.fetcher.take(ticket), told, strict=True):
+        shards = [shard for shard, _ in ticket.places]
+        for row, content, known, shard in zip(rows, self.fetcher.take(ticket), told, shards, strict=True):
             if self._decodes_on_device:
                 put(batch, row, None, *known)
                 encoded[row - first] = content
                 continue
             try:
                 position = int(share.positions[row])
+                is_sound = self._index.is_sound(shard)
                 put(batch, row, self._transform(content, epoch=epoch, position=position, is_sound=is_sound), *known)
             except ShardError as error:
                 clear(batch, row)

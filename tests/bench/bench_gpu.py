@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_mlpl.data.transform import decode_jpeg, decode_on
+from dist_mlpl.data.jpeg import decode_jpeg, decode_on
 from dist_mlpl.kernels.semantic_attention import Attended, chunked_attention, fused_attention
 from tests.support.attention import random_case
 from tests.support.images import tiny_jpeg

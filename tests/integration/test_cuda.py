@@ -14,7 +14,8 @@ import torch
 import tests.support.methods as contract
 from dist_mlpl.batch import Batch
 from dist_mlpl.data.collate import HostBatch, empty_batch, normalised, put, to_device
-from dist_mlpl.data.transform import Decoded, Transform, TransformSettings, decode_jpeg, decode_on
+from dist_mlpl.data.jpeg import Decoded, decode_jpeg, decode_on
+from dist_mlpl.data.transform import Transform, TransformSettings
 from dist_mlpl.engine import EngineSettings, start
 from dist_mlpl.kernels.semantic_attention import chunked_attention, fused_attention
 from dist_mlpl.methods.table import METHODS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from tests.support.runs import (
 from tests.support.sets import order_over, stream_over
 from tests.support.views import random_targets
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 CURRICULUM = {"strategy": "score_threshold", "threshold": 0.05, "every_epochs": 1}
 
@@ -77,15 +77,6 @@ def train_here(config: dict[str, Any], out: Path, *, ask: Callable[[], Action] |
     train(check_config(config | {"out": str(out)}, where="test"), report, **options)
     report.close()
     return rows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the runs in processes of their own, for those in this one: the number of threads orders the sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,10 @@ from tests.support.neighbours import slow_nearest, slow_votes
 from tests.support.relabelling import beliefs_of, expected_beliefs
 from tests.support.runs import tiny_config, tiny_shards
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 NUM_NEIGHBOURS = 12
 ASKED = ["strategy=neighbours", f"num_neighbours={NUM_NEIGHBOURS}", "threshold=0.6"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

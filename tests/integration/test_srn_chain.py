@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,10 @@ from dist_mlpl.progress import Action, Report
 from dist_mlpl.train import train
 from tests.support.runs import assert_same_end, tiny_config, tiny_shards
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 STAGES = ("main", "attention", "branch", "joint")
 SPATIAL = {"layer": "layer2", "attention_width": 8, "mixed_width": 8, "kernels": 2, "norm": "batch"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The number of threads orders the sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

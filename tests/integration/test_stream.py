@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 import torch
 
 from dist_mlpl import storage
@@ -387,3 +389,35 @@ def test_shards_in_a_bucket_give_the_batches_of_shards_on_disk(data: DataSet, s3
     for batch, other in zip(train_batches(remote, num_workers=3), train_batches(data), strict=True):
         assert_same(batch, other)
     assert not list(cache_dir.glob("*.part"))
+
+
+@pytest.mark.parametrize(("is_decoded", "is_checked"), [(True, True), (True, False), (False, True)])
+def test_only_images_decoded_when_packed_and_checked_when_read_are_decoded_in_part(
+    is_decoded: bool, is_checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    names = [f"{number}.jpg" for number in range(8)]
+    for number, name in enumerate(names):
+        (tmp_path / "images" / name).write_bytes(tiny_jpeg(number, height=400, width=40))
+    (tmp_path / "labels.csv").write_text("image,labels\n" + "".join(f"{name},cat\n" for name in names))
+    source = read_table(str(tmp_path / "images"), str(tmp_path / "labels.csv"))
+    manifest = build(source, str(tmp_path / "shards"), workers=1, decode=is_decoded).manifest
+    index = SplitIndex(manifest, "train")
+    if not is_checked:
+        bare = dataclasses.replace(index.shard_index(0), crc32=None)
+        monkeypatch.setattr(index, "shard_index", lambda shard: bare)
+    heights, decode = [], simplejpeg.decode_jpeg
+
+    def decode_and_note(*arguments: Any, **options: Any) -> npt.NDArray[np.uint8]:
+        pixels = decode(*arguments, **options)
+        heights.append(len(pixels))
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_and_note)
+    stream = stream_over(index, num_workers=0)
+    order = EpochOrder(index.shard_sizes, seed=SEED, epoch=0, group_size=4)
+    batches = [*stream.train_batches(order, LabelStore(index).at(0), epoch=0, start=0, global_batch=8)]
+    stream.close()
+    assert sum(int(batch.valid.sum()) for batch in batches) == 8
+    assert len(heights) == 8
+    assert (min(heights) < 200) == (is_decoded and is_checked)  # 200: whole, at half the scale

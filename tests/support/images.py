@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torchvision import io
 
 
@@ -15,6 +16,18 @@ def tiny_jpeg(seed: int, *, height: int = 16, width: int = 16) -> bytes:
     coarse = torch.randint(0, 256, (1, 3, 4, 4), generator=generator).float()
     pixels = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     return io.encode_jpeg(pixels[0].round().to(torch.uint8), quality=90).numpy().tobytes()
+
+
+def picture(height: int = 90, width: int = 120, *, channels: int = 3, seed: int = 0) -> Tensor:
+    """(channels, H, W) uint8, smooth so that JPEG keeps it."""
+    coarse = torch.rand(1, channels, 7, 9, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    return (smooth[0].clamp(0, 1) * 255).to(torch.uint8)
+
+
+def jpeg(image: Tensor) -> bytes:
+    """(channels, H, W) uint8 at quality 95."""
+    return bytes(io.encode_jpeg(image, quality=95).numpy())
 
 
 def write_images(folder: Path, names: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ HOMES = {
     "deepspeed": {"dist_mlpl.engines.zero"},
     "torch.distributed": {"dist_mlpl.comm", "dist_mlpl.engine", "dist_mlpl.local"},
     "fsspec": {"dist_mlpl.stores"},
-    "torchvision": {"dist_mlpl.models.backbone", "dist_mlpl.data.transform"},
+    "torchvision": {"dist_mlpl.models.backbone", "dist_mlpl.data.transform", "dist_mlpl.data.jpeg"},
     "webdataset": {"shards.pack", "dist_mlpl.data.tars"},
     "moto": {"dist_mlpl.tools.object_store"},
     "boto3": {"dist_mlpl.tools.object_store"},

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_mlpl.data import transform
+from dist_mlpl.data import jpeg
 from dist_mlpl.data.manifest import Packing
 from shards import images
 from shards.images import check_image, fit_image
@@ -129,7 +129,7 @@ def test_a_bomb_in_another_format_is_left_out_before_it_is_decoded(width: int, h
 
 
 def test_the_largest_image_is_that_of_training() -> None:
-    assert images.MAX_PIXELS == transform.MAX_PIXELS
+    assert images.MAX_PIXELS == jpeg.MAX_PIXELS
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (50, 50)])
