@@ -48,7 +48,7 @@ def check_image(content: bytes, *, decode: bool) -> str | None:
     if width * height > MAX_PIXELS:
         return "too many pixels"
     if decode:
-        from dist_mlpl.data.transform import decode_jpeg  # brings torch, which a run without decoding does not need
+        from dist_mlpl.data.jpeg import decode_jpeg  # brings torch, which a run without decoding does not need
 
         try:
             decode_jpeg(content)
