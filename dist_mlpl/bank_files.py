@@ -72,6 +72,8 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
     Raises:
         BankError: the commit lacks one, or holds one of another make.
         CheckpointError: a file is missing or damaged.
+
+    Collective: all ranks, see `Bank.mark_loaded`.
     """
     for name, bank in banks.items():
         record = commit.banks.get(name)
@@ -87,6 +89,8 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
             wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))
             if wanted:
                 bank.unpack(safetensors.torch.load(read_file(out, commit, part.path)), wanted)
+    for bank in banks.values():
+        bank.mark_loaded()
 
 
 def _cut(bank: Bank, shards: Iterable[int]) -> list[list[int]]:

@@ -6,7 +6,7 @@ They are named tuples because DeepSpeed's hooks look inside tuples, lists and di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """Every field on `device`, without waiting for the copy."""
         return Batch._make(None if field is None else field.to(device, non_blocking=True) for field in self)
+
+
+METRIC: Final = "metric/"  # before the names of extras that are reported: () shares of the global batch's, like terms
 
 
 class StepOutput(NamedTuple):

@@ -5,9 +5,10 @@ Tensors are moved on the device they live on, so the caller chooses NCCL or gloo
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,26 @@ from dist_mlpl.errors import MlplError, RankMismatchError
 
 T = TypeVar("T")
 
+HEAD_BYTES: Final = 24  # of a message between two ranks, before its rows
+SHORT_BYTES: Final = 232  # of rows that any message may carry: indices, mostly
+
+_FAULT: Final = -1  # rows of a rank that cannot send any
 _sent: Counter[str] = Counter()
+
+
+class Room(NamedTuple):
+    """Rows for which a message leaves room, by rank. Both ends of a message know it, from an earlier exchange say."""
+
+    to_ranks: list[int]
+    from_ranks: list[int]
 
 
 def traffic() -> dict[str, int]:
     """Bytes of tensors that this rank has sent to other ranks since the process began, by verb.
 
-    An exchange counts the rows that leave this rank and the numbers that announce them; a reduction what a ring moves,
-    2 (R - 1) / R of the tensor from each rank; a gather R - 1 times the padded rows; a broadcast (R - 1) / R of the
-    tensor, as if all ranks had passed it on alike. Pickled objects are not counted.
+    An exchange counts the messages that leave this rank; a reduction what a ring moves, 2 (R - 1) / R of the tensor
+    from each rank; a gather R - 1 times the padded rows; a broadcast (R - 1) / R of the tensor, as if all ranks had
+    passed it on alike. Pickled objects are not counted.
     """
     return dict(_sent)
 
@@ -120,17 +132,24 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
     return box[0]
 
 
-def exchange(rows: Tensor, counts: list[int], *, error: MlplError | None = None) -> tuple[Tensor, list[int]]:
+def exchange(
+    rows: Tensor, counts: list[int], *, expected: Room | None = None, error: MlplError | None = None
+) -> tuple[Tensor, list[int]]:
     """Send each row to one rank and receive the rows meant for this one.
 
     Calling it again on the received rows with the received counts sends every row back where it came from.
 
-    Collective: all ranks; R pairs of numbers, then one uneven all-to-all of the rows.
+    Each rank sends each rank one message: how many rows there are for it, whether anything is wrong, and as many bytes
+    of the rows as there is room for. What finds no room follows at once.
+
+    Collective: all ranks, one uneven all-to-all of HEAD_BYTES and the room; another of what is left, if anything is.
 
     Args:
         rows: (n, ...) ordered by destination; n is free, the other dimensions and the type equal on every rank.
         counts: R numbers; the first counts[0] rows go to rank 0, the next counts[1] to rank 1, and so on. Sum is n.
+        expected: room in rows; more or fewer may be sent. None: room of SHORT_BYTES to and from every rank.
         error: what this rank found wrong before it could send anything; all ranks raise it in place of moving rows.
+            With `expected`, rows must have the right type and shape even so, but there may be none.
 
     Returns:
         The received rows in order of source rank, and how many came from each rank.
@@ -141,26 +160,58 @@ def exchange(rows: Tensor, counts: list[int], *, error: MlplError | None = None)
         MlplError: `error` of the lowest rank that handed one in, on all ranks.
     """
     error = error or _counts_error(rows, counts)
-    if world_size() == 1:
+    size = world_size()
+    if size == 1:
         if error is not None:
             raise error
         return rows, counts
-    # A faulty rank sends -1: every rank sees it, and none waits for rows that will not come.
+    if error is not None:  # every rank sees it, and none waits for rows that will not come
+        rows, counts = rows[:0], [_FAULT] * size
+    width = math.prod(rows.shape[1:]) * rows.element_size()
+    if expected is None:
+        to_ranks = from_ranks = [SHORT_BYTES] * size
+    else:
+        to_ranks, from_ranks = ([count * width for count in room] for room in expected)
     kind = zlib.crc32(f"{rows.dtype} {tuple(rows.shape[1:])}".encode())
-    announced = [-1] * world_size() if error is not None else counts
-    sent = torch.tensor([[count, kind] for count in announced], dtype=torch.int64, device=rows.device)  # (R, 2)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    from_ranks: list[int] = received[:, 0].tolist()
-    if min(from_ranks) < 0:
+
+    lengths = [max(0, count) * width for count in counts]
+    fits = [min(length, room) for length, room in zip(lengths, to_ranks, strict=True)]
+    num_left = sum(lengths) - sum(fits)
+    heads = torch.tensor([[count, kind, num_left] for count in counts], dtype=torch.int64, device=rows.device)  # (R, 3)
+    parts = rows.reshape(-1).view(torch.uint8).split(lengths)
+    padding = parts[0].new_zeros(max(to_ranks) if fits != to_ranks else 0)
+    message = []
+    for head, part, fit, room in zip(heads.view(torch.uint8).unbind(), parts, fits, to_ranks, strict=True):
+        message += [head, part[:fit] if num_left else part]
+        if fit < room:
+            message.append(padding[: room - fit])
+    arrived = _all_to_all(torch.cat(message), [HEAD_BYTES + room for room in to_ranks],
+                          [HEAD_BYTES + room for room in from_ranks])  # fmt: skip
+
+    pieces = arrived.split([piece for room in from_ranks for piece in (HEAD_BYTES, room)])
+    told: list[list[int]] = torch.cat(pieces[::2]).view(torch.int64).view(size, 3).tolist()
+    if any(count == _FAULT for count, _, _ in told):
         raise next(fault for fault in gather_objects(error) if fault is not None)
-    if bool((received[:, 1] != kind).any()):
+    if any(other != kind for _, other, _ in told):
         kinds = gather_objects(f"{rows.dtype} {tuple(rows.shape[1:])}")
         raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")
-    arrived = rows.new_empty((sum(from_ranks), *rows.shape[1:]))
-    _sent["exchange"] += 16 * (world_size() - 1) + rows[0:1].nbytes * (rows.shape[0] - counts[rank()])
-    dist.all_to_all_single(arrived, rows.contiguous(), from_ranks, counts)
-    return arrived, from_ranks
+    num_received = [count for count, _, _ in told]
+    found = [piece[: count * width] for piece, count in zip(pieces[1::2], num_received, strict=True)]
+    if any(num_left for _, _, num_left in told):
+        rest = torch.cat([part[fit:] for part, fit in zip(parts, fits, strict=True)])
+        to_ranks = [length - fit for length, fit in zip(lengths, fits, strict=True)]
+        from_ranks = [count * width - len(part) for count, part in zip(num_received, found, strict=True)]
+        late = _all_to_all(rest, to_ranks, from_ranks).split(from_ranks)
+        found = [piece for both in zip(found, late, strict=True) for piece in both]
+    return torch.cat(found).view(rows.dtype).view(sum(num_received), *rows.shape[1:]), num_received
+
+
+def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Tensor:
+    """Bytes for each rank, and bytes from each rank."""
+    _sent["exchange"] += sum(to_ranks) - to_ranks[rank()]
+    arrived = content.new_empty(sum(from_ranks))
+    dist.all_to_all_single(arrived, content, from_ranks, to_ranks)
+    return arrived
 
 
 def _counts_error(rows: Tensor, counts: list[int]) -> RankMismatchError | None:

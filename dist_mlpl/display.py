@@ -114,6 +114,9 @@ def epoch_line(row: Row, *, num_epochs: Any) -> str:
     if "train_loss" in row:
         parts.append(f"loss {row['train_loss']:.4f}")
     parts += [f"{name} {row[name]:.4f}" for name in ("mAP", "OF1", "CF1") if name in row]
+    for name, value in row.items():  # the method's metrics
+        if name.startswith("train_") and name.endswith("_fraction"):
+            parts.append(f"{name.removeprefix('train_').removesuffix('_fraction').replace('_', ' ')} {value:.1%}")
     if "train_loss" in row:
         parts.append(f"{row['train_images_per_second']:.0f} images/s")
     if row.get("num_undecodable"):

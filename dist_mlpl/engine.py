@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_mlpl import comm, keyed
-from dist_mlpl.batch import Batch, Progress, RunLength, StepOutput
+from dist_mlpl.batch import METRIC, Batch, Progress, RunLength, StepOutput
 from dist_mlpl.engines.averages import WeightAverage
 from dist_mlpl.engines.batch_norm import average_over_ranks, batch_norms, running_statistics
 from dist_mlpl.engines.faults import not_finite, watched_gradients
@@ -44,7 +44,9 @@ class EngineSettings(Settings):
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
     weight_average: float | None = Field(None, gt=0.0, lt=1.0)  # decay of the average that is judged and saved as model
-    compile: bool = False  # takes a minute at the first step; not at stage 3, whose hooks sit inside every layer
+    # Takes a minute at the first step. Semantic and pair heads, which work block by block, stay as they are. Not at
+    # stage 3, whose hooks sit inside every layer.
+    compile: bool = False
 
     @model_validator(mode="after")
     def _refuse_compiled_stage_3(self) -> EngineSettings:
@@ -198,7 +200,8 @@ class Engine:
         Returns:
             `loss` and `terms` of the global batch, the same on every rank; `logits` of this rank's rows; `extras` of
             the method, whose tensors have a row per image and are joined like the logits, with `grad_norm` (before
-            clipping), `learning_rate` (of the backbone) and `num_bad` (undecodable samples over all ranks).
+            clipping), `learning_rate` (of the backbone), `num_bad` (undecodable samples over all ranks), and as numbers
+            the metrics of the global batch.
 
         Raises:
             RunError: loss or gradient is not finite. No parameter or moment moved on any rank; the engine is spent.
@@ -209,11 +212,15 @@ class Engine:
         learning_rate = self._set_learning_rate(progress)
         outputs = self._accumulate(batch, recalled, progress)
         names = ["loss", *sorted(outputs[0].terms)]
-        shares = torch.stack([torch.stack([o.loss, *(o.terms[name] for name in names[1:])]) for o in outputs])
+        measured = sorted(name for name in outputs[0].extras if name.startswith(METRIC))
+        shares = torch.stack([
+            torch.stack([o.loss, *(o.terms[name] for name in names[1:]), *(o.extras[name] for name in measured)])
+            for o in outputs
+        ])  # fmt: skip
         num_bad = ((batch.index >= 0) & ~batch.valid).sum()
         own = torch.cat([shares.sum(0), num_bad[None]])
         with span("loss over ranks"):
-            total = comm.reduce_sum(own.clone()).tolist()  # loss and terms of the global batch, then bad samples
+            total = comm.reduce_sum(own.clone()).tolist()  # of the global batch: loss, terms, metrics, bad samples
         if not math.isfinite(total[0]):
             raise not_finite("the loss", progress, dict(zip(names, own.tolist(), strict=False)))
         with span("update"):
@@ -227,9 +234,10 @@ class Engine:
             self._average.update(self._num_updates)
         extras = _joined_extras(outputs)
         extras |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_bad": round(total[-1])}
+        extras |= dict(zip(measured, total[len(names) : -1], strict=True))
         return StepOutput(
             loss=torch.tensor(total[0]),
-            terms={name: torch.tensor(value) for name, value in zip(names[1:], total[1:-1], strict=True)},
+            terms={name: torch.tensor(value) for name, value in zip(names[1:], total[1 : len(names)], strict=True)},
             logits=torch.cat([o.logits for o in outputs]),
             extras=extras,
         )

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_mlpl import comm, storage
-from dist_mlpl.batch import Loading, Progress, StepOutput
+from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
 
 Row = dict[str, Any]
 
@@ -68,6 +68,7 @@ class Report:
         self._clock = 0.0
         self._loading = Loading()  # at the last row
         self._losses: list[float] = []  # of this epoch's steps
+        self._metrics: dict[str, float] = {}  # the method's, summed over the same steps
         self._seconds = 0.0  # of the same steps
 
     def begin(self, out: str, attempt: str, progress: Progress, *, global_batch: int, about: Row) -> None:
@@ -104,12 +105,16 @@ class Report:
         self._losses.append(float(output.loss))
         self._seconds += seconds
         extras = output.extras
+        metrics = {name: value for name, value in extras.items() if name.startswith(METRIC)}
+        for name, value in metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
         self._emit(
             {
                 "event": "step",
                 **_position(progress),
                 "loss": float(output.loss),
                 **{f"loss/{name}": float(term) for name, term in output.terms.items()},
+                **metrics,
                 "grad_norm": extras["grad_norm"],
                 "learning_rate": extras["learning_rate"],
                 "num_bad": extras["num_bad"],
@@ -125,7 +130,7 @@ class Report:
     def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
         """An epoch is evaluated; `progress` stands at the start of the next. Flushed, like a commit."""
         self._emit({"event": "epoch", **_position(progress), **self.train_metrics(), **metrics})
-        self._losses, self._seconds = [], 0.0
+        self._losses, self._metrics, self._seconds = [], {}, 0.0
         for sink in self._sinks:
             sink.flush()
         self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
@@ -146,11 +151,14 @@ class Report:
         return self._ask() is Action.STOP
 
     def train_metrics(self) -> dict[str, float]:
-        """Mean loss and rate of the steps since the last evaluation in this attempt; empty before the first step."""
-        if not self._losses:
+        """Mean loss, the method's metrics and rate of the steps since the last evaluation in this attempt; empty before
+        the first step."""
+        num_steps = len(self._losses)
+        if not num_steps:
             return {}
-        rate = self._global_batch * len(self._losses) / max(self._seconds, 1e-9)
-        return {"train_loss": sum(self._losses) / len(self._losses), "train_images_per_second": rate}
+        means = {f"train_{name.removeprefix(METRIC)}": total / num_steps for name, total in self._metrics.items()}
+        rate = self._global_batch * num_steps / max(self._seconds, 1e-9)
+        return {"train_loss": sum(self._losses) / num_steps, **means, "train_images_per_second": rate}
 
     def saved(self, progress: Progress) -> None:
         """A commit exists; what was reported so far is made as durable as it."""

@@ -325,7 +325,7 @@ def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_lo
             keep_checkpoints=config.keep_checkpoints,
         ),
         attempt=attempt,
-        notes=[str(method.weights_report), *notes],
+        notes=[str(method.weights_report), *method.notes, *notes],
         log_file=log_file,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import Kind, as_bytes, from_bytes, kind_of
+from dist_mlpl.banks.rows import Kind, as_bytes, from_bytes, no_rows
 from dist_mlpl.errors import BankError
 from dist_mlpl.settings import Settings
 
@@ -26,6 +26,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 _NUMPY: Final[dict[str, type]] = {
     "f64": np.float64, "f32": np.float32, "f16": np.float16, "u8": np.uint8, "i32": np.int32, "i64": np.int64,
 }  # fmt: skip
+INTEGER: Final[Kind] = (torch.int64, ())
 
 
 class Column(Settings):
@@ -78,6 +79,7 @@ class Bank:
     ) -> None:
         self.name, self._folder, self._is_replicated = name, folder, is_replicated
         self.spec = BankSpec(num_rows=num_rows, num_shards=num_shards, columns=dict(columns))
+        self._kinds: list[Kind] = [(DTYPES[column.dtype], column.shape) for column in columns.values()]
         rank, size = comm.rank(), comm.world_size()
         self._owned = range(-(-rank * num_shards // size), -(-(rank + 1) * num_shards // size))
         self._held = range(num_shards) if is_replicated else self._owned
@@ -85,6 +87,7 @@ class Bank:
         self._starts = torch.tensor([0, *sizes]).cumsum(0)  # (shards + 1,) first local row of each held shard
         self._changed = torch.zeros(len(self._held), dtype=torch.bool)
         self._columns: dict[str, Tensor] | None = None
+        self._room: comm.Room | None = None  # of the next `_send`, once it is known
 
     @property
     def is_replicated(self) -> bool:
@@ -114,7 +117,7 @@ class Bank:
         Raises:
             BankError: an index outside the bank; on all ranks.
 
-        Collective: all ranks; the indices, then the rows, one uneven all-to-all each. Nothing moves if replicated.
+        Collective: all ranks; the indices, then the rows, one `comm.exchange` each. Nothing moves if replicated.
         """
         index = index.cpu()
         if self._is_replicated:
@@ -122,10 +125,8 @@ class Bank:
             if error is not None:
                 raise error
             places = self._places(index)
-            return {name: column[places] for name, column in self._memory().items()}
-        kinds = [(DTYPES[column.dtype], column.shape) for column in self.spec.columns.values()]
-        columns = self._ask(index, [index], lambda asked: self._rows(asked[0]), kinds)
-        return dict(zip(self.spec.columns, columns, strict=True))
+            return {name: column.index_select(0, places) for name, column in self._memory().items()}
+        return dict(zip(self.spec.columns, self._fetch(index), strict=True))
 
     def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
         """Replace rows; of several writes of one row the one with the highest position stays.
@@ -140,84 +141,70 @@ class Bank:
             BankError: an index outside the bank, values that do not fit or are not finite; on all ranks, and nothing
                 is written. On the owner alone: a row that is not its own.
 
-        Collective: all ranks, one uneven all-to-all of the rows. Nothing moves if replicated.
+        Collective: all ranks, one `comm.exchange` of the rows, with room for as many as were last read. Nothing moves
+        if replicated.
         """
+        self._replace(index, values, position)
+
+    def _replace(
+        self, index: Tensor, values: Mapping[str, Tensor], position: Tensor | None, error: BankError | None = None
+    ) -> None:
+        """As `write`; `error` is what else this rank found wrong."""
         index = index.cpu()
         position = torch.zeros_like(index) if position is None else position.cpu()
         parts = {name: _cast(values[name].detach().cpu(), column) for name, column in self.spec.columns.items()
                  if name in values}  # fmt: skip
-        error = self._index_error(index) or self._value_error(len(index), values.keys(), parts)
+        error = error or self._index_error(index) or self._value_error(len(index), values.keys(), parts)
         if self._is_replicated:
             if error is not None:
                 raise error
             self._put(index, position, parts)
             return
-        index, position, *rows = self._send(index, [index, position, *parts.values()], error)
+        kinds = [INTEGER, INTEGER, *self._kinds]
+        index, position, *rows = self._send(index, [index, position, *parts.values()], kinds, error)
         self._put(index, position, dict(zip(self.spec.columns, rows, strict=True)))
 
     # Moving rows between ranks ---------------------------------------------------------------------------------------
 
-    def _send(self, index: Tensor, parts: Sequence[Tensor], error: BankError | None) -> list[Tensor]:
+    def _send(
+        self, index: Tensor, parts: Sequence[Tensor], kinds: Sequence[Kind], error: BankError | None
+    ) -> list[Tensor]:
         """Hand each row to the rank that owns it.
 
         Args:
             index: (n,) rows of the bank that the parts are about.
-            parts: (n, *shape) each, any types.
+            parts: (n, *shape) each.
+            kinds: of the parts, the same on every rank whatever is wrong.
             error: what this rank found wrong; raised on all ranks in place of moving anything.
 
         Returns:
             The parts of the rows that this rank owns, in order of source rank.
 
-        Collective: all ranks, one uneven all-to-all.
+        Collective: all ranks, one `comm.exchange`, with room for what `_room` foretells.
         """
+        room, self._room = self._room, None
         order, counts = self._by_owner(index, error)
-        rows = torch.empty(0, 1, dtype=torch.uint8) if error is not None else as_bytes(parts)[order]
-        arrived, _ = comm.exchange(rows, counts, error=error)
-        return from_bytes(arrived, [kind_of(part) for part in parts])
+        rows = no_rows(kinds) if error is not None else as_bytes(parts).index_select(0, order)
+        arrived, _ = comm.exchange(rows, counts, expected=room, error=error)
+        return from_bytes(arrived, kinds)
 
-    def _ask(
-        self,
-        index: Tensor,
-        questions: Sequence[Tensor],
-        answer: Callable[[list[Tensor]], list[Tensor]],
-        kinds: Sequence[Kind],
-        error: BankError | None = None,
-    ) -> list[Tensor]:
-        """Have each row answered by the rank that owns it.
+    def _fetch(self, index: Tensor) -> list[Tensor]:
+        """Every column of rows, from the ranks that own them; see `read`.
 
-        Args:
-            index: (n,) rows of the bank that the questions are about.
-            questions: (n, *shape) each.
-            answer: what an owner makes of the questions that it was handed, one row each.
-            kinds: of the answers.
-            error: what this rank found wrong; raised on all ranks in place of moving anything.
-
-        Returns:
-            The answers in the order asked for.
-
-        Raises:
-            BankError: an index outside the bank, or what an owner raised; on all ranks.
-
-        Collective: all ranks; the questions, then the answers, one uneven all-to-all each.
+        The rows read are taken for those that will be written next: `_room` is made for them.
         """
-        error = error or self._index_error(index)
+        error = self._index_error(index)
         order, counts = self._by_owner(index, error)
-        rows = torch.empty(0, 1, dtype=torch.uint8) if error is not None else as_bytes(questions)[order]
-        asked, counts_back = comm.exchange(rows, counts, error=error)
+        asked, counts_back = comm.exchange(index.index_select(0, order), counts, error=error)
         fault = None
         try:
-            rows = as_bytes(answer(from_bytes(asked, [kind_of(part) for part in questions])))
+            places = self._places(asked)
+            rows = as_bytes([column.index_select(0, places) for column in self._memory().values()])
         except BankError as found:
-            fault = found  # travels with the rows, so that all ranks stop together
-        answers, _ = comm.exchange(rows, counts_back, error=fault)
-        in_order = torch.empty_like(answers)
-        in_order[order] = answers
-        return from_bytes(in_order, kinds)
-
-    def _rows(self, index: Tensor) -> list[Tensor]:
-        """Every column of rows that this rank holds."""
-        places = self._places(index)
-        return [column[places] for column in self._memory().values()]
+            fault, rows = found, no_rows(self._kinds)  # travels with the rows, so that all ranks stop together
+        answers, _ = comm.exchange(rows, counts_back, expected=comm.Room(counts_back, counts), error=fault)
+        self._room = comm.Room(counts, counts_back)
+        return from_bytes(answers.index_select(0, order.argsort()), self._kinds)
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 
@@ -245,6 +232,12 @@ class Bank:
         slices = [self._slice(shard) for shard in shards]
         packed = {name: torch.cat([column[part] for part in slices]) for name, column in self._memory().items()}
         return {"shards": torch.tensor(list(shards), dtype=torch.int64)} | packed
+
+    def mark_loaded(self) -> None:
+        """All shards that this rank holds were unpacked; what ranks know of each other's rows is made anew.
+
+        Collective: allowed, on all ranks alike. Nothing moves by default.
+        """
 
     def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
         """Take over what `pack` made, on any number of ranks, as rows that are saved already.
@@ -284,8 +277,12 @@ class Bank:
         size = comm.world_size()
         if error is not None:
             return torch.arange(len(index)), [0] * size
-        owner = (index % self.spec.num_shards) * size // self.spec.num_shards
-        return owner.argsort(stable=True), torch.bincount(owner, minlength=size).tolist()
+        owner = self._owners(index.numpy())
+        return torch.from_numpy(owner.argsort(kind="stable")), np.bincount(owner, minlength=size).tolist()
+
+    def _owners(self, index: np.ndarray) -> np.ndarray:
+        """(n,) ranks that own the rows (n,)."""
+        return index % self.spec.num_shards * comm.world_size() // self.spec.num_shards
 
     def _places(self, index: Tensor) -> Tensor:
         """(n,) local rows.
@@ -293,15 +290,16 @@ class Bank:
         Raises:
             BankError: a row that another rank owns.
         """
-        shard = index % self.spec.num_shards - self._held.start
+        rows = index.numpy()
+        shard = rows % self.spec.num_shards - self._held.start
         is_foreign = (shard < 0) | (shard >= len(self._held))
-        if bool(is_foreign.any()):
+        if is_foreign.any():
             raise self._error(
-                f"row {int(index[is_foreign][0])} asked of rank {comm.rank()}",
+                f"row {rows[is_foreign][0]} asked of rank {comm.rank()}",
                 expected=f"a row of its own: index % {self.spec.num_shards} in {self._held}",
                 next_step="all ranks must agree on who owns what: stop the run and report it",
             )
-        return self._starts[shard] + index // self.spec.num_shards
+        return torch.from_numpy(self._starts.numpy()[shard] + rows // self.spec.num_shards)
 
     def _put(self, index: Tensor, position: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Write rows that this rank holds, the last by position where there are several."""
@@ -309,9 +307,9 @@ class Bank:
         row = index.numpy()[order]
         is_last = np.append(row[1:] != row[:-1], True) if len(row) else np.empty(0, dtype=bool)
         kept = torch.from_numpy(order[is_last])
-        places = self._places(index[kept])
+        places = self._places(index[kept]).numpy()
         for name, column in self._memory().items():
-            column[places] = parts[name][kept]
+            column.numpy()[places] = parts[name].index_select(0, kept).numpy()
         self._mark(index[kept])
 
     def _mark(self, index: Tensor) -> None:
@@ -358,11 +356,12 @@ class Bank:
     # Faults ----------------------------------------------------------------------------------------------------------
 
     def _index_error(self, index: Tensor) -> BankError | None:
-        is_outside = (index < 0) | (index >= self.spec.num_rows)
-        if not bool(is_outside.any()):
+        rows = index.numpy()
+        is_outside = (rows < 0) | (rows >= self.spec.num_rows)
+        if not is_outside.any():
             return None
         return self._error(
-            f"row {int(index[is_outside][0])}",
+            f"row {rows[is_outside][0]}",
             expected=f"an index in [0, {self.spec.num_rows}), the rows of the manifest's split or its classes",
             next_step="hand in rows that are `valid` alone; padding has index -1",
         )
@@ -377,7 +376,7 @@ class Bank:
                 f"values {found or list(names)}", expected=f"{wanted}", next_step="hand in every column, one row each"
             )
         for name, part in parts.items():
-            if part.is_floating_point() and not bool(part.isfinite().all()):
+            if part.is_floating_point() and not np.isfinite(part.numpy()).all():
                 return self._error(
                     f"column {name!r} would hold a number that is not finite",
                     expected="finite numbers; nothing was written",
@@ -394,7 +393,7 @@ class Bank:
                 expected=f"({n}, {width}) and ({n},)",
                 next_step="hand in one feature and one position for each class id",
             )
-        if not bool(features.isfinite().all()):
+        if not np.isfinite(features.numpy()).all():
             return self._error(
                 "a feature that is not finite",
                 expected="finite numbers; nothing was taken in",

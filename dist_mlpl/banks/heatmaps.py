@@ -181,16 +181,13 @@ class HeatmapBank(Bank):
         Collective: all ranks, see `Bank.write`.
         """
         index, visits, heatmaps = index.cpu(), slots.visits.cpu(), slots.heatmaps.cpu()
-        error = self._map_error(heatmaps)
-        if error is not None:
-            self._send(index, [index], error)  # which all ranks raise
         values = {
             "classes": slots.classes.to(torch.int32),
             "scores": slots.scores,
             "heatmaps": encode_maps(heatmaps, keyed_rows(self._key, index, visits)),
             "visits": visits.to(torch.int32),
         }
-        self.write(index, values)
+        self._replace(index, values, None, self._map_error(heatmaps))
 
     def _map_error(self, heatmaps: Tensor) -> BankError | None:
         known = heatmaps[~heatmaps.isnan()]

@@ -78,7 +78,8 @@ class Neighbours(KeyedBank):
         for first in range(0, max(sizes), step):
             counts = [min(max(size - first, 0), step) for size in sizes]
             asked = comm.gather_rows(own[first : first + step])
-            answers, _ = comm.exchange(as_bytes(self._own_nearest(asked, k, device)), counts)
+            room = comm.Room(counts, [counts[comm.rank()]] * comm.world_size())
+            answers, _ = comm.exchange(as_bytes(self._own_nearest(asked, k, device)), counts, expected=room)
             kinds = [(torch.float32, (k,)), (torch.int64, (k,))]
             found.append(_merged(*from_bytes(answers, kinds), num_parts=comm.world_size()))
         nothing = torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Final, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_mlpl import comm, keyed
-from dist_mlpl.banks.base import NUM_SHARDS, Bank, Column
+from dist_mlpl import keyed
+from dist_mlpl.banks.base import INTEGER, NUM_SHARDS, Bank, Column
 from dist_mlpl.banks.replica import Replica
-from dist_mlpl.banks.rows import as_bytes, from_bytes
 from dist_mlpl.errors import BankError
 
 Metric = Literal["euclidean", "cosine"]
@@ -20,6 +19,7 @@ Metric = Literal["euclidean", "cosine"]
 _SMALLEST_NORM: Final = 1e-9
 _NEAREST: Final = -1  # the slot of a feature that goes to the nearest centre
 _BLOCK_NUMBERS: Final = 1 << 16  # of centres held against features at once: half a megabyte, which caches hold
+_SHARED_BYTES: Final = 1 << 24  # of the whole table, sent at once
 
 
 class Prototypes(Bank):
@@ -70,7 +70,13 @@ class Prototypes(Bank):
         super().__init__(name, num_classes, columns, folder=folder, num_shards=min(NUM_SHARDS, num_classes))
         self._num_prototypes, self._width, self._metric = num_prototypes, width, metric
         self._key = keyed.key("prototypes", seed)
-        self._counts = Replica(num_classes, [(torch.int64, (num_prototypes,))])
+        self._table = Replica(num_classes, [(torch.float32, (num_prototypes, width)), (torch.int64, (num_prototypes,))])
+        self._norms: np.ndarray | None = None  # squared, of the prototypes of own classes
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the prototypes and counts that every rank holds."""
+        return self.spec.num_rows * self._num_prototypes * (4 * self._width + 8)
 
     # Gathering -------------------------------------------------------------------------------------------------------
 
@@ -89,7 +95,7 @@ class Prototypes(Bank):
             BankError: a class or slot that is none, features that do not fit or are not finite; on all ranks, and
                 nothing is added.
 
-        Collective: all ranks, one uneven all-to-all of n rows of D float32 and 24 bytes.
+        Collective: all ranks, one `comm.exchange` of n rows of D float32 and 24 bytes.
         """
         class_id, position = class_id.cpu(), position.cpu()
         features = features.detach().cpu().float()
@@ -97,12 +103,14 @@ class Prototypes(Bank):
         slots = torch.full_like(class_id, _NEAREST) if slot is None else slot.cpu()
         if slot is not None:
             error = error or self._slot_error(class_id, slots)
-        class_id, slots, position, features = self._send(class_id, [class_id, slots, position, features], error)
+        kinds = [INTEGER, INTEGER, INTEGER, (torch.float32, (self._width,))]
+        class_id, slots, position, features = self._send(class_id, [class_id, slots, position, features], kinds, error)
         if len(class_id) == 0:
             return
         hashes = keyed.hash_integers(self._key, position.numpy().astype(np.uint64))  # neighbours may look alike
         order = torch.from_numpy(np.lexsort((hashes, class_id.numpy())))
-        class_id, slots, vectors = class_id[order], slots[order], self._vectors(features[order].double())
+        class_id, slots = class_id[order], slots[order]
+        vectors = self._vectors(features.index_select(0, order).double())
         places = self._places(class_id)
         if slot is None:
             self._add_to_nearest(places, vectors)
@@ -136,10 +144,39 @@ class Prototypes(Bank):
         self._add_to(rest, self._nearest(rest, left), left)
 
     def _nearest(self, places: Tensor, vectors: Tensor) -> Tensor:
-        """(n,) slot of the nearest centre; of equally near ones the first."""
-        block = max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))
-        parts = zip(places.split(block), vectors.split(block), strict=True)
-        return torch.cat([self._distances(*part).argmin(dim=1) for part in parts])
+        """(n,) slot of the nearest centre; of equally near ones the first.
+
+        Products in float32 decide where they leave no doubt: so no bit of the answer hangs on how they are summed.
+        """
+        found, is_sure = self._roughly_nearest(places, vectors)
+        doubtful = (~is_sure).nonzero().squeeze(1)
+        for part in doubtful.split(max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))):
+            found[part] = self._distances(places[part], vectors[part]).argmin(dim=1)
+        return found
+
+    def _roughly_nearest(self, places: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) slot of the nearest prototype by products in float32, and (n,) bool where it is that beyond doubt."""
+        memory, rows = self._memory(), places.numpy()
+        centres, given = memory["prototypes"].numpy(), vectors.float().numpy()
+        if self._norms is None:
+            self._norms = np.einsum("cpd,cpd->cp", centres, centres, dtype=np.float64)
+        products = np.empty((len(rows), self._num_prototypes), dtype=np.float32)
+        edges = np.flatnonzero(np.diff(rows, prepend=-1, append=-1)).tolist()
+        norms, lengths = self._norms[rows], vectors.norm(dim=1).numpy()[:, None]
+        reach = np.sqrt(norms)
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold leaves doubt
+            for first, stop in pairwise(edges):  # the features of one class
+                np.matmul(given[first:stop], centres[rows[first]].T, out=products[first:stop])
+            off = (self._width + 8) * 2.0**-23 * lengths * reach  # by which a product may be wrong, in whatever order
+            if self._metric == "cosine":
+                reach = reach.clip(min=_SMALLEST_NORM)
+                distances, off = -products / reach, off / reach
+            else:
+                distances, off = norms - 2.0 * products, 2.0 * off
+            two = np.partition(distances, min(1, self._num_prototypes - 1), axis=1)[:, :2]
+            is_sure = two[:, -1] - two[:, 0] > 2.0 * off.max(axis=1)
+        is_sure &= np.isfinite(distances).all(axis=1) & (memory["counts"].numpy()[rows] > 0).all(axis=1)
+        return torch.from_numpy(distances.argmin(axis=1)), torch.from_numpy(is_sure)
 
     def _distances(self, places: Tensor, vectors: Tensor) -> Tensor:
         """(n, P) of what decides which centre is near; infinite where a slot has no centre."""
@@ -173,7 +210,7 @@ class Prototypes(Bank):
         Args:
             momentum: in [0, 1), share of the old prototype in the new one where there is an old one; None: nothing.
 
-        Nothing moves between ranks.
+        Collective: all ranks; P D numbers and 8 P bytes for each class renewed, to every rank.
         """
         memory = self._memory()
         rows = (memory["num_added"] > 0).any(dim=1).nonzero().squeeze(1)
@@ -193,20 +230,27 @@ class Prototypes(Bank):
             memory["num_added"][part] = 0
         classes = self.held_rows()[rows]
         self._mark(classes)
-        self._counts.mark(classes)
+        self._share(classes)
+
+    def _share(self, classes: Tensor) -> None:
+        """Let all ranks know the prototypes of own classes, a block at a time.
+
+        Collective: all ranks.
+        """
+        self._norms = None
+        for part in classes.tensor_split(-(-self.table_bytes // _SHARED_BYTES)):
+            places = self._places(part)
+            rows = [self._memory()[name].index_select(0, places) for name in ("prototypes", "counts")]
+            self._table.share(part, rows)
 
     def counts(self) -> Tensor:
         """Features behind each prototype.
 
         Returns:
             (C, P) int64 on the CPU; all 0 for a class that has no prototypes, none 0 for the others. A slot filled with
-            its class's mean counts the class. The bank's own table: the next call changes it.
-
-        Collective: all ranks; P numbers for each class renewed or loaded since the last call.
+            its class's mean counts the class. The bank's own table: a renewal changes it.
         """
-        index = self._counts.marked
-        (counts,) = self._counts.share([self._memory()["counts"][self._places(index)]])
-        return counts
+        return self._table.columns[1]
 
     @overload
     def read(self, index: Tensor) -> dict[str, Tensor]: ...
@@ -215,7 +259,9 @@ class Prototypes(Bank):
     def read(self, index: Tensor, slot: Tensor) -> Tensor: ...
 
     def read(self, index: Tensor, slot: Tensor | None = None) -> dict[str, Tensor] | Tensor:
-        """Prototypes, wherever they are kept; zeros of classes that have none. Without slots, whole rows: see `Bank`.
+        """Prototypes; zeros of classes that have none. Every rank holds all: nothing moves.
+
+        Without slots, whole rows from their owners: see `Bank`.
 
         Args:
             index: (n,) int64 class ids in [0, C), n free on each rank.
@@ -225,41 +271,28 @@ class Prototypes(Bank):
             (n, D) float32 on the CPU, in the order asked for.
 
         Raises:
-            BankError: a class or slot that is none; on all ranks.
-
-        Collective: all ranks; 16 bytes, then D numbers a row, one uneven all-to-all each.
+            BankError: a class or slot that is none.
         """
         if slot is None:
             return super().read(index)
         index, slot = index.cpu(), slot.cpu()
         error = self._index_error(index) or self._slot_error(index, slot)
-
-        def answer(asked: list[Tensor]) -> list[Tensor]:
-            return [self._memory()["prototypes"][self._places(asked[0]), asked[1]]]
-
-        (found,) = self._ask(index, [index, slot], answer, [(torch.float32, (self._width,))], error)
-        return found
+        if error is not None:
+            raise error
+        return self._table.columns[0].view(-1, self._width).index_select(0, index * self._num_prototypes + slot)
 
     def table(self) -> tuple[Tensor, Tensor]:
-        """Everything, on every rank; for few classes.
+        """(C, P, D) float32 and (C, P) int64 `counts`, on the CPU, copies."""
+        prototypes, counts = self._table.columns
+        return prototypes.clone(), counts.clone()
 
-        Returns:
-            (C, P, D) float32 and (C, P) int64 `counts`, on the CPU.
+    def mark_loaded(self) -> None:
+        """See `Bank`.
 
-        Collective: all ranks, one all-gather of C P D numbers.
+        Collective: all ranks, as `renew` for all classes.
         """
-        memory = self._memory()
-        rows = comm.gather_rows(as_bytes([self.held_rows(), memory["prototypes"], memory["counts"]]))
-        shape = self._num_prototypes, self._width
-        kinds = [(torch.int64, ()), (torch.float32, shape), (torch.int64, shape[:1])]
-        index, prototypes, counts = from_bytes(rows, kinds)
-        order = index.argsort()
-        return prototypes[order], counts[order]
-
-    def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
-        """See `Bank`."""
-        super().unpack(packed, wanted)
-        self._counts.mark(self.held_rows())
+        super().mark_loaded()
+        self._share(self.held_rows())
 
     # Faults ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.rows import Kind, as_bytes, from_bytes
+from dist_mlpl.errors import MlplError
 
 
 class Replica:
@@ -18,37 +19,52 @@ class Replica:
     """
 
     def __init__(self, num_rows: int, kinds: list[Kind]) -> None:
-        self._kinds = kinds
+        self._kinds: list[Kind] = [(torch.int64, ()), *kinds]  # a row travels with its number
         self._num_rows = num_rows
         self._columns: list[Tensor] | None = None
-        self._changed = torch.zeros(num_rows, dtype=torch.bool)
-
-    def mark(self, index: Tensor) -> None:
-        """Rows of this rank that others must hear of; (n,) int64."""
-        self._changed[index] = True
 
     @property
-    def marked(self) -> Tensor:
-        """(n,) int64, the rows to send at the next `share`."""
-        return self._changed.nonzero().squeeze(1)
+    def columns(self) -> list[Tensor]:
+        """(num_rows, *shape) each: the table itself, which `share` changes."""
+        if self._columns is None:
+            self._columns = [torch.zeros(self._num_rows, *shape, dtype=dtype) for dtype, shape in self._kinds[1:]]
+        return self._columns
 
-    def share(self, rows: list[Tensor]) -> list[Tensor]:
-        """Send the marked rows to everybody.
+    def share(
+        self,
+        index: Tensor,
+        rows: list[Tensor],
+        *,
+        notes: Tensor | None = None,
+        expected: list[int] | None = None,
+        error: MlplError | None = None,
+    ) -> Tensor:
+        """Send rows to everybody, and with them a note to each rank.
 
         Args:
-            rows: (n, *shape) by column, of the `marked` rows in their order.
+            index: (n,) int64, rows that no other rank sends.
+            rows: (n, *shape) by column.
+            notes: (R, bytes) uint8, a note for each rank, of equal length on all ranks; None: empty ones.
+            expected: so many rows each rank is expected to send, the same list on every rank; None: none.
+            error: raised on all ranks in place of sending anything.
 
         Returns:
-            (num_rows, *shape) by column: the table itself, which the next call changes.
+            (R, bytes) uint8, the note from each rank.
 
-        Collective: all ranks; 8 bytes a rank, then one all-gather of the rows and their 8-byte numbers, padded to the
-        rank with most.
+        Collective: all ranks, one `comm.exchange` with room for notes and expected rows.
         """
-        if self._columns is None:
-            self._columns = [torch.zeros(self._num_rows, *shape, dtype=dtype) for dtype, shape in self._kinds]
-        gathered = comm.gather_rows(as_bytes([self.marked, *rows]))
-        index, *values = from_bytes(gathered, [(torch.int64, ()), *self._kinds])
-        for column, value in zip(self._columns, values, strict=True):
-            column[index] = value
-        self._changed.fill_(False)
-        return self._columns
+        size = comm.world_size()
+        notes = torch.empty(size, 0, dtype=torch.uint8) if notes is None else notes
+        content = as_bytes([index, *rows])  # (n, bytes of a row)
+        num_noted, width = notes.shape[1], content.shape[1]
+        message = torch.cat([part for note in notes for part in (note, content.view(-1))])
+        room = [num_noted + count * width for count in expected or [0] * size]
+        arrived, sizes = comm.exchange(
+            message, [num_noted + content.numel()] * size,
+            expected=comm.Room([room[comm.rank()]] * size, room), error=error,
+        )  # fmt: skip
+        parts = arrived.split([length for each in sizes for length in (num_noted, each - num_noted)])
+        changed, *values = from_bytes(torch.cat(parts[1::2]).view(-1, width), self._kinds)
+        for column, value in zip(self.columns, values, strict=True):
+            column.numpy()[changed.numpy()] = value.numpy()
+        return torch.stack(parts[::2])

@@ -28,20 +28,26 @@ def from_bytes(rows: Tensor, kinds: Sequence[Kind]) -> list[Tensor]:
     """What `as_bytes` joined.
 
     Args:
-        rows: (n, bytes of a row) uint8.
+        rows: (n, bytes of a row) uint8, on the CPU.
         kinds: of each part, in order.
 
     Returns:
         (n, *shape) by part, in memory of their own.
     """
-    parts, start = [], 0
+    parts, start, given = [], 0, rows.numpy()
     for dtype, shape in kinds:
         stop = start + math.prod(shape) * dtype.itemsize
         # Copied: bytes are seen as another type only from an aligned start.
-        part = rows[:, start:stop].clone(memory_format=torch.contiguous_format)
-        parts.append(part.view(dtype).reshape(len(rows), *shape))
+        part = torch.empty(len(rows), stop - start, dtype=torch.uint8)
+        part.numpy()[:] = given[:, start:stop]
+        parts.append(part.view(dtype).view(len(rows), *shape))
         start = stop
     return parts
+
+
+def no_rows(kinds: Sequence[Kind]) -> Tensor:
+    """(0, bytes of a row) uint8: what `as_bytes` makes of parts without rows."""
+    return as_bytes([torch.empty(0, *shape, dtype=dtype) for dtype, shape in kinds])
 
 
 def kind_of(rows: Tensor) -> Kind:

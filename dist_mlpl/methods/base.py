@@ -71,12 +71,14 @@ class Method(nn.Module):
     Attributes:
         backbone: the trunk; every other trainable parameter counts as head.
         weights_report: what became of the backbone's weights; whoever builds the method prints it.
+        notes: what else a person should read once, when a run begins.
     """
 
     def __init__(self, settings: MethodSettings, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone, self.weights_report = build_backbone(settings.backbone, image_size=image_size)
+        self.notes: list[str] = []
         self._asked: frozenset[str] = frozenset()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -160,7 +162,8 @@ class Method(nn.Module):
 
         Returns:
             `loss`, which alone carries a graph; `terms`; `logits`; `extras` with `embedding` (B, D) always and what
-            `asking` asks for. Without `recalled` the loss is 0 and there are no terms.
+            `asking` asks for. An extra named `METRIC` and more is a () share like a term, and is reported with them.
+            Without `recalled` the loss is 0 and there are no terms and no metrics.
 
         Collective: at most one reduced, detached statistic.
         """

@@ -102,13 +102,13 @@ class Blending(Method):
         Soft targets are constants (the code moves alpha by moving the label).
         Every label draws its own of the k-means prototypes (the code: one number for a whole step).
         A quadrant's mean is that of its features (the code counts a row of zeros with them).
+        A class peaks where its attention is largest (the code: the sum over channels of the attended map).
         The graph and L_cst as in `Sst`.
     Differs always:
         Partners mirror each other in their group of images, not in a rank's batch.
         Prototypes are made of the training steps of the epoch before (the code: a pass in evaluation mode; DSRB's over
             the first 100 images only). k-means goes one step a renewal, from the renewal before.
         DSRB's prototypes are summed over the cells, since a mixture is seen only after that sum.
-        A class peaks where its attention is largest (the code: the sum over channels of the attended map).
         Draws are keyed by seed, step and sample; prototypes and position are saved.
 
     Args:
@@ -142,7 +142,7 @@ class Blending(Method):
 
     def read_labels(self, labels: Labels) -> None:
         counts = count_cooccurrence(labels, labels.samples.num_samples, self.num_classes)
-        self.head.check_classes(labels.samples.manifest.class_ids)
+        self.notes += self.head.check_classes(labels.samples.manifest.class_ids)
         self.head.set_cooccurrence(counts, is_biased=self.settings.faithful)
 
     def banks(self) -> dict[str, Bank]:
@@ -160,7 +160,10 @@ class Blending(Method):
         ]
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Renew the prototypes if they are due."""
+        """Renew the prototypes if they are due.
+
+        Collective: all ranks, see `Prototypes.renew`.
+        """
         super().begin_epoch(progress)
         if self.settings.is_renewing(progress.epoch):
             self._prototypes.bank.renew()
@@ -173,7 +176,7 @@ class Blending(Method):
         the global batch, what the losses are divided by. `ramp` rho and `is_gathering`, (1,) on the CPU. The draw of
         `DrawnPrototypes`.
 
-        Collective: all ranks; two all-reduces of 8 and 16 bytes, and `DrawnPrototypes.draw`.
+        Collective: all ranks, two all-reduces of 8 and 16 bytes.
         """
         settings, device, targets = self.settings, batch.valid.device, training_targets(batch)
         ramp = progress.samples_consumed / self._num_samples if progress.epoch == 0 else 1.0
@@ -208,7 +211,7 @@ class Blending(Method):
         if recalled is None:
             return step_output(self.head.classify(f), {}, extras)
 
-        quadrants = quadrant_of(found) if is_located else None
+        quadrants = quadrant_of(found, faithful=self.settings.faithful) if is_located else None
         with torch.autocast(f.device.type, enabled=False):
             blends = self._blends(f, quadrants, batch, recalled)
         x = self.head.classify(torch.cat([blend.features for blend in blends])).split(len(f))  # one call: one gathering
@@ -296,9 +299,13 @@ def known_positives(batch: Batch) -> Tensor:
     return (batch.targets == PRESENT) & batch.valid[:, None]
 
 
-def quadrant_of(found: Decoupled) -> Tensor:
-    """(B, C) int64: the quarter of the map in which each class peaks."""
+def quadrant_of(found: Decoupled, *, faithful: bool = False) -> Tensor:
+    """(B, C) int64: the quarter of the map in which each class peaks, by its attention.
+
+    With `faithful`, as in the code, by sum_d a_cl F_ld: a cell of negative sum counts less the more it is attended to.
+    """
     assert found.attention is not None
-    assert found.peak is not None
-    height, width = found.attention.shape[2:]
-    return quadrant(found.peak, height=height, width=width)
+    assert found.cell_sums is not None
+    evidence = found.attention * found.cell_sums[:, None] if faithful else found.attention  # (B, C, h, w)
+    height, width = evidence.shape[2:]
+    return quadrant(evidence.flatten(2).argmax(dim=2), height=height, width=width)

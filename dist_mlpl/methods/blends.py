@@ -59,8 +59,8 @@ def lendable(is_unknown: Tensor, is_source: Tensor, *, group_size: int) -> Tenso
     Source: SARB's code, which mirrors the whole batch. Differs: inside groups, so that neither ranks nor micro-batches
         change who is whose partner.
     """
-    partners = is_source.unflatten(0, (-1, group_size)).flip(1).flatten(0, 1)
-    return is_unknown & partners
+    rows = torch.arange(len(is_source), device=is_source.device)
+    return is_unknown & is_source[_partner(rows, group_size)]
 
 
 def instance_blend(
@@ -86,8 +86,8 @@ def instance_blend(
         which only the sum over cells is used.
     """
     rows, classes = is_blended.nonzero(as_tuple=True)  # (n,) each
-    partners = rows + (group_size - 1 - 2 * (rows % group_size))
-    return _blended(features, targets, rows, classes, features[partners, classes], coefficient, faithful=faithful)
+    sources = features[_partner(rows, group_size), classes]
+    return _blended(features, targets, rows, classes, sources, coefficient, faithful=faithful)
 
 
 def prototype_blend(
@@ -113,6 +113,11 @@ def prototype_blend(
     Source: SARB, section "prototype-level representation blending"; PPRB of DSRB differs in its prototypes alone.
     """
     return _blended(features, targets, rows, classes, prototypes.to(features), coefficient, faithful=faithful)
+
+
+def _partner(rows: Tensor, group_size: int) -> Tensor:
+    """(n,) rows of the images that mirror those of `rows` in their groups."""
+    return rows + (group_size - 1 - 2 * (rows % group_size))
 
 
 def _blended(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_mlpl import keyed
+from dist_mlpl import comm, keyed
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
-_COUNT_BYTES: Final = 16  # that an exchange announces to each other rank
-_GATHER_BYTES: Final = 8  # that a gather announces
 _TRIALS: Final = 100  # batches that are drawn to see how many classes a step touches
 
 
@@ -44,19 +43,13 @@ class Scale(NamedTuple):
         """Known present labels of an average image."""
         return float(self.positives.sum() / len(self.targets))
 
-    def touched_classes(self, num_shards: int) -> float:
-        """Classes that some image of an average step is known to show, on the rank that owns most of them.
-
-        Args:
-            num_shards: of a bank with a row a class; owners are those of `Bank`.
-        """
+    @property
+    def num_touched_classes(self) -> float:
+        """Classes that some image of an average step is known to show."""
         size = _TRIALS * self.global_batch
         chosen = (keyed.uniform(keyed.key("touched classes"), size) * len(self.targets)).astype(np.int64)
-        owner = np.arange(self.targets.shape[1]) % num_shards * self.world_size // num_shards
         positives = self.positives
-        touched = np.stack([positives[batch].any(axis=0) for batch in chosen.reshape(_TRIALS, -1)])  # (trials, C)
-        by_rank = [touched[:, owner == rank].sum(axis=1) for rank in range(self.world_size)]
-        return float(np.max(by_rank, axis=0).mean())
+        return float(np.mean([positives[batch].any(axis=0).sum() for batch in chosen.reshape(_TRIALS, -1)]))
 
 
 class Cost(NamedTuple):
@@ -88,26 +81,32 @@ def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes
     num_shards = bank.spec.num_shards
     owned = range(-(-num_shards // R))  # of rank 0, which has most
     held_rows = sum(max(0, -(-(bank.spec.num_rows - shard) // num_shards)) for shard in owned)
-    asked = exchange_bytes(B * reads, 8, R) + exchange_bytes(B * reads, row_bytes, R) if reads else 0.0
-    written = exchange_bytes(B * writes, 16 + row_bytes, R) if writes else 0.0
+    asked = written = 0.0
+    if reads:
+        asked = exchange_bytes(B * reads, 8, R) + exchange_bytes(B * reads, row_bytes, R, is_expected=True)
+    if writes:  # with room for as many rows as were read
+        written = exchange_bytes(B * max(reads, writes), 16 + row_bytes, R, is_expected=reads > 0)
     return Cost(name, held_bytes=held_rows * row_bytes, sent_bytes=asked + written)
 
 
-def exchange_bytes(num_rows: float, row_bytes: float, world_size: int) -> float:
-    """Sent by an average rank in one `comm.exchange` of `num_rows` rows a rank, their destinations even over ranks."""
-    others = world_size - 1
-    return _COUNT_BYTES * others + num_rows * row_bytes * others / world_size
-
-
-def gather_bytes(most_rows: float, row_bytes: float, world_size: int) -> float:
-    """Sent by a rank in one `comm.gather_rows`.
+def exchange_bytes(num_rows: float, row_bytes: float, world_size: int, *, is_expected: bool = False) -> float:
+    """Sent by an average rank in one `comm.exchange`, the destinations of its rows even over ranks.
 
     Args:
-        most_rows: of the rank that has most.
+        num_rows: of a rank.
         row_bytes: of one row.
         world_size: R.
+        is_expected: there is room for just these rows; otherwise messages shorter than `comm.SHORT_BYTES` are filled
+            up, rows falling on ranks by chance.
     """
-    return (world_size - 1) * (_GATHER_BYTES + most_rows * row_bytes)
+    mean = num_rows / world_size
+    filled = 0.0
+    if not is_expected:
+        chance = math.exp(-mean)  # that a rank has no rows for another, then one, two and so on
+        for number in range(math.ceil(comm.SHORT_BYTES / row_bytes)):
+            filled += chance * (comm.SHORT_BYTES - number * row_bytes)
+            chance *= mean / (number + 1)
+    return (world_size - 1) * (comm.HEAD_BYTES + mean * row_bytes + filled)
 
 
 def reduce_bytes(num_bytes: float, world_size: int) -> float:

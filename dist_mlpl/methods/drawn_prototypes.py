@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_mlpl import keyed
 from dist_mlpl.banks.prototypes import Prototypes
 from dist_mlpl.labels import UNKNOWN
-from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes, gather_bytes
+from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
 from dist_mlpl.methods.unknown_loss import Named
 
 PROTOTYPES: Final = "prototypes"
@@ -79,8 +79,6 @@ class DrawnPrototypes:
             `drawn_index` (n,) as given; `drawn_classes` (n, k) int64, -1 for none; `drawn_prototypes` (n, k, Q, D): the
             one of k-means, or those of the four quadrants, among which the class's peak and `drawn_turn` (n, k) in
             {1, 2, 3} choose.
-
-        Collective: all ranks, see `Prototypes.counts` and `Prototypes.read`.
         """
         counts = self.bank.counts()  # (C, P)
         exists = counts.sum(dim=1) > 0
@@ -105,13 +103,12 @@ class DrawnPrototypes:
         return {"drawn_index": index, "drawn_classes": classes, "drawn_prototypes": found, "drawn_turn": turn}
 
     def cost(self, scale: Scale) -> Cost:
-        """Of a step that gathers known positives and draws for every image, with prototypes of an epoch before."""
-        R, B, D = scale.world_size, scale.share_images, self._width
-        num_rows = B * self._count * (1 if self._kind == "kmeans" else NUM_QUADRANTS)
+        """Of a step that gathers known positives; what an epoch's renewal sends is left out."""
         num_times = 2 if self._faithful and self._kind == "quadrants" else 1
-        sent = exchange_bytes(num_rows, 16, R) + exchange_bytes(num_rows, 4 * D, R) + gather_bytes(0, 0, R)
-        sent += num_times * exchange_bytes(B * scale.num_positives, 24 + 4 * D, R)
-        return bank_cost(PROTOTYPES, self.bank, scale, reads=0, writes=0)._replace(sent_bytes=sent)
+        num_positives, row_bytes = scale.share_images * scale.num_positives, 24 + 4 * self._width
+        sent = num_times * exchange_bytes(num_positives, row_bytes, scale.world_size)
+        rows = bank_cost(PROTOTYPES, self.bank, scale, reads=0, writes=0)
+        return rows._replace(held_bytes=rows.held_bytes + self.bank.table_bytes, sent_bytes=sent)
 
 
 def quadrant_shrinkage(counts: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from dist_mlpl.banks.heatmaps import (
     write_through_crop,
 )
 from dist_mlpl.banks.slots import renew_slots
-from dist_mlpl.batch import Batch, Progress, StepOutput
-from dist_mlpl.labels import PRESENT
+from dist_mlpl.batch import METRIC, Batch, Progress, StepOutput
+from dist_mlpl.labels import ABSENT, PRESENT
 from dist_mlpl.losses.consistency import consistency_loss, spatial_consistency_loss
 from dist_mlpl.losses.single_positive import expected_negative_loss
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
@@ -31,6 +31,8 @@ from dist_mlpl.methods.unknown_loss import pick, valid_index
 from dist_mlpl.models.class_maps import SlotHead
 
 SLOTS: Final = "slots"  # the bank's name, and the prefix of what is recalled of it
+EVICTED: Final = f"{METRIC}slots_evicted_fraction"
+HELD: Final = f"{METRIC}present_in_slots_fraction"
 _PADDED = ("resnet", "resnext", "wide_resnet")  # strided layers of odd width, padded on both sides
 
 
@@ -48,7 +50,8 @@ class SpatialConsistencySettings(MethodSettings):
         warmup_epochs: first epochs of AN alone; the memory is written from the start.
         ramp_fraction: of the run, over which the weights of CL and SCL rise from 0; 0 for none.
         momentum: mu of the running averages of scores and maps.
-        num_slots: M, classes remembered an image; at most C are.
+        num_slots: M, classes remembered an image; at most C are. Too few where a run reports that present labels
+            have none (`present_in_slots_fraction` below 1) or that classes go on evicting one another.
         map_size: W, cells along a side of a remembered map of the full image.
         slot_margin: by how much a class must beat the least likely remembered one to take its slot.
         trust_ratio: r_0: an annotated class counts in full while the view shows at least this share of the strongest
@@ -175,6 +178,9 @@ class SpatialConsistency(Method):
         extras |= {f"{SLOTS}/{name}": part for name, part in slots._replace(scores=mean)._asdict().items()}
         if map_logits is not None:
             extras[f"{SLOTS}/evidence"] = torch.sigmoid(map_logits.detach())
+        num_valid = recalled["num_valid"].clamp(min=1).squeeze()
+        evicted, held = slot_shares(before, slots, batch.targets[valid])
+        extras |= {EVICTED: evicted / num_valid, HELD: held / num_valid}
         return step_output(logits, terms, extras)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
@@ -245,6 +251,25 @@ class SpatialConsistency(Method):
         if not self.settings.use_centres or self.settings.faithful:
             return None
         return cell_grid(self.settings.backbone.name, self._image_size, num_cells)
+
+
+def slot_shares(before: Slots, slots: Slots, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What tells whether M slots an image are too few.
+
+    Args:
+        before, slots: of n images, as remembered and renewed.
+        targets: (n, C) int8 in {-1, 0, 1}, human labels.
+
+    Returns:
+        () each, sums over the images: of the share of slots that a likelier class took from another, and of the share
+        of the present labels that have a slot, 1 where there are none.
+    """
+    is_held = (before.classes != EMPTY) & (targets.gather(1, before.classes.clamp(min=0)) != ABSENT)
+    is_evicted = is_held & (slots.classes != before.classes)
+    has_slot = (targets.gather(1, slots.classes.clamp(min=0)) == PRESENT) & (slots.classes != EMPTY)
+    num_present = (targets == PRESENT).sum(dim=1)
+    held = torch.where(num_present > 0, has_slot.sum(dim=1) / num_present, 1.0)
+    return is_evicted.float().mean(dim=1).sum(), held.sum()
 
 
 def classification_loss(

@@ -19,7 +19,7 @@ from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
 from dist_mlpl.losses.cooccurrence import cooccurrence_loss
 from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
-from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes, gather_bytes
+from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
 from dist_mlpl.models.cooccurrence import PairHead, Pairs, PairSettings
 from dist_mlpl.models.gated_graph import GatedGraphSettings
 from dist_mlpl.models.label_counts import count_cooccurrence
@@ -116,7 +116,7 @@ class Sst(Method):
 
     def read_labels(self, labels: Labels) -> None:
         counts = count_cooccurrence(labels, labels.samples.num_samples, self.num_classes)
-        self.head.check_classes(labels.samples.manifest.class_ids)
+        self.notes += self.head.check_classes(labels.samples.manifest.class_ids)
         self.head.set_cooccurrence(counts, is_biased=self.settings.faithful)
         self.pair_head.set_cooccurrence(counts)
 
@@ -128,8 +128,9 @@ class Sst(Method):
         C, D, R, H = self.num_classes, self.head.width, scale.world_size, self.settings.pairs.pair_width
         row_bytes = 16 + 4 * D
         ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
-        sent = exchange_bytes(scale.share_images * scale.num_positives, row_bytes, R)
-        sent += gather_bytes(scale.touched_classes(self._ring.spec.num_shards), row_bytes, R)
+        sent = exchange_bytes(scale.share_images * scale.num_positives, row_bytes, R, is_expected=True)
+        sent += exchange_bytes(scale.num_touched_classes, row_bytes, R, is_expected=True)  # R times a share of 1 / R
+        sent += (R - 1) * self._ring.note_bytes
         num_known = (scale.targets != UNKNOWN).sum(axis=1)
         num_pairs = float((num_known * (num_known - 1) / 2).mean()) + scale.num_positives * (C - scale.num_known)
         if self.pair_head.num_neighbours is not None:
@@ -156,7 +157,7 @@ class Sst(Method):
         )  # fmt: skip
         own = torch.stack([contrasted.new_tensor(len(self._trained_pairs(targets, batch.valid).slot)), contrasted])
         num_pairs, contrasted = comm.reduce_sum(own).split(1)
-        means, counts = self._ring.means()
+        means, counts = self._ring.means((targets == PRESENT).nonzero()[:, 1])
         ramp = progress.samples_consumed / self._num_samples if progress.epoch == 0 else 1.0
         return super().recall(batch, progress) | {
             "num_pairs": num_pairs,

@@ -27,8 +27,9 @@ def read_embeddings(url: str, *, num_classes: int, width: int | None) -> ClassEm
     """Class vectors from a file.
 
     Args:
-        url: of a .npy file with one (C, W) array, or a .safetensors file with one such tensor, whose metadata may
-            name the classes: `classes`, a JSON list of ids in the order of the rows.
+        url: of a .npy file with one (C, W) array, or a .safetensors file with one such tensor. Either may name the
+            classes, by id in the order of the rows: a line each in NAME.classes.txt beside NAME.npy; a JSON list,
+            `classes`, in the metadata of the other.
         num_classes: C.
         width: W, or None for whatever the file has.
 
@@ -42,6 +43,8 @@ def read_embeddings(url: str, *, num_classes: int, width: int | None) -> ClassEm
         next_step = "correct the embeddings key, or set it to null for learned vectors"
         raise storage.missing(url, what="the file of class embeddings", next_step=next_step) from error
     vectors, classes = _decode(url, content)
+    if url.endswith(".npy"):
+        classes = _listed(_list_url(url))
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise _wrong(url, f"an array of {vectors.dtype} and shape {vectors.shape}", expected="(C, W) numbers")
     if len(vectors) != num_classes:
@@ -51,7 +54,7 @@ def read_embeddings(url: str, *, num_classes: int, width: int | None) -> ClassEm
     if not np.isfinite(vectors).all():
         raise _wrong(url, "numbers that are not finite", expected="finite class vectors")
     if classes is not None and len(classes) != num_classes:
-        raise _wrong(url, f"{len(classes)} names in its metadata", expected=f"{num_classes}, one a class")
+        raise _wrong(url, f"{len(classes)} class ids with it", expected=f"{num_classes}, one a class")
     return ClassEmbeddings(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)), classes)
 
 
@@ -69,6 +72,30 @@ def check_order(url: str, found: Sequence[str], expected: Sequence[str]) -> None
             f"row {row} is class {found[row]!r}, and {len(differing)} of {len(found)} rows differ",
             expected=f"{expected[row]!r} there: rows in the order of the manifest's classes",
         )
+
+
+def unchecked_order(url: str) -> str:
+    """What a person should know whose file names no classes."""
+    remedy = "put the class ids into its metadata as `classes`"
+    if url.endswith(".npy"):
+        remedy = f"list the class ids in {storage.shown(_list_url(url))}, one a line"
+    return (
+        f"the rows of {storage.shown(url)} are taken to be in the order of the manifest's classes, unchecked: it does "
+        f"not name them; {remedy}, and a wrong order is refused"
+    )
+
+
+def _list_url(url: str) -> str:
+    """Where a .npy file's rows are named."""
+    return url.removesuffix(".npy") + ".classes.txt"
+
+
+def _listed(url: str) -> tuple[str, ...] | None:
+    try:
+        lines = storage.read_bytes(url).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _decode(url: str, content: bytes) -> tuple[np.ndarray, tuple[str, ...] | None]:

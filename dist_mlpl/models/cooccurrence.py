@@ -119,6 +119,7 @@ class PairHead(nn.Module):
         slot = first * (2 * self.num_classes - first - 1) // 2 + second - first - 1
         return Pairs(image, first, second, slot)
 
+    @torch.compiler.disable  # M is another at each step: every one would be compiled anew, block by block
     def forward(self, class_features: Tensor, pairs: Pairs) -> Tensor:
         """Logits (M,), in the features' type, of pairs of (B, C, D) class features."""
         flat = class_features.flatten(0, 1)  # (B * C, D)

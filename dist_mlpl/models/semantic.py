@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_mlpl.kernels.semantic_attention import semantic_attention
-from dist_mlpl.models.class_embeddings import check_order, read_embeddings
+from dist_mlpl.models.class_embeddings import check_order, read_embeddings, unchecked_order
 from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
 from dist_mlpl.models.label_counts import LabelCounts
 from dist_mlpl.models.recompute import linear
@@ -22,7 +22,7 @@ class SemanticSettings(Settings):
 
     Args:
         embeddings: URL of class vectors (C, W) in the order of the classes, .npy or .safetensors, which stay as they
-            are; null: learned ones.
+            are; null: learned ones. The order is checked where the file names the classes: see `read_embeddings`.
         embedding_width: W of learned vectors, and of those in the file where it is given; null: 300, or the file's.
         attention_width: k, of the layer in which cells and classes meet.
         feature_width: D, to which a 1x1 convolution and a BatchNorm bring the trunk's channels; null: neither, D = F.
@@ -43,7 +43,7 @@ class Decoupled(NamedTuple):
 
     class_features: Tensor  # (B, C, D) float32 (float64 in a float64 model)
     attention: Tensor | None  # (B, C, h, w) in [0, 1], sums to 1 over the cells; detached
-    peak: Tensor | None  # (B, C) int64, cell of the largest attention, row * w + column
+    cell_sums: Tensor | None  # (B, h, w), sum over the D channels of a cell, of either sign; detached
 
 
 class SemanticDecoupling(nn.Module):
@@ -98,7 +98,7 @@ class SemanticDecoupling(nn.Module):
 
         Args:
             feature_map: (B, F, h, w), any floating type.
-            with_attention: also give attention and peaks, L = h * w numbers for each class of an image.
+            with_attention: also give attention, L = h * w numbers for each class of an image, and the cells' sums.
         """
         pooled = F.avg_pool2d(feature_map, 2) if self._pool else feature_map
         reduced: Tensor = self.reduce(pooled)  # (B, D, h, w)
@@ -109,16 +109,24 @@ class SemanticDecoupling(nn.Module):
         features = found.class_features.to(torch.promote_types(feature_map.dtype, torch.float32))
         if not with_attention:
             return Decoupled(features, None, None)
-        return Decoupled(features, found.attention.unflatten(2, reduced.shape[2:]), found.attention.argmax(dim=2))
+        attention = found.attention.unflatten(2, reduced.shape[2:])
+        return Decoupled(features, attention, reduced.detach().sum(dim=1, dtype=attention.dtype))
 
-    def check_classes(self, class_ids: tuple[str, ...]) -> None:
-        """Hold the order of the file's rows against the data's classes, where the file names them.
+    def check_classes(self, class_ids: tuple[str, ...]) -> list[str]:
+        """Hold the order of the file's rows against the data's classes.
+
+        Returns:
+            What a person should read: that the file does not name them.
 
         Raises:
             ConfigError: they differ.
         """
-        if self._url is not None and self._embedded_classes is not None:
-            check_order(self._url, self._embedded_classes, class_ids)
+        if self._url is None:
+            return []
+        if self._embedded_classes is None:
+            return [unchecked_order(self._url)]
+        check_order(self._url, self._embedded_classes, class_ids)
+        return []
 
 
 class ClassClassifier(nn.Module):
@@ -184,9 +192,9 @@ class SemanticHead(nn.Module):
         """Logits (B, C) of class features (B, C, D): propagated over the graph, joined with themselves, classified."""
         return self.classifier(self.graph(class_features), class_features)
 
-    def check_classes(self, class_ids: tuple[str, ...]) -> None:
+    def check_classes(self, class_ids: tuple[str, ...]) -> list[str]:
         """See `SemanticDecoupling.check_classes`."""
-        self.decoupling.check_classes(class_ids)
+        return self.decoupling.check_classes(class_ids)
 
     def set_cooccurrence(self, counts: LabelCounts, *, is_biased: bool = False) -> None:
         """See `GatedGraph.set_cooccurrence`."""

@@ -24,6 +24,8 @@ from tests.support.class_banks import (
     SlowRing,
     make_prototypes,
     make_ring,
+    own_part,
+    random_features,
     update_prototypes,
     update_ring,
 )
@@ -137,3 +139,24 @@ def test_banks_that_were_loaded_answer_as_those_that_were_saved(by_ranks, from_r
     out, results = by_ranks[from_ranks]
     for found in run_ranks(load, to_ranks, out, results[0][1]):
         assert_same(found, by_ranks[1][1][0][0])
+
+
+def push_foretold(rank: int, world_size: int, told: str) -> list[Tensor]:
+    """Means after each of some updates, when all, nothing or something else was foretold by some ranks."""
+    ring, found = make_ring("ring"), []
+    for seed, num_rows in UPDATES:
+        own = own_part(random_features(seed, num_rows)).class_id
+        coming = {"all": own, "nothing": None, "wrong": own.flip(0)[: len(own) // 2] if rank else own + 0}[told]
+        found += [part.clone() for part in ring.means(coming)]
+        update_ring(ring, seed, num_rows)
+    with pytest.raises(BankError, match=f"row {NUM_CLASSES}"):
+        ring.means(torch.tensor([NUM_CLASSES if rank == world_size - 1 else 0]))
+    return [*found, *ring.means()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("told", ["all", "nothing", "wrong"])
+def test_what_was_foretold_of_a_push_changes_no_mean(world_size: int, told: str) -> None:
+    expected = run_ranks(push_foretold, 1, "nothing")[0]
+    for found in run_ranks(push_foretold, world_size, told):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

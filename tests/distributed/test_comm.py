@@ -123,3 +123,53 @@ def test_an_exchange_that_cannot_be_stops_all_ranks_alike(world_size: int) -> No
         assert one["an own fault"] == ("BankError", f"rank {last}")
         for name in ("rows of another type", "rows of another width"):
             assert one[name][0] == ("nothing" if world_size == 1 else "RankMismatchError")
+
+
+def rooms_of(rank: int, world_size: int, case: int) -> comm.Room:
+    """Room that all ranks agree on, whatever they send: just enough, none, too much here and too little there."""
+    sent = torch.tensor([counts_of(r, world_size, case) for r in range(world_size)])
+    other = torch.randint(0, 4, sent.shape, generator=torch.Generator().manual_seed(case))
+    room = {0: sent, 1: torch.zeros_like(sent)}.get(case % 3, other)
+    return comm.Room(room[rank].tolist(), room[:, rank].tolist())
+
+
+def exchange_with_room(rank: int, world_size: int) -> dict[str, Any]:
+    """What arrives with and without room for it, and in how many collectives."""
+    heard: dict[str, Any] = {}
+    number = 0
+    before = dist.all_to_all_single
+
+    def counted(*args: Any) -> Any:
+        nonlocal number
+        number += 1
+        return before(*args)
+
+    dist.all_to_all_single = counted  # type: ignore[assignment]
+    for case in range(3 * NUM_CASES):
+        rows, counts = rows_of(rank, case, torch.float32, (100,)), counts_of(rank, world_size, case)
+        room = rooms_of(rank, world_size, case)
+        plain, number = comm.exchange(rows, counts), 0
+        found = comm.exchange(rows, counts, expected=room)
+        heard[f"{case} same"] = torch.equal(plain[0], found[0]) and plain[1] == found[1]
+        heard[f"{case} number"] = number
+        fault = BankError("a fault", expected="none", where=f"rank {rank}", next_step="nothing")
+        try:
+            comm.exchange(rows, counts, expected=room, error=fault if rank == world_size - 1 else None)
+        except BankError as error:
+            heard[f"{case} fault"] = error.where
+    rows, number = rows_of(rank, 2, torch.int64, ()), 0
+    comm.exchange(rows, counts_of(rank, world_size, 2))
+    heard["short"] = number
+    return heard
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_room_changes_the_number_of_messages_and_nothing_else(world_size: int) -> None:
+    for heard in run_ranks(exchange_with_room, world_size):
+        for case in range(3 * NUM_CASES):
+            assert heard[f"{case} same"]
+            assert heard[f"{case} fault"] == f"rank {world_size - 1}"
+            if case % 3 == 0:
+                assert heard[f"{case} number"] == 1
+        assert any(heard[f"{case} number"] == 2 for case in range(3 * NUM_CASES))
+        assert heard["short"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -359,15 +360,20 @@ def test_three_ranks_average_without_moving_a_bit_of_what_is_equal(by_ranks):
 
 
 @pytest.mark.long
-def test_a_compiled_method_trains_as_it_does_without():
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["partial_bce", "sst", "blending"])
+def test_a_compiled_method_trains_as_it_does_without(name):
+    semantic = {"head": {"attention_width": 8, "embedding_width": 6, "feature_width": 12}, "start_epoch": 0}
+    keys = {} if name == "partial_bce" else semantic
+
     def compiled(rank: int, world_size: int) -> dict[str | int, tuple[list[Step], bool]]:
         found = {}
         for kind in ("plain", 0, 1, 2):
-            engine = make_engine(kind, compile=True)
+            engine = make_engine(kind, method=tiny_method(name, **keys), compile=True)
             steps = train(engine, 3)
             prediction = engine.predict(random_batch(8, seed=0))
             found[kind] = steps, bool(torch.isfinite(prediction.logits).all())
-        return found | {"eager": (train(make_engine("plain"), 3), True)}
+        return found | {"eager": (train(make_engine("plain", method=tiny_method(name, **keys)), 3), True)}
 
     found = run_ranks(compiled, 1, timeout_seconds=500.0)[0]
     for steps, is_finite in found.values():

@@ -104,7 +104,7 @@ def test_traffic_is_counted_by_verb() -> None:
     R = 4
     for found in run_ranks(send_of_every_kind, R):
         assert found == {
-            "exchange": (R - 1) * (16 + 3 * 5 * 4),
+            "exchange": (R - 1) * (comm.HEAD_BYTES + comm.SHORT_BYTES),  # the rows fit in
             "reduce": 2 * (2 * (R - 1) * 40 // R),
             "gather": (R - 1) * (8 + R * 2 * 4),
             "broadcast": (R - 1) * 4,

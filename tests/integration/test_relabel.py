@@ -27,11 +27,11 @@ from dist_mlpl.data.overlays import newest_round, read_round
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import training_targets
-from dist_mlpl.progress import Action, JsonLines, Report, Row
+from dist_mlpl.progress import Action, Row
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.label_rounds import DIFFERENCES, class_counts, differences, open_split, roll_back, rounds_of
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
-from dist_mlpl.train import build_view, train
+from dist_mlpl.train import build_view
 from tests.support.forks import Verb
 from tests.support.relabelling import beliefs_of, round_from_table
 from tests.support.runs import (
@@ -42,6 +42,7 @@ from tests.support.runs import (
     run_until,
     tiny_config,
     tiny_shards,
+    train_in_process,
     write_config,
 )
 from tests.support.sets import order_over, stream_over
@@ -71,11 +72,9 @@ class Rows:
         return [row for row in self.rows if row["event"] == "round"]
 
 
-def train_here(config: dict[str, Any], out: Path, *, ask: Callable[[], Action] | None = None, **options: Any) -> Rows:
+def train_here(config: dict[str, Any], out: Path, **options: Any) -> Rows:
     rows = Rows()
-    report = Report(lambda run, attempt: [rows, JsonLines(run, attempt)], ask or (lambda: Action.GO_ON))
-    train(check_config(config | {"out": str(out)}, where="test"), report, **options)
-    report.close()
+    train_in_process(config, out, rows, **options)
     return rows
 
 

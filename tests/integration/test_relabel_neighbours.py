@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dist_mlpl import storage
-from dist_mlpl.config import check_config
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.curriculum.votes import Embedded, decode_embedded
 from dist_mlpl.data.label_store import LabelStore
@@ -19,12 +18,11 @@ from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.overlays import RoundCommit, document_bytes, newest_round, read_plan
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import OvertakenError
-from dist_mlpl.progress import Action, JsonLines, Report
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
-from dist_mlpl.train import build_view, train
+from dist_mlpl.train import build_view
 from tests.support.neighbours import slow_nearest, slow_votes
 from tests.support.relabelling import beliefs_of, expected_beliefs
-from tests.support.runs import tiny_config, tiny_shards
+from tests.support.runs import tiny_config, tiny_shards, train_in_process
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -36,10 +34,7 @@ ASKED = ["strategy=neighbours", f"num_neighbours={NUM_NEIGHBOURS}", "threshold=0
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch, no round."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    config = tiny_config(tiny_shards(tmp_path_factory.mktemp("tiny")), num_epochs=1, out=str(out))
-    report = Report(lambda run, attempt: [JsonLines(run, attempt)], lambda: Action.GO_ON)
-    train(check_config(config, where="test"), report)
-    report.close()
+    train_in_process(tiny_config(tiny_shards(tmp_path_factory.mktemp("tiny")), num_epochs=1), out)
     return out
 
 

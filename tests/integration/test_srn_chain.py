@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl.chain import read_chain, read_model
-from dist_mlpl.config import check_config
 from dist_mlpl.errors import CheckpointError, ConfigError
-from dist_mlpl.progress import Action, Report
-from dist_mlpl.train import train
-from tests.support.runs import assert_same_end, tiny_config, tiny_shards
+from tests.support.runs import assert_same_end, tiny_config, tiny_shards, train_in_process
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -35,17 +32,14 @@ def chain(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     runs: dict[str, Path] = {}
     for stage in STAGES:
         runs[stage] = folder / stage
-        train_here(shards, runs[stage], stage, init_from=list(runs.values())[-2] if len(runs) > 1 else None)
+        train_stage(shards, runs[stage], stage, init_from=list(runs.values())[-2] if len(runs) > 1 else None)
     return runs
 
 
-def train_here(shards: str, out: Path, stage: str, *, init_from: Path | None, **options: Any) -> None:
+def train_stage(shards: str, out: Path, stage: str, *, init_from: Path | None, **options: Any) -> None:
     method = {"name": "srn", "stage": stage, "spatial": SPATIAL, "dropout": 0.2, "backbone": {"name": "resnet_small"},
               "init_from": None if init_from is None else str(init_from)}  # fmt: skip
-    config = tiny_config(shards, num_epochs=1, method=method) | {"out": str(out)}
-    report = Report(lambda run, attempt: [], lambda: Action.GO_ON)
-    train(check_config(config, where="test"), report, **options)
-    report.close()
+    train_in_process(tiny_config(shards, num_epochs=1, method=method), out, **options)
 
 
 def model_of(out: Path) -> dict[str, Tensor]:
@@ -66,14 +60,14 @@ def test_each_stage_moves_its_own_part_and_keeps_the_others_to_the_bit(chain: di
 def test_a_stopped_stage_resumes_to_the_same_bits(chain: dict[str, Path], shards: str, tmp_path: Path) -> None:
     for stage, start in (("branch", "attention"), ("joint", "branch")):
         out = tmp_path / stage
-        train_here(shards, out, stage, init_from=chain[start], max_steps=3)
-        train_here(shards, out, stage, init_from=chain[start])
+        train_stage(shards, out, stage, init_from=chain[start], max_steps=3)
+        train_stage(shards, out, stage, init_from=chain[start])
         assert_same_end(str(chain[stage]), str(out))
 
 
 def test_a_stage_that_skips_one_is_refused_by_name(chain: dict[str, Path], shards: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a run of stage 'attention'") as refused:
-        train_here(shards, tmp_path / "run", "branch", init_from=chain["main"])
+        train_stage(shards, tmp_path / "run", "branch", init_from=chain["main"])
     assert str(chain["main"]) in refused.value.where
 
 
@@ -81,15 +75,13 @@ def test_a_stage_without_the_run_that_it_needs_is_refused_before_anything_is_ope
     shards: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="stage 'attention' needs init_from, a run of stage 'main'"):
-        train_here(shards, tmp_path / "run", "attention", init_from=None)
+        train_stage(shards, tmp_path / "run", "attention", init_from=None)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_attention_stage_starts_from_any_method_with_the_same_trunk_and_head(shards: str, tmp_path: Path) -> None:
     other = {"name": "csl", "mode": "ignore", "backbone": {"name": "resnet_small"}}
-    config = tiny_config(shards, num_epochs=1) | {"method": other, "out": str(tmp_path / "csl")}
-    report = Report(lambda run, attempt: [], lambda: Action.GO_ON)
-    train(check_config(config, where="test"), report, max_steps=1)
-    train_here(shards, tmp_path / "run", "attention", init_from=tmp_path / "csl", max_steps=1)
+    train_in_process(tiny_config(shards, num_epochs=1) | {"method": other}, tmp_path / "csl", max_steps=1)
+    train_stage(shards, tmp_path / "run", "attention", init_from=tmp_path / "csl", max_steps=1)
     before, after = model_of(tmp_path / "csl"), model_of(tmp_path / "run")
     assert all(torch.equal(value, after[name]) for name, value in before.items())

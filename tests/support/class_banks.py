@@ -153,7 +153,7 @@ def momentum_of(seed: int) -> float | None:
 
 
 def faulty_slots(bank: Prototypes) -> list[Callable[[bool], Any]]:
-    """Slots that there are not, added to and asked for."""
+    """Slots that there are not, added to and asked for; what every rank holds it reads without the others."""
     good, classes = torch.tensor([0, 1]), torch.tensor([0, 1])
     wrong = [torch.tensor([0, -1]), torch.tensor([NUM_PROTOTYPES, 0]), torch.tensor([0])]
     adds = [
@@ -162,7 +162,7 @@ def faulty_slots(bank: Prototypes) -> list[Callable[[bool], Any]]:
         )
         for bad in wrong
     ]
-    return [*adds, *(lambda is_faulty, bad=bad: bank.read(classes, bad if is_faulty else good) for bad in wrong)]
+    return [*adds, *(lambda is_faulty, bad=bad: bank.read(classes, bad) for bad in wrong)]
 
 
 class SlowPrototypes:

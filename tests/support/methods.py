@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_mlpl.batch import Batch, Progress, StepOutput
+from dist_mlpl.batch import METRIC, Batch, Progress, StepOutput
 from dist_mlpl.methods.base import HEATMAPS, Method
 from dist_mlpl.methods.table import METHODS
 from tests.support.losses import random_targets
@@ -81,7 +81,7 @@ def check_same_parameters_get_gradients_whatever_the_batch(method: Method) -> No
 
 
 def check_shares_add_up(method: Method, *, group_size: int = 8) -> None:
-    """However a global batch is cut between groups, its shares sum to the loss of the whole."""
+    """However a global batch is cut between groups, its shares sum to the loss and the metrics of the whole."""
     method.eval()
     batch = random_batch(4 * group_size, seed=2)
     valid = batch.valid.clone()
@@ -94,6 +94,8 @@ def check_shares_add_up(method: Method, *, group_size: int = 8) -> None:
         _assert_close(sum(p.loss for p in parts), whole.loss)
         for name in whole.terms:
             _assert_close(sum(p.terms[name] for p in parts), whole.terms[name])
+        for name in (name for name in whole.extras if name.startswith(METRIC)):
+            _assert_close(sum(p.extras[name] for p in parts), whole.extras[name])
 
 
 def check_invalid_rows_add_nothing(method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Owns small whole runs for tests: shards, a config, the command in processes of its own, a kill at a given commit."""
+"""Owns small whole runs for tests: shards, a config, the command here or in processes of its own, a kill in them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import yaml
 
 from dist_mlpl.chain import read_chain, read_model
 from dist_mlpl.checkpoint import read_state
+from dist_mlpl.config import check_config
+from dist_mlpl.progress import Action, JsonLines, Report, Sink
+from dist_mlpl.train import train
 from shards.build import build
 from shards.sources.table import read_table
 from tests.support.forks import Verb
@@ -63,6 +66,19 @@ def tiny_config(manifest: str, **sections: Any) -> dict[str, Any]:
     for name, value in sections.items():
         config[name] = {**config[name], **value} if isinstance(value, dict) and name in config else value
     return config
+
+
+def train_in_process(
+    config: Mapping[str, Any],
+    out: Path,
+    *sinks: Sink,
+    ask: Callable[[], Action] = lambda: Action.GO_ON,
+    **options: Any,
+) -> None:
+    """Train a config in this process; rows go to RUN/metrics and to the sinks, which are closed."""
+    report = Report(lambda run, attempt: [*sinks, JsonLines(run, attempt)], ask)
+    train(check_config({**config, "out": str(out)}, where="test"), report, **options)
+    report.close()
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,13 +115,51 @@ def train(engine: Engine, num_steps: int, *, start: int = 0, global_batch: int =
 
 
 def train_on(engine: Engine, batch: Batch, step: int) -> Step:
+    """One step of the first epoch on this rank's share of a global batch."""
+    return train_at(engine, batch, Progress(step=step, samples_consumed=step * batch.num_images))
+
+
+def train_at(engine: Engine, batch: Batch, progress: Progress) -> Step:
     """One step on this rank's share of a global batch."""
-    progress = Progress(step=step, samples_consumed=step * batch.num_images)
     share = own_share(batch)
     output = engine.train_step(share, engine.method.recall(share, progress), progress)
     engine.method.observe(share, output)
     terms = {name: float(term) for name, term in output.terms.items()}
     return Step(float(output.loss), output.extras["grad_norm"], terms)
+
+
+def two_steps_thrice(*, known_fraction: float) -> list[Batch]:
+    """Three epochs of two steps on the same 32 samples; some rows undecodable, a group of 4 all undecodable."""
+    found = []
+    for number in range(2):
+        batch = random_batch(16, seed=number, known_fraction=known_fraction)
+        valid = torch.ones(16, dtype=torch.bool)
+        valid[[1, 8, 9, 10, 11]] = False
+        found.append(batch._replace(valid=valid, index=batch.index * 31 % 97 + 97 * number))
+    return found * 3
+
+
+def train_epochs(engine: Engine, batches: Sequence[Batch]) -> list[Step]:
+    """Epochs of two steps, each begun as a run begins it."""
+    steps = []
+    for step, batch in enumerate(batches):
+        size = batch.num_images
+        progress = Progress(
+            epoch=step // 2, samples_consumed=size * (step % 2), step=step, fraction=step / len(batches)
+        )
+        if progress.samples_consumed == 0:
+            engine.method.begin_epoch(progress)
+        steps.append(train_at(engine, batch, progress))
+    return steps
+
+
+def memory_of(method: Method) -> dict[str, Tensor]:
+    """The first 200 rows of every bank, on every rank."""
+    found = {}
+    for name, bank in method.banks().items():
+        rows = torch.arange(min(200, bank.spec.num_rows))
+        found |= {f"{name}/{column}": values for column, values in bank.read(rows).items()}
+    return found
 
 
 def whole_state(engine: Engine) -> EngineState:

@@ -15,7 +15,14 @@ from dist_mlpl.losses.contrastive import contrastive_loss
 from dist_mlpl.methods.base import training_targets
 from dist_mlpl.methods.blending import Blending
 from dist_mlpl.methods.table import METHODS
-from tests.support.blending import lloyd, mix_with_partners, mix_with_prototypes, quadrant_of_peak, soft_bce
+from tests.support.blending import (
+    lloyd,
+    mix_with_partners,
+    mix_with_prototypes,
+    quadrant_of_peak,
+    soft_bce,
+    weighted_maps,
+)
 from tests.support.methods import CONTRACT, NUM_CLASSES, gradients, random_batch, tiny_method, trained
 
 pytestmark = pytest.mark.unit
@@ -102,8 +109,8 @@ def test_the_loss_is_that_of_loops_over_images_and_classes(case, dtype):
 
 def expected_terms(method: Blending, batch: Batch, recalled: dict[str, Tensor]) -> dict[str, Any]:
     """The three losses of a step that is one batch."""
-    found = method.head.decouple(method.backbone(batch.images), with_attention=True)
-    f = found.class_features
+    f = method.head.decouple(method.backbone(batch.images)).class_features
+    evidence = evidence_of(method, batch)
     human, valid = batch.targets, batch.valid
     y = torch.where(human != 0, human, batch.pseudo_targets)
     y = torch.where(valid[:, None], y, 0)
@@ -120,7 +127,7 @@ def expected_terms(method: Blending, batch: Batch, recalled: dict[str, Tensor]) 
                 prototype = recalled["drawn_prototypes"][place, j, 0]
                 assert bool((table[c] == prototype).all(dim=1).any())
             else:
-                own = quadrant_of_peak(found.attention[n, c])
+                own = quadrant_of_peak(evidence[n, c])
                 slot = (own - int(recalled["drawn_turn"][place, j])) % 4
                 assert slot != own
                 prototype = recalled["drawn_prototypes"][place, j, slot]
@@ -134,6 +141,17 @@ def expected_terms(method: Blending, batch: Batch, recalled: dict[str, Tensor]) 
         logits = method.head.classify(mixed.features)
         terms[name] = soft_bce(logits, mixed.targets, mixed.is_counted) / int(mixed.is_counted.sum())
     return terms | {"prototype entries": chosen}
+
+
+@torch.no_grad()
+def evidence_of(method: Blending, batch: Batch) -> Tensor:
+    """(B, C, h, w), in which a class is said to peak; as coded, of the attended maps, which nobody should build."""
+    feature_map = method.backbone(batch.images)
+    attention = method.head.decouple(feature_map, with_attention=True).attention
+    assert attention is not None
+    if not method.settings.faithful:
+        return attention
+    return weighted_maps(attention, method.head.decoupling.reduce(feature_map)).sum(dim=-1)
 
 
 def share_of_contrastive(method: Blending, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
@@ -165,6 +183,18 @@ def test_faithful_overwrites_the_first_class_of_images_without_unknown_labels():
     assert float(recalled["num_overwritten"]) == float(recalled["num_drawn"]) == NUM_IMAGES
     rows = recalled["drawn_prototypes"].flatten(1)
     assert torch.equal(rows, rows[:1].expand_as(rows)), "one number of a prototype for the whole step"
+
+
+def test_faithful_takes_peaks_of_the_attended_maps_in_place_of_the_attentions():
+    batch, told = given_batch(3), {}
+    for faithful in (False, True):
+        method = blending(faithful=faithful)
+        output = method(batch, method.recall(batch, Progress()))
+        evidence = evidence_of(method, batch)
+        expected = [quadrant_of_peak(evidence[n, c]) for n, c in (batch.targets == 1).nonzero().tolist()]
+        told[faithful] = output.extras["positive_quadrant"].tolist()
+        assert told[faithful] == expected
+    assert told[False] != told[True]
 
 
 def test_nothing_is_blended_before_the_start_or_without_prototypes():
@@ -202,11 +232,10 @@ def test_prototypes_of_quadrants_are_means_of_known_positives_and_of_kmeans_thei
     for c in range(NUM_CLASSES):
         by_quadrant: list[list[Tensor]] = [[], [], [], []]
         for batch, features in seen:
-            with torch.no_grad():
-                attention = method.head.decouple(method.backbone(batch.images), with_attention=True).attention
+            evidence = evidence_of(method, batch)
             for n in range(NUM_IMAGES):
                 if int(batch.targets[n, c]) == 1:
-                    by_quadrant[quadrant_of_peak(attention[n, c])].append(features[n, c])
+                    by_quadrant[quadrant_of_peak(evidence[n, c])].append(features[n, c])
         everything = [feature for part in by_quadrant for feature in part]
         for slot, part in enumerate(by_quadrant):
             mean = torch.stack(part or everything).mean(dim=0)

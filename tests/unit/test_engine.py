@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.support.training import (
     BATCH_NORM,
     GROUP_SIZE,
     LENGTH,
+    LayerNormTrunk,
     is_equal,
     is_same,
     largest_difference,
@@ -122,6 +124,39 @@ def test_compilation_is_refused_where_it_would_fall_back_step_by_step():
     with pytest.raises(ValidationError, match=r"engine.compile does not work with engine.zero_stage 3"):
         EngineSettings(compile=True, zero_stage=3)
     assert EngineSettings(compile=True, zero_stage=3, kind="plain").compile
+
+
+@pytest.mark.parametrize("name", ["blending", "sst"])
+def test_a_compiled_semantic_method_trains_as_it_does_without_and_compiles_nothing_anew(name, monkeypatch):
+    narrow = {"head": {"attention_width": 8, "embedding_width": 6, "feature_width": 12}, "start_epoch": 1}
+    graphs = []
+
+    def count(graph, inputs):  # in place of the C++ compiler: the graph as it is
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    losses, num_graphs = {}, []
+    for is_compiled in (False, True):
+        method = tiny_method(name, **narrow)
+        method.backbone = LayerNormTrunk()
+        engine = make_engine("plain", method=method, compile=is_compiled)
+        losses[is_compiled] = []
+        for step in range(4):  # each with another number of known labels
+            progress = Progress(epoch=step // 2, samples_consumed=16 * (step % 2), step=step)
+            if progress.samples_consumed == 0:
+                engine.method.begin_epoch(progress)
+            batch = random_batch(16, seed=step, known_fraction=0.3 + 0.1 * step)
+            output = engine.train_step(batch, engine.method.recall(batch, progress), progress)
+            engine.method.observe(batch, output)
+            losses[is_compiled].append(float(output.loss))
+            num_graphs.append(len(graphs))
+    torch.compiler.reset()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert num_graphs[:4] == [0] * 4
+    assert num_graphs[4] > 0
+    assert num_graphs[4:] == [num_graphs[4]] * 4
 
 
 def test_a_micro_batch_without_a_whole_group_is_refused():

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from dist_mlpl import cluster
-from dist_mlpl.batch import Loading, Progress, StepOutput
-from dist_mlpl.display import Display
+from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
+from dist_mlpl.display import Display, epoch_line
 from dist_mlpl.progress import Action, JsonLines, Report, read_rows
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,8 +38,9 @@ class Rows(list):
         self.append({"event": "closed"})
 
 
-def output(loss: float) -> StepOutput:
+def output(loss: float, **metrics: float) -> StepOutput:
     extras = {"grad_norm": 1.0, "learning_rate": 0.1, "num_bad": 0}
+    extras |= {METRIC + name: value for name, value in metrics.items()}
     return StepOutput(torch.tensor(loss), {"bce": torch.tensor(loss)}, torch.zeros(2, 3), extras)
 
 
@@ -82,6 +83,19 @@ def test_an_epoch_row_has_the_mean_loss_of_its_own_steps_and_is_flushed() -> Non
     assert epoch["mAP"] == 0.5
     assert rows[-1]["event"] == "flushed"
     assert report.train_metrics() == {}
+
+
+def test_a_methods_metrics_are_in_its_steps_and_their_means_in_the_epoch_and_its_line() -> None:
+    rows = Rows()
+    report = begun(rows)
+    for epoch in range(2):
+        for step, share in enumerate((0.25, 0.75), start=1):
+            report.step(Progress(epoch, 16 * step, step), output(1.0, slots_evicted_fraction=share + epoch), Loading())
+        report.epoch(Progress(epoch + 1, 0, 2), {})
+    assert [row["metric/slots_evicted_fraction"] for row in rows if row["event"] == "step"] == [0.25, 0.75, 1.25, 1.75]
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    assert [row["train_slots_evicted_fraction"] for row in epochs] == [0.5, 1.5]
+    assert "slots evicted 50.0%" in epoch_line(epochs[0], num_epochs=2)
 
 
 def test_the_wish_to_stop_is_the_answer_to_a_step() -> None:

@@ -68,3 +68,33 @@ def test_a_class_without_new_features_keeps_its_prototypes_and_momentum_mixes_th
     bank.renew(momentum=0.75)
     assert bank.read(torch.tensor([1, 0]), slot).tolist() == [[5.0, 5.0], [0.75, 0.5]]
     assert bank.counts().tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("spread", [1.0, 1e-7, 1e30])
+def test_the_nearest_centre_is_that_of_float64_however_near_the_next_one_is(metric: Metric, spread: float) -> None:
+    """Small whole numbers are equally near to several centres; tiny spreads and products beyond float32 leave doubt."""
+    generator = torch.Generator().manual_seed(1)
+    C, P, D = 7, 5, 4
+    bank = Prototypes("x", C, P, D, seed=0, metric=metric)
+    if spread == 1.0:
+        centres = torch.randint(-1, 2, (C * P, D), generator=generator) + 0.0
+        rows = torch.randint(-1, 2, (300, D), generator=generator) + 0.0
+    else:
+        centres = (min(spread, 1.0) * torch.randn(C * P, D, generator=generator) + 1.0) * max(spread, 1.0)
+        rows = torch.randn(300, D, generator=generator) * max(spread, 1.0)
+    classes = torch.arange(C).repeat_interleave(P)
+    bank.add(classes, centres, slot=torch.arange(P).repeat(C), position=torch.arange(C * P))
+    bank.renew()
+    chosen = torch.randint(0, C, (300,), generator=generator)
+    bank.add(chosen, rows, position=torch.arange(300))
+    prototypes = bank.table()[0].double()[chosen]  # (n, P, D)
+    given = rows.double()
+    if metric == "cosine":
+        given = given / given.norm(dim=1, keepdim=True).clamp(min=1e-9)
+        distances = -(prototypes * given[:, None]).sum(dim=2) / prototypes.norm(dim=2).clamp(min=1e-9)
+    else:
+        distances = (prototypes - given[:, None]).square().sum(dim=2)
+    expected = torch.zeros(C, P, dtype=torch.int64)
+    expected.index_put_((chosen, distances.argmin(dim=1)), torch.ones(300, dtype=torch.int64), accumulate=True)
+    assert torch.equal(bank.read(torch.arange(C))["num_added"], expected)

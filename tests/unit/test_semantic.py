@@ -52,12 +52,13 @@ def test_decoupling_equals_the_form_that_builds_everything_in_value_and_gradient
     torch.testing.assert_close(ours, printed, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-def test_a_peak_is_the_cell_of_the_largest_attention_row_by_row():
-    found = random_decoupling()(random_map(2, 8, 3, 5), with_attention=True)
+def test_attention_over_the_cells_and_their_sums_come_when_asked_for():
+    feature_map = random_map(2, 8, 3, 5)
+    found = random_decoupling()(feature_map, with_attention=True)
     assert found.attention.shape == (2, 9, 3, 5)
-    assert torch.equal(found.peak, found.attention.flatten(2).argmax(dim=2))
     torch.testing.assert_close(found.attention.sum(dim=(2, 3)), torch.ones(2, 9))
-    assert random_decoupling()(random_map(2, 8, 3, 5)).attention is None
+    torch.testing.assert_close(found.cell_sums, feature_map.sum(dim=1))
+    assert random_decoupling()(feature_map)[1:] == (None, None)
 
 
 def test_reduction_and_pooling_change_the_shape_as_they_say():
@@ -67,6 +68,7 @@ def test_reduction_and_pooling_change_the_shape_as_they_say():
     assert decoupling.width == 6
     assert found.class_features.shape == (2, 4, 6)
     assert found.attention.shape == (2, 4, 3, 3)
+    assert found.cell_sums.shape == (2, 3, 3)
 
 
 @pytest.mark.parametrize("entries", [1, 60, 2**18])
@@ -164,18 +166,38 @@ def test_logits_need_no_concatenation():
 def test_class_vectors_come_from_a_file_and_stay_as_they_are(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(4, 6))
     np.save(tmp_path / "vectors.npy", vectors)
-    safetensors.numpy.save_file(
-        {"vectors": vectors.astype(np.float32)}, tmp_path / "vectors.safetensors",
-        metadata={"classes": json.dumps(["a", "b", "c", "d"])},
-    )  # fmt: skip
+    safetensors.numpy.save_file({"vectors": vectors.astype(np.float32)}, tmp_path / "vectors.safetensors")
     for name in ("vectors.npy", "vectors.safetensors"):
         decoupling = SemanticDecoupling(SemanticSettings(embeddings=str(tmp_path / name), attention_width=3), 8, 4)
         torch.testing.assert_close(decoupling.embeddings, torch.from_numpy(vectors).float())
         assert "embeddings" not in dict(decoupling.named_parameters())
         assert "embeddings" in decoupling.state_dict()
-        decoupling.check_classes(("a", "b", "c", "d"))
-    with pytest.raises(ConfigError, match="row 1 is class 'b', and 2 of 4 rows differ"):
-        decoupling.check_classes(("a", "c", "b", "d"))
+
+
+def test_rows_in_another_order_than_the_classes_are_refused_and_an_unknown_order_is_said(tmp_path):
+    def with_file(name: str) -> SemanticDecoupling:
+        return SemanticDecoupling(SemanticSettings(embeddings=str(tmp_path / name), attention_width=3), 8, 4)
+
+    vectors = np.zeros((4, 6), dtype=np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    safetensors.numpy.save_file({"vectors": vectors}, tmp_path / "vectors.safetensors")
+    for name, way_out in (("vectors.npy", "vectors.classes.txt"), ("vectors.safetensors", "metadata")):
+        (note,) = with_file(name).check_classes(("a", "b", "c", "d"))
+        assert name in note
+        assert "unchecked" in note
+        assert way_out in note
+
+    metadata = {"classes": json.dumps(["a", "b", "c", "d"])}
+    safetensors.numpy.save_file({"vectors": vectors}, tmp_path / "vectors.safetensors", metadata=metadata)
+    (tmp_path / "vectors.classes.txt").write_text("a\nb\nc\nd\n")
+    for name in ("vectors.npy", "vectors.safetensors"):
+        assert with_file(name).check_classes(("a", "b", "c", "d")) == []
+        with pytest.raises(ConfigError, match="row 1 is class 'b', and 2 of 4 rows differ"):
+            with_file(name).check_classes(("a", "c", "b", "d"))
+    (tmp_path / "vectors.classes.txt").write_text("a\nb\nc")
+    with pytest.raises(ConfigError, match="3 class ids with it"):
+        with_file("vectors.npy")
+    assert SemanticDecoupling(SemanticSettings(), 8, 4).check_classes(("a", "b", "c", "d")) == []
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from dist_mlpl.banks.heatmaps import EMPTY, Slots
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError
 from dist_mlpl.methods.base import HEATMAPS, Method
-from dist_mlpl.methods.spatial_consistency import cell_grid
+from dist_mlpl.methods.spatial_consistency import EVICTED, HELD, cell_grid, slot_shares
 from dist_mlpl.methods.table import METHODS
 from tests.support.heatmaps import read_oracle, slots_oracle, write_oracle
 from tests.support.losses import expected_negative_oracle
 from tests.support.methods import CONTRACT, IMAGE_SIZE, NUM_CLASSES, random_batch, tiny_method
+from tests.support.training import make_engine
 
 pytestmark = pytest.mark.unit
 
@@ -100,7 +101,12 @@ def test_a_later_visits_terms_are_those_of_loops_over_what_was_remembered(num_sl
     G = maps.shape[-1]
     held = slots_oracle(before, probs.float(), targets, margin=0.05)
     classes = cells = total = 0.0
+    evicted = present = 0.0
     for row in range(len(probs)):
+        mine = {int(c) for c in before.classes[row] if c != EMPTY and targets[row, c] != -1}
+        positives = {c for c in range(NUM_CLASSES) if int(targets[row, c]) == 1}
+        evicted += len(mine - held[row].keys()) / num_slots
+        present += len(positives & held[row].keys()) / len(positives) if positives else 1.0
         own = {int(c): m for m, c in enumerate(before.classes[row]) if int(c) in held[row]}
         stay = {c: own[c] for c in own if held[row][c] is not None}
         classes += mean_distance([(float(probs[row, c]), float(before.scores[row, m])) for c, m in stay.items()])
@@ -131,6 +137,31 @@ def test_a_later_visits_terms_are_those_of_loops_over_what_was_remembered(num_sl
     assert float(output.terms["classification"]) == pytest.approx(total / (n * NUM_CLASSES), rel=1e-5)
     assert float(output.terms["consistency"]) == pytest.approx(0.7 * ramp * classes / n, rel=1e-4)
     assert float(output.terms["spatial"]) == pytest.approx(1.3 * ramp * cells / n, rel=1e-4)
+    assert float(output.extras[EVICTED]) == pytest.approx(evicted / n, rel=1e-5)
+    assert float(output.extras[HELD]) == pytest.approx(present / n, rel=1e-5)
+
+
+def test_what_tells_of_too_few_slots_counts_who_lost_one_and_what_is_present_without_one():
+    targets = torch.tensor([[0, 0, 0, 0], [1, 0, -1, 0], [1, 1, 1, 1], [0, 0, 0, -1]], dtype=torch.int8)
+    before = torch.tensor([[0, 1], [0, 2], [0, 1], [EMPTY, EMPTY]])
+    after = torch.tensor([[3, 2], [0, 3], [0, 1], [1, EMPTY]])  # class 2 of the second image is known absent now
+    nothing = torch.zeros(4, 2), torch.zeros(4, 2, 0, 0), torch.zeros(4)
+    evicted, held = slot_shares(Slots(before, *nothing), Slots(after, *nothing), targets)
+    assert float(evicted) == 2 / 2
+    assert float(held) == 1 + 1 + 2 / 4 + 1
+
+
+def test_a_step_reports_the_metrics_of_the_global_batch_however_it_is_cut():
+    for micro_batch in (None, 4):
+        method, batch = tiny_method("spatial_consistency", num_slots=1), random_batch(16, seed=0)
+        batch = batch._replace(valid=torch.arange(16) != 3)
+        output = make_engine("plain", method=method, micro_batch=micro_batch).train_step(
+            batch, method.recall(batch, LATER), LATER
+        )
+        present = (batch.targets[batch.valid] == 1).sum(dim=1)
+        assert output.extras[HELD] == pytest.approx(float((1 / present.clamp(min=1)).mean()))
+        assert output.extras[EVICTED] == 0.0, "nobody to evict"
+        assert sum(float(term) for term in output.terms.values()) == pytest.approx(float(output.loss), rel=1e-5)
 
 
 def test_what_is_remembered_moves_by_the_momentum_through_the_crop():

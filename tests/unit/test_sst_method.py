@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dist_mlpl.batch import Progress
+from dist_mlpl.errors import ConfigError
 from dist_mlpl.methods.sst import Sst, SstSettings, likely_beside, mean_similarity
 from dist_mlpl.models.cooccurrence import Pairs
 from tests.support.methods import NUM_CLASSES, random_batch, tiny_method
@@ -42,6 +43,18 @@ def tiny_sst(**keys: object) -> Sst:
     with torch.no_grad():
         method.pair_head.pair_weight *= 30  # as after training: pairs differ
     return method.eval()
+
+
+def test_a_run_notes_class_vectors_of_unknown_order_and_refuses_those_of_another(tmp_path):
+    np.save(tmp_path / "vectors.npy", np.zeros((NUM_CLASSES, 4)))
+    head = {"embeddings": str(tmp_path / "vectors.npy"), "attention_width": 6}
+    (note,) = tiny_sst(head=head).notes
+    assert "unchecked" in note
+    (tmp_path / "vectors.classes.txt").write_text("a\nb\nc\nd\ne\n")
+    assert tiny_sst(head=head).notes == []
+    (tmp_path / "vectors.classes.txt").write_text("a\nb\nc\ne\nd\n")
+    with pytest.raises(ConfigError, match="row 3 is class 'e', and 2 of 5 rows differ"):
+        tiny_sst(head=head)
 
 
 def filled_ring(method: Sst, per_class: int, batch_features: torch.Tensor) -> dict[int, list[torch.Tensor]]:
