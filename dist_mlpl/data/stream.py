@@ -407,6 +407,7 @@ class Stream:
             clear(batch, row)
         told = _told(labels, share.indices[rows])
         shards = [shard for shard, _ in ticket.places]
+        are_sound = {shard: self._index.is_sound(shard) for shard in set(shards)}
         for row, content, known, shard in zip(rows, self.fetcher.take(ticket), told, shards, strict=True):
             if self._decodes_on_device:
                 put(batch, row, None, *known)
@@ -414,8 +415,12 @@ class Stream:
                 continue
             try:
                 position = int(share.positions[row])
-                is_sound = self._index.is_sound(shard)
-                put(batch, row, self._transform(content, epoch=epoch, position=position, is_sound=is_sound), *known)
+                put(
+                    batch,
+                    row,
+                    self._transform(content, epoch=epoch, position=position, is_sound=are_sound[shard]),
+                    *known,
+                )
             except ShardError as error:
                 clear(batch, row)
                 index = int(share.indices[row])
