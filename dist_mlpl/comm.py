@@ -5,11 +5,16 @@ Tensors are moved on the device they live on, so the caller chooses NCCL or gloo
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any, Final, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,11 +22,13 @@ from torch import Tensor
 from dist_mlpl.errors import MlplError, RankMismatchError
 
 T = TypeVar("T")
+Bytes = npt.NDArray[np.uint8]
 
 HEAD_BYTES: Final = 24  # of a message between two ranks, before its rows
 SHORT_BYTES: Final = 232  # of rows that any message may carry: indices, mostly
 
 _FAULT: Final = -1  # rows of a rank that cannot send any
+_CPU: Final = torch.device("cpu")
 _sent: Counter[str] = Counter()
 
 
@@ -160,58 +167,152 @@ def exchange(
         MlplError: `error` of the lowest rank that handed one in, on all ranks.
     """
     error = error or _counts_error(rows, counts)
-    size = world_size()
-    if size == 1:
+    if world_size() == 1:
         if error is not None:
             raise error
         return rows, counts
-    if error is not None:  # every rank sees it, and none waits for rows that will not come
-        rows, counts = rows[:0], [_FAULT] * size
     width = math.prod(rows.shape[1:]) * rows.element_size()
+    stops = [0] if error is not None else list(accumulate(counts, initial=0))
+    flat = _sliceable(rows.reshape(-1).view(torch.uint8))
+
+    def fill(destination: int, message: Any) -> None:
+        message[:] = flat[stops[destination] * width : stops[destination + 1] * width]
+
+    kind = f"{rows.dtype} {tuple(rows.shape[1:])}"
+    found, num_received = _exchange(counts, width, fill, kind, expected, error, rows.device)
+    return _joined(found).view(rows.dtype).view(sum(num_received), *rows.shape[1:]), num_received
+
+
+def exchange_messages(
+    lengths: list[int],
+    fill: Callable[[int, Bytes], None],
+    *,
+    kind: str,
+    expected: Room | None = None,
+    error: MlplError | None = None,
+) -> list[Bytes]:
+    """As `exchange`, of bytes that are written where they leave from and read where they arrived: nothing is copied.
+
+    Collective: all ranks, see `exchange`.
+
+    Args:
+        lengths: R numbers, bytes for each rank, this one included.
+        fill: is called with a rank and (lengths[rank],) uint8, which it writes; ranks with nothing are left out.
+        kind: what the messages hold, the same on every rank.
+        expected: room in bytes, see `exchange`.
+        error: see `exchange`; `fill` is not called then.
+
+    Returns:
+        R arrays (bytes,) uint8, from each rank, in memory that is the caller's; they may begin at any address.
+
+    Raises:
+        RankMismatchError: another kind on another rank; on all ranks.
+        MlplError: see `exchange`.
+    """
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        message = np.empty(lengths[0], dtype=np.uint8)
+        fill(0, message)
+        return [message]
+    return _exchange(lengths, 1, fill, kind, expected, error, _CPU)[0]
+
+
+def _exchange(
+    counts: list[int],
+    width: int,
+    fill: Callable[[int, Any], None],
+    kind: str,
+    expected: Room | None,
+    error: MlplError | None,
+    device: torch.device,
+) -> tuple[list[Any], list[int]]:
+    """Rows of `width` bytes from each rank, as slices of bytes, and how many they are. More than one rank."""
+    size = world_size()
+    if error is not None:  # every rank sees it, and none waits for rows that will not come
+        counts = [_FAULT] * size
     if expected is None:
         to_ranks = from_ranks = [SHORT_BYTES] * size
     else:
         to_ranks, from_ranks = ([count * width for count in room] for room in expected)
-    kind = zlib.crc32(f"{rows.dtype} {tuple(rows.shape[1:])}".encode())
-
     lengths = [max(0, count) * width for count in counts]
-    fits = [min(length, room) for length, room in zip(lengths, to_ranks, strict=True)]
-    num_left = sum(lengths) - sum(fits)
-    heads = torch.tensor([[count, kind, num_left] for count in counts], dtype=torch.int64, device=rows.device)  # (R, 3)
-    parts = rows.reshape(-1).view(torch.uint8).split(lengths)
-    padding = parts[0].new_zeros(max(to_ranks) if fits != to_ranks else 0)
-    message = []
-    for head, part, fit, room in zip(heads.view(torch.uint8).unbind(), parts, fits, to_ranks, strict=True):
-        message += [head, part[:fit] if num_left else part]
-        if fit < room:
-            message.append(padding[: room - fit])
-    arrived = _all_to_all(torch.cat(message), [HEAD_BYTES + room for room in to_ranks],
+    num_left = sum(max(0, length - room) for length, room in zip(lengths, to_ranks, strict=True))
+    code = _code(kind)
+    heads: Any = np.array([(count, code, num_left) for count in counts]).view(np.uint8)  # (R, HEAD_BYTES)
+    if device != _CPU:
+        heads = torch.from_numpy(heads).to(device)
+    message = torch.empty(size * HEAD_BYTES + sum(to_ranks), dtype=torch.uint8, device=device)
+    content, left = _sliceable(message), []
+    start = 0
+    for destination, (length, room) in enumerate(zip(lengths, to_ranks, strict=True)):
+        content[start : start + HEAD_BYTES] = heads[destination]
+        start += HEAD_BYTES
+        if length > room:
+            whole = _sliceable(message.new_empty(length))
+            fill(destination, whole)
+            content[start : start + room] = whole[:room]
+            left.append(whole[room:])
+        elif length:
+            fill(destination, content[start : start + length])
+        start += room
+    arrived = _all_to_all(message, [HEAD_BYTES + room for room in to_ranks],
                           [HEAD_BYTES + room for room in from_ranks])  # fmt: skip
 
-    pieces = arrived.split([piece for room in from_ranks for piece in (HEAD_BYTES, room)])
-    told: list[list[int]] = torch.cat(pieces[::2]).view(torch.int64).view(size, 3).tolist()
+    starts = list(accumulate((HEAD_BYTES + room for room in from_ranks), initial=0))[:-1]
+    told = _read_heads([arrived[start : start + HEAD_BYTES] for start in starts])
     if any(count == _FAULT for count, _, _ in told):
         raise next(fault for fault in gather_objects(error) if fault is not None)
-    if any(other != kind for _, other, _ in told):
-        kinds = gather_objects(f"{rows.dtype} {tuple(rows.shape[1:])}")
+    if any(other != code for _, other, _ in told):
+        kinds = gather_objects(kind)
         raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")
     num_received = [count for count, _, _ in told]
-    found = [piece[: count * width] for piece, count in zip(pieces[1::2], num_received, strict=True)]
+    ends = [start + HEAD_BYTES + min(count * width, room)
+            for start, count, room in zip(starts, num_received, from_ranks, strict=True)]  # fmt: skip
+    found = [arrived[start + HEAD_BYTES : end] for start, end in zip(starts, ends, strict=True)]
     if any(num_left for _, _, num_left in told):
-        rest = torch.cat([part[fit:] for part, fit in zip(parts, fits, strict=True)])
-        to_ranks = [length - fit for length, fit in zip(lengths, fits, strict=True)]
-        from_ranks = [count * width - len(part) for count, part in zip(num_received, found, strict=True)]
-        late = _all_to_all(rest, to_ranks, from_ranks).split(from_ranks)
-        found = [piece for both in zip(found, late, strict=True) for piece in both]
-    return torch.cat(found).view(rows.dtype).view(sum(num_received), *rows.shape[1:]), num_received
+        to_ranks = [max(0, length - room) for length, room in zip(lengths, to_ranks, strict=True)]
+        from_ranks = [max(0, count * width - room) for count, room in zip(num_received, from_ranks, strict=True)]
+        late = _all_to_all(_joined(left) if left else message[:0], to_ranks, from_ranks)
+        stops = list(accumulate(from_ranks, initial=0))
+        found = [
+            _sliceable(_joined([part, late[start:stop]])) if stop > start else part
+            for part, (start, stop) in zip(found, pairwise(stops), strict=True)
+        ]
+    return found, num_received
 
 
-def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Tensor:
-    """Bytes for each rank, and bytes from each rank."""
+def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Any:
+    """Bytes for each rank, and bytes from each rank, to be sliced."""
     _sent["exchange"] += sum(to_ranks) - to_ranks[rank()]
     arrived = content.new_empty(sum(from_ranks))
     dist.all_to_all_single(arrived, content, from_ranks, to_ranks)
-    return arrived
+    return _sliceable(arrived)
+
+
+def _read_heads(heads: list[Any]) -> list[list[int]]:
+    """R times rows, code of their kind, and bytes for all ranks that are left."""
+    if isinstance(heads[0], Tensor):
+        return torch.cat(heads).view(torch.int64).view(-1, 3).tolist()  # once from the device
+    return [head.view(np.int64).tolist() for head in heads]
+
+
+def _sliceable(content: Tensor) -> Any:
+    """What slices are taken of: on the CPU an array, of which that costs a tenth; the tensor itself elsewhere."""
+    return content.numpy() if content.device.type == "cpu" else content
+
+
+def _joined(parts: list[Any]) -> Tensor:
+    """Slices one after the other, in memory of their own."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    joined = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
+    np.concatenate(parts, out=joined.numpy())
+    return joined
+
+
+@functools.cache
+def _code(kind: str) -> int:
+    return zlib.crc32(kind.encode())
 
 
 def _counts_error(rows: Tensor, counts: list[int]) -> RankMismatchError | None:
