@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
+from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded
 from dist_mlpl.data.order import check_global_batch
@@ -40,7 +41,7 @@ from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
 from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
-from dist_mlpl.train import build_view, open_samples, train
+from dist_mlpl.train import train
 
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
-import torch
-
-from dist_mlpl import comm, keyed, storage
-from dist_mlpl.batch import Progress, RunLength
-from dist_mlpl.chain import RunIdentity, read_chain, read_head, read_model
-from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
-from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
-from dist_mlpl.curriculum.schedule import check_bounded, is_due
-from dist_mlpl.curriculum.uncertainty import check_dropout
-from dist_mlpl.data.cache import ExtentCache, cache_folder
-from dist_mlpl.data.fetch import Fetcher, check_cache_limit
-from dist_mlpl.data.held_out import PartView, run_manifest, whole_split
-from dist_mlpl.data.label_store import Labels, LabelStore
-from dist_mlpl.data.manifest import Manifest
-from dist_mlpl.data.order import EpochOrder, check_global_batch, last_position
-from dist_mlpl.data.overlays import newest_round
-from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.data.stored_view import StoredView
-from dist_mlpl.data.stream import DataSettings, Stream
-from dist_mlpl.data.tar_stream import AnyStream, TarStream
-from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet, open_tars
-from dist_mlpl.data.transform import Transform
-from dist_mlpl.data.view_files import view_url
-from dist_mlpl.data.views import LabelView, View
-from dist_mlpl.engine import Engine, start
-from dist_mlpl.errors import CheckpointError, StorageError
-from dist_mlpl.evaluate import evaluate
-from dist_mlpl.methods.base import Method
+from dist_mlpl.batch import Progress
+from dist_mlpl.build import epoch_order
+from dist_mlpl.config import Config
+from dist_mlpl.data.order import last_position
+from dist_mlpl.engine import start
 from dist_mlpl.profile import StepProfile
-from dist_mlpl.progress import Action, LogFile, Report, without_nan
-from dist_mlpl.rounds.commit import on_first_rank
-from dist_mlpl.rounds.relabel import relabel
-from dist_mlpl.rounds.truth import measure, summary
+from dist_mlpl.progress import Action, Report
+from dist_mlpl.run import open_run
 from dist_mlpl.spans import span
-from dist_mlpl.world import World
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -77,28 +41,28 @@ def train(
     Collective: all ranks run this function with the same arguments.
     """
     world = start(config.engine)
-    rooms = open_rooms(config, world, allow_change=allow_change, is_output_logged=is_output_logged)
-    method, engine, stream, length = rooms.method, rooms.engine, rooms.stream, rooms.length
-    with rooms.closing(), StepProfile(config.run_folder, rooms.attempt.name, is_on=is_profiled) as profile:
-        progress = rooms.restore()  # epoch, samples_consumed, step, round
-        rooms.introduce(report, progress)
-        rooms.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did
+    run = open_run(config, world, allow_change=allow_change, is_output_logged=is_output_logged)
+    method, engine, stream, length = run.method, run.engine, run.stream, run.length
+    with run.closing(), StepProfile(config.run_folder, run.attempt.name, is_on=is_profiled) as profile:
+        progress = run.restore()  # epoch, samples_consumed, step, round
+        run.introduce(report, progress)
+        run.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did
         last_step = None if max_steps is None else progress.step + max_steps
         action = Action.GO_ON
 
         for epoch in range(progress.epoch, config.num_epochs):
             if progress.samples_consumed == 0:  # never again after a resume in the middle of an epoch
-                renewed = rooms.renew_labels(progress, report)
+                renewed = run.renew_labels(progress, report)
                 if renewed is None:
                     report.stopped(progress)
                     return progress
                 progress = renewed
                 method.begin_epoch(progress)
-            order = epoch_order(config, rooms.samples, epoch)
+            order = epoch_order(config, run.samples, epoch)
             start_at = progress.samples_consumed
             end = last_position(start_at, global_batch=config.global_batch, num_samples=length.num_samples)
             for batch in stream.train_batches(
-                order, rooms.store.at(progress.round), epoch=epoch, start=start_at, global_batch=config.global_batch
+                order, run.store.at(progress.round), epoch=epoch, start=start_at, global_batch=config.global_batch
             ):
                 with span("recall"):
                     recalled = method.recall(batch, progress)
@@ -114,369 +78,15 @@ def train(
                 if progress.samples_consumed == end:
                     break  # the epoch's own commit follows
                 if action or progress.due(config.save_every_steps):
-                    rooms.commit(progress, report)
+                    run.commit(progress, report)
                 if action is Action.STOP:
                     report.stopped(progress)
                     return progress
 
             progress = progress.next_epoch(length)
-            rooms.commit(progress, report)
+            run.commit(progress, report)
             if action is Action.STOP and progress.epoch < config.num_epochs:
                 report.stopped(progress)
                 return progress
-            rooms.judge_if_due(progress, report)
+            run.judge_if_due(progress, report)
         return progress
-
-
-@dataclass(frozen=True)
-class Rooms:
-    """Everything one rank's run works with, opened in order."""
-
-    config: Config
-    manifest: Manifest
-    samples: AnySamples
-    length: RunLength
-    method: Method
-    engine: Engine
-    store: LabelStore
-    cache: ExtentCache | None
-    stream: AnyStream
-    judged: AnyStream
-    judged_labels: Labels
-    saved: Checkpoint
-    attempt: Attempt
-    notes: list[str]  # what a person should read once
-    log_file: LogFile
-
-    def restore(self) -> Progress:
-        """Go on where the run stands, and write down the config in force: `evaluate` and the next resume read it.
-
-        Collective: all ranks.
-        """
-        progress = self.saved.restore()
-        if comm.rank() == 0:
-            storage.write_bytes(run_config_url(self.config.run_folder), self.config.to_yaml().encode())
-        return progress
-
-    def introduce(self, report: Report, progress: Progress) -> None:
-        """Tell the report what begins here.
-
-        Collective: all ranks, one gather of names.
-        """
-        config = self.config
-        about = {
-            "num_epochs": self.length.num_epochs,
-            "num_samples": self.length.num_samples,
-            "num_steps": self.length.num_epochs * (self.length.num_samples // config.global_batch),
-            "num_classes": self.manifest.num_classes,
-            "world_size": comm.world_size(),
-            "processes": comm.gather_objects((socket.gethostname(), os.getpid())),
-            "method": config.method.name,
-            "backbone": config.method.backbone.name,
-        }
-        out = config.run_folder
-        report.begin(out, self.attempt.name, progress, global_batch=config.global_batch, about=about)
-        for note in self.notes:
-            report.note(note)
-        log.info(
-            "attempt %s on rank %d of %d begins at %s", self.attempt.name, comm.rank(), comm.world_size(), progress
-        )
-
-    def commit(self, progress: Progress, report: Report) -> None:
-        """Make a checkpoint, and all that was reported so far as durable as it.
-
-        Collective: all ranks.
-        """
-        self.saved.save(progress, report.train_metrics())
-        report.saved(progress)
-        self.log_file.copy()
-
-    def renew_labels(self, progress: Progress, report: Report) -> Progress | None:
-        """Make a round of labels if one is due, then take over the newest one, whoever made it.
-
-        Returns:
-            The same position under the newest labels; None when the run was asked to stop in the middle of a round.
-
-        Collective: all ranks.
-        """
-        config, curriculum, out = self.config, self.config.curriculum, self.config.run_folder
-        if curriculum is not None and is_due(curriculum, progress.epoch):
-            head = on_first_rank(lambda: read_head(out))
-            assert head is not None  # no round is due before the first epoch, which ends in a commit
-            made = relabel(
-                out, head, curriculum, self.engine, self.store.at(0),
-                open_stream=lambda: build_stream(
-                    config, self.samples, self.cache, self.engine.world, self.engine, train=False
-                ),
-                build=lambda: build_method(config, self.manifest),
-                seed=config.seed, scored_with=config.scoring_digest,
-                is_asked=report.is_asked_to_stop, tell=lambda done, total: report.scoring(progress, done, total),
-            )  # fmt: skip
-            if made is None:
-                return None
-        newest = on_first_rank(lambda: newest_round(out))
-        if newest == progress.round:
-            return progress
-        labels, progress = self.store.at(newest), progress._replace(round=newest)
-        assert labels.round is not None
-        commit, is_measured = labels.round.commit, curriculum is None or curriculum.measure_hidden
-        report.round(progress, summary(commit) | (measure(out, commit, labels) if is_measured else {}))
-        return progress
-
-    def judge_if_due(self, progress: Progress, report: Report) -> None:
-        """Evaluate the epoch that just ended, unless that is done; RUN/evaluations holds one record a step.
-
-        It comes after the epoch's commit, so that nothing is lost if the evaluation fails or is killed.
-
-        Collective: all ranks.
-        """
-        config, epoch = self.config, progress.epoch
-        is_due = epoch % config.evaluation.every_epochs == 0 or epoch == config.num_epochs
-        if progress.samples_consumed > 0 or epoch == 0 or not is_due:
-            return
-        url = storage.join(config.run_folder, "evaluations", f"{progress.step:08d}.json")
-        if comm.broadcast_object(comm.rank() == 0 and storage.exists(url)):
-            return
-        metrics = evaluate(self.engine, self.judged, self.judged_labels, config.evaluation).metrics
-        if comm.rank() == 0:
-            record = {"step": progress.step, "epoch": epoch, "split": config.data.eval_split, **without_nan(metrics)}
-            storage.write_bytes(url, json.dumps(record, indent=1).encode())
-        report.epoch(progress, metrics)
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Log what ends the run; stop the threads and close the log with it."""
-        try:
-            yield
-        except Exception:
-            log.exception("the run stops")
-            raise
-        finally:
-            self.stream.close()
-            self.judged.close()
-            try:
-                self.log_file.close()
-            except StorageError as error:  # the log's last lines must not hide what ended the run
-                log.warning("the log could not be copied: %s", error)
-
-
-def open_rooms(config: Config, world: World, *, allow_change: bool, is_output_logged: bool) -> Rooms:
-    """Check what can be checked, then build everything from the manifest to the checkpoint.
-
-    Raises:
-        MlplError: before any work is lost.
-
-    Collective: all ranks.
-    """
-    storage.configure_storage(config.data.storage_options)
-    out, data = config.run_folder, config.data
-    samples, judged_samples = open_samples(data, data.train_split, data.eval_split)
-    manifest = samples.manifest
-    length = RunLength(config.num_epochs, samples.epoch_samples)
-    check_global_batch(
-        config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
-    )
-    notes = compare_with_run(config, allow_change=allow_change)
-    attempt = begin_attempt(out, config.digest)
-    log_file = LogFile(out, attempt.name, world.rank, has_output=is_output_logged)
-
-    method = build_method(config, manifest)
-    store = LabelStore(samples, build_view(data, samples), run=out)
-    if attempt.parent is None:
-        method.read_labels(store.at(0))
-    engine = Engine(
-        method, config.engine, config.optimizer, config.schedule,
-        length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
-    )  # fmt: skip
-    if config.curriculum is not None:
-        check_bounded(config.curriculum, num_samples=length.num_samples, num_classes=manifest.num_classes)
-        if config.curriculum.strategy == "uncertainty":
-            check_dropout(method)
-    if attempt.parent is None and config.method.init_from:
-        notes.append(start_from(config.method.init_from, engine))
-    notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
-    cache = build_cache(data, samples, world)
-    stream = build_stream(config, samples, cache, world, engine, train=True)
-    identity = RunIdentity(
-        global_batch=config.global_batch, num_lanes=data.num_lanes, window_samples=data.window_samples,
-        group_size=config.group_size,
-        digests={"config": config.digest, "classes": manifest.classes_sha256, "manifest": manifest.digest,
-                 "view": store.view_digest},
-    )  # fmt: skip
-    return Rooms(
-        config=config,
-        manifest=manifest,
-        samples=samples,
-        length=length,
-        method=method,
-        engine=engine,
-        store=store,
-        cache=cache,
-        stream=stream,
-        judged=build_stream(config, judged_samples, cache, world, engine, train=False),
-        judged_labels=LabelStore(judged_samples).at(0),
-        saved=Checkpoint(
-            out,
-            engine,
-            stream,
-            identity=identity,
-            attempt=attempt,
-            length=length,
-            keep_checkpoints=config.keep_checkpoints,
-        ),
-        attempt=attempt,
-        notes=[str(method.weights_report), *method.notes, *notes],
-        log_file=log_file,
-    )
-
-
-def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
-    """Hold the config against the one in force in the run folder. Rank 0 decides for all.
-
-    Returns:
-        Lines that say what changed.
-
-    Raises:
-        CheckpointError: a change that is refused, or needs --allow-change.
-
-    Collective: all ranks, one broadcast.
-    """
-    changes: list[str] = []
-    if comm.rank() == 0 and storage.exists(run_config_url(config.run_folder)):
-        changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
-    return comm.broadcast_object([f"changed since the run was last started: {line}" for line in changes])
-
-
-def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
-    """Find the samples of some splits, by their index or as tars without one.
-
-    Raises:
-        MlplError: no such split, no manifest, no tars.
-    """
-    if data.unindexed is not None:
-        return [open_tars(data.unindexed, split) for split in splits]
-    manifest = run_manifest(data)
-    return [SplitIndex(manifest, split) for split in splits]
-
-
-def build_method(config: Config, manifest: Manifest) -> Method:
-    """The run's method; its random weights are drawn under the run's seed."""
-    torch.manual_seed(keyed.key("weights", config.seed) & (2**63 - 1))
-    return config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
-
-
-def build_view(data: DataSettings, index: AnySamples) -> LabelView | None:
-    """What train labels are seen through, or None when every label may be seen as it is."""
-    if isinstance(index, TarSet):
-        return None
-    if data.held_out_fraction is not None:  # drawn over the whole split, so that each sample keeps its labels
-        whole = whole_split(index)
-        view = build_view(data.model_copy(update={"held_out_fraction": None}), whole)
-        return None if view is None else PartView(view, whole, index)
-    if data.view is not None:
-        return StoredView(view_url(index.manifest.url, data.view), index)
-    if not data.is_view_asked:
-        return None
-    return View(
-        data.known_rule,
-        data.known_fraction,
-        data.known_seed,
-        shard_sizes=index.shard_sizes,
-        source_rows=index.source_rows(),
-        targets_of=index.targets_between,
-        num_classes=index.manifest.num_classes,
-    )
-
-
-def build_cache(data: DataSettings, index: AnySamples, world: World) -> ExtentCache | None:
-    """This node's cache of remote shards, or None where there is nothing to cache."""
-    if isinstance(index, TarSet) or data.cache_bytes == 0 or not index.is_remote:
-        return None
-    return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
-
-
-def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
-    """Hold data.cache_bytes against what the ranks of this node read at once.
-
-    Returns:
-        Lines for a person: what the node's cache needs, what would keep the whole split.
-
-    Raises:
-        ConfigError: too small.
-    """
-    data = config.data
-    if not index.is_remote:
-        return []
-    if data.cache_bytes == 0:
-        return ["no cache (data.cache_bytes 0): every sample is read from the store by itself, in every epoch"]
-    first = world.rank - world.local_rank
-    lanes = epoch_order(config, index, 0).lanes_read(
-        0, config.global_batch, ranks=range(first, first + world.local_size), size=world.size
-    )
-    least = check_cache_limit(data.cache_bytes, index, num_lanes=len(lanes), window_samples=data.window_samples)
-    return [
-        f"cache {cache_folder()}: {data.cache_bytes:,} bytes; this node needs {least:,} for {len(lanes)} lanes, "
-        f"{index.num_bytes * 8 // 7:,} would keep all of {index.split!r}"
-    ]
-
-
-def build_stream(
-    config: Config, samples: AnySamples, cache: ExtentCache | None, world: World, engine: Engine, *, train: bool
-) -> AnyStream:
-    """Batches of one split for this rank, augmented or as they are."""
-    transform = Transform(config.transform, seed=config.seed, train=train)
-    if isinstance(samples, TarSet):
-        return TarStream(
-            samples,
-            transform,
-            world=world,
-            seed=config.seed,
-            num_workers=config.data.num_workers,
-            device=engine.device,
-            max_bad_fraction=config.data.max_bad_fraction,
-        )
-    return Stream(
-        samples,
-        Fetcher(samples, cache),
-        transform,
-        world=world,
-        num_workers=config.data.num_workers,
-        device=engine.device,
-        max_bad_fraction=config.data.max_bad_fraction,
-        decodes_on_device=config.data.decode_on == "gpu",
-    )
-
-
-def epoch_order(config: Config, samples: AnySamples, epoch: int) -> EpochOrder:
-    """The order of one epoch of this run."""
-    return EpochOrder(
-        samples.shard_sizes,
-        seed=config.seed,
-        epoch=epoch,
-        num_lanes=config.data.num_lanes,
-        window_samples=config.data.window_samples,
-        group_size=config.group_size,
-        parts=samples.parts,
-    )
-
-
-def start_from(url: str, engine: Engine) -> str:
-    """Take over the model of another run where names and shapes agree.
-
-    Returns:
-        A line that says how much was taken.
-
-    Raises:
-        CheckpointError: no such run, or not enough of it for the method.
-    """
-    model = read_model(url, read_chain(url)[-1])
-    taken = engine.load_matching(model)
-    if not taken:
-        raise CheckpointError(
-            f"none of {len(model)} tensors has a name and shape of this method's",
-            expected="a run of the same backbone, at least",
-            where=f"method.init_from: {url}",
-            next_step="check the path and the backbone's name",
-        )
-    engine.method.check_start(url, taken)
-    return f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"

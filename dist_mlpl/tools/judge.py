@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_mlpl import storage
 from dist_mlpl.batch import RunLength
+from dist_mlpl.build import build_cache, build_stream, open_samples
 from dist_mlpl.chain import Commit, read_chain, read_model
 from dist_mlpl.config import Config, read_run_config
 from dist_mlpl.data.held_out import HELD_OUT
@@ -15,7 +16,6 @@ from dist_mlpl.engine import Engine, EngineSettings, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
-from dist_mlpl.train import build_cache, build_stream, open_samples
 from dist_mlpl.world import World
 
 

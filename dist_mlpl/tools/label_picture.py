@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_view
 from dist_mlpl.config import Config
 from dist_mlpl.data.fetch import Fetcher
 from dist_mlpl.data.label_store import LabelStore
@@ -15,7 +16,6 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 from dist_mlpl.tools.drawing import BAD, FAINT, GOOD, PLAIN, Line, beside, opened, stacked
-from dist_mlpl.train import build_view
 
 _SIDE: Final = 256  # pixels of an image's longer side
 _WIDTH: Final = 420  # of the text beside it

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_stream, build_view, open_samples
 from dist_mlpl.chain import Commit, read_chain
 from dist_mlpl.config import Config, read_run_config
 from dist_mlpl.data.fetch import Fetcher
@@ -25,7 +26,6 @@ from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
 from dist_mlpl.methods.base import HEATMAPS, images_alone
 from dist_mlpl.tools.drawing import BAD, FAINT, GOOD, PLAIN, Line, above, heated, in_a_row, opened, stacked
 from dist_mlpl.tools.judge import inference_settings, open_engine
-from dist_mlpl.train import build_stream, build_view, open_samples
 
 _SIDE: Final = 176  # pixels of a tile's picture
 _MOST_NAMES: Final = 6  # of classes under a picture

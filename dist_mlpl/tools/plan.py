@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_mlpl import keyed, storage
+from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.config import Config
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.order import check_global_batch
@@ -25,7 +26,6 @@ from dist_mlpl.labels import Targets
 from dist_mlpl.methods.base import Method, MethodSettings, images_alone
 from dist_mlpl.methods.costs import Cost, Scale, reduce_bytes
 from dist_mlpl.models.semantic import SemanticSettings
-from dist_mlpl.train import build_view, open_samples
 
 LARGEST: Final = 9605  # trainable classes of Open Images
 _SAMPLED: Final = 2048  # images whose labels are counted

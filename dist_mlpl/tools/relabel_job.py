@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_cache, build_stream, build_view, open_samples
 from dist_mlpl.chain import Commit, read_commit, read_head
 from dist_mlpl.config import Config, check_config, parse_yaml, read_run_config
 from dist_mlpl.curriculum.schedule import USED_BY
@@ -17,7 +18,6 @@ from dist_mlpl.rounds.commit import on_first_rank
 from dist_mlpl.rounds.relabel import relabel
 from dist_mlpl.rounds.truth import measure, summary
 from dist_mlpl.tools.judge import empty_method, inference_settings, open_engine
-from dist_mlpl.train import build_cache, build_stream, build_view, open_samples
 
 
 class Relabelled(NamedTuple):

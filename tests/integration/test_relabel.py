@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_view
 from dist_mlpl.chain import read_chain, read_model
 from dist_mlpl.cli import app
 from dist_mlpl.config import check_config
@@ -31,7 +32,6 @@ from dist_mlpl.progress import Action, Row
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.label_rounds import DIFFERENCES, class_counts, differences, open_split, roll_back, rounds_of
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
-from dist_mlpl.train import build_view
 from tests.support.forks import Verb
 from tests.support.relabelling import beliefs_of, round_from_table
 from tests.support.runs import (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_view
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.curriculum.votes import Embedded, decode_embedded
 from dist_mlpl.data.label_store import LabelStore
@@ -19,7 +20,6 @@ from dist_mlpl.data.overlays import RoundCommit, document_bytes, newest_round, r
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import OvertakenError
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
-from dist_mlpl.train import build_view
 from tests.support.neighbours import slow_nearest, slow_votes
 from tests.support.relabelling import beliefs_of, expected_beliefs
 from tests.support.runs import tiny_config, tiny_shards, train_in_process

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.config import Config, check_config
 from dist_mlpl.data.held_out import HELD_OUT, hold_out, run_manifest
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import Manifest, ShardEntry, SourceEntry, Split, load_manifest
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import ConfigError
-from dist_mlpl.train import build_view, open_samples
 from shards.simulate import simulate
 from tests.support.held_out import possible_fraction
 from tests.support.runs import tiny_config, tiny_shards
