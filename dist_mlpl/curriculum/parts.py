@@ -91,8 +91,9 @@ class PartMaker:
         is_unknown = (targets == UNKNOWN) & valid[:, None]
         known = np.where(valid[:, None], targets, UNKNOWN)
         self._candidates.append(candidates(scores, variances, is_unknown, self._settings, first_row=self._next_row))
-        self._num_known[:, 1] += np.count_nonzero(known == PRESENT, axis=0)
-        self._num_known[:, 0] += np.count_nonzero(known, axis=0) - np.count_nonzero(known == PRESENT, axis=0)
+        num_present = np.count_nonzero(known == PRESENT, axis=0)
+        self._num_known[:, 0] += np.count_nonzero(known, axis=0) - num_present
+        self._num_known[:, 1] += num_present
         self._num_samples += int(valid.sum())
         self._num_undecodable += num_rows - int(valid.sum())
         self._next_row += num_rows

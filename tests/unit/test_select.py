@@ -189,6 +189,39 @@ def test_precision_of_labels_of_one_kind_cannot_be_measured() -> None:
         class_cuts(counts, precision=0.9, min_known=1)
 
 
+@pytest.mark.parametrize("num_classes", [1, 31, 32, 33, 75])  # thresholds are found for 32 classes at a time
+def test_class_thresholds_are_the_lowest_edges_at_which_answers_were_right_often_enough(num_classes: int) -> None:
+    generator = np.random.default_rng(num_classes)
+    precision, min_known, middle = 0.7, 30, NUM_SIGNED_BINS // 2
+    counts = np.zeros((num_classes, 2, NUM_SIGNED_BINS), dtype=np.int32)
+    for column in range(num_classes):  # of various precision; some classes with few known labels
+        for _ in range(int(generator.integers(0, 120))):
+            code = int(generator.integers(0, 2))
+            spread = generator.normal(60.0 * (2 * code - 1), 40.0 + 4 * column)
+            counts[column, code, int(np.clip(middle + spread, 0, NUM_SIGNED_BINS - 1))] += 1
+    cuts = class_cuts(counts, precision=precision, min_known=min_known)
+
+    def threshold(answers: list[tuple[int, int]]) -> int:
+        """Lowest bin from the middle on; answers are (wrong, right) from the middle outwards."""
+        for first in range(middle):
+            wrong, right = (sum(pair[side] for pair in answers[first:]) for side in (0, 1))
+            if right > 0 and right >= precision * (wrong + right):
+                return first
+        return middle
+
+    sides = []
+    for code, bins in ((1, range(middle, NUM_SIGNED_BINS)), (0, range(middle - 1, -1, -1))):
+        by_class = [[(int(one[1 - code, b]), int(one[code, b])) for b in bins] for one in counts]
+        of_all = threshold([tuple(map(sum, zip(*pairs, strict=True))) for pairs in zip(*by_class, strict=True)])  # type: ignore[misc]
+        enough = [sum(map(sum, answers)) >= min_known for answers in by_class]
+        sides.append([threshold(own) if is_own else of_all for own, is_own in zip(by_class, enough, strict=True)])
+        if num_classes > 1:
+            assert any(enough)
+            assert not all(enough)
+    assert (cuts.present - middle).tolist() == sides[0]
+    assert (middle - cuts.absent).tolist() == sides[1]
+
+
 def test_class_caps_are_never_passed_and_leave_out_no_more_than_one_strength() -> None:
     generator = np.random.default_rng(1)
     for spread in (3, 40, NUM_KEYS):
