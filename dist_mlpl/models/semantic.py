@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ class SemanticSettings(Settings):
         feature_width: D, to which a 1x1 convolution and a BatchNorm bring the trunk's channels; null: neither, D = F.
         head_width: of the layer before the logits; null: D.
         pool: average 2 x 2 cells first.
+        shortcut: a plain classifier within the head, past attention and graph, for trunks that start from random
+            weights: to every class's feature the `average` or the largest (`max`) of each channel over the cells is
+            added, and to its logit a linear function of that feature, 0 at first. null: neither, as published.
     """
 
     embeddings: str | None = None
@@ -36,6 +39,7 @@ class SemanticSettings(Settings):
     feature_width: int | None = Field(None, ge=1)
     head_width: int | None = Field(None, ge=1)
     pool: bool = False
+    shortcut: Literal["average", "max"] | None = None
 
 
 class Decoupled(NamedTuple):
@@ -68,14 +72,15 @@ class SemanticDecoupling(nn.Module):
         StorageError: one that cannot be read.
 
     Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022) with its code.
-    Differs: the biases of W3 and w4 are left out: they cancel in the softmax. Exact otherwise, to rounding.
+    Differs: the biases of W3 and w4 are left out: they cancel in the softmax. Exact otherwise, to rounding. With
+        `shortcut`, f_c also has the cells' mean or maximum, the same for all classes.
     """
 
     def __init__(self, settings: SemanticSettings, num_features: int, num_classes: int) -> None:
         super().__init__()
         k = settings.attention_width
         self.width = D = settings.feature_width or num_features
-        self._pool, self._url = settings.pool, settings.embeddings
+        self._pool, self._shortcut, self._url = settings.pool, settings.shortcut, settings.embeddings
         self._embedded_classes: tuple[str, ...] | None = None
         self.reduce = nn.Identity() if settings.feature_width is None else _reduction(num_features, D)
         if settings.embeddings is None:
@@ -107,6 +112,9 @@ class SemanticDecoupling(nn.Module):
         query = (self.score_weight @ self.mixing_weight).squeeze(0)  # (k,)
         found = semantic_attention(cells, keys, self.cell_weight, query)
         features = found.class_features.to(torch.promote_types(feature_map.dtype, torch.float32))
+        if self._shortcut is not None:
+            pooled_cells = cells.amax(dim=1) if self._shortcut == "max" else cells.mean(dim=1)  # (B, D)
+            features = features + pooled_cells[:, None].to(features.dtype)
         if not with_attention:
             return Decoupled(features, None, None)
         attention = found.attention.unflatten(2, reduced.shape[2:])
@@ -130,18 +138,20 @@ class SemanticDecoupling(nn.Module):
 
 
 class ClassClassifier(nn.Module):
-    """o_c = tanh(Wo [h_c; f_c] + bo), shared by the classes; x_c = <w_c, o_c> + b_c.
+    """o_c = tanh(Wo [h_c; f_c] + bo), shared by the classes; x_c = <w_c, o_c> + b_c, and <v_c, f_c> with a shortcut.
 
     Args:
         width: D of h and f.
         head_width: of o.
         num_classes: C.
+        has_shortcut: whether there is v, (C, D), which starts at 0.
 
-    Source: SSGRL and SST, with their code.
+    Source: SSGRL and SST, with their code; the shortcut is ours.
     """
 
-    def __init__(self, width: int, head_width: int, num_classes: int) -> None:
+    def __init__(self, width: int, head_width: int, num_classes: int, *, has_shortcut: bool = False) -> None:
         super().__init__()
+        self.shortcut_weight = nn.Parameter(torch.zeros(num_classes, width)) if has_shortcut else None
         self.joint_weight = nn.Parameter(torch.empty(head_width, 2 * width))
         self.joint_bias = nn.Parameter(torch.empty(head_width))
         self.class_weight = nn.Parameter(torch.empty(num_classes, head_width))
@@ -159,6 +169,8 @@ class ClassClassifier(nn.Module):
         of_graph, of_image = self.joint_weight.split(class_features.shape[-1], dim=1)  # (o, D) each: no [h; f] is made
         joint = (linear(propagated, of_graph) + linear(class_features, of_image, self.joint_bias)).tanh()  # (B, C, o)
         scores = torch.einsum("bco,co->bc", joint, self.class_weight).to(joint.dtype)
+        if self.shortcut_weight is not None:
+            scores = scores + torch.einsum("bcd,cd->bc", class_features, self.shortcut_weight).to(joint.dtype)
         return scores + self.class_bias
 
 
@@ -182,7 +194,9 @@ class SemanticHead(nn.Module):
         self.decoupling = SemanticDecoupling(settings, num_features, num_classes)
         self.width = self.decoupling.width
         self.graph = GatedGraph(graph, self.width, num_classes)
-        self.classifier = ClassClassifier(self.width, settings.head_width or self.width, num_classes)
+        self.classifier = ClassClassifier(
+            self.width, settings.head_width or self.width, num_classes, has_shortcut=settings.shortcut is not None
+        )
 
     def decouple(self, feature_map: Tensor, *, with_attention: bool = False) -> Decoupled:
         """See `SemanticDecoupling.forward`."""

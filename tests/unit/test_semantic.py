@@ -163,6 +163,22 @@ def test_logits_need_no_concatenation():
     torch.testing.assert_close(head.classify(features), expected)
 
 
+@pytest.mark.parametrize("shortcut", ["average", "max"])
+def test_the_shortcut_is_a_plain_classifier_past_attention_and_graph(shortcut):
+    torch.manual_seed(0)
+    settings = SemanticSettings(**SMALL, shortcut=shortcut)
+    head = SemanticHead(settings, GatedGraphSettings(), num_features=8, num_classes=5)
+    feature_map = random_map(3, 8, 4, 4)
+    features = head.decouple(feature_map).class_features
+    attended, _ = materialised_decoupling(head.decoupling, feature_map)
+    pooled = feature_map.mean(dim=(2, 3)) if shortcut == "average" else feature_map.amax(dim=(2, 3))
+    torch.testing.assert_close(features, attended + pooled[:, None])
+    before = head.classify(features)  # nothing of it yet: its weights start at 0
+    torch.nn.init.normal_(head.classifier.shortcut_weight)
+    added = (features * head.classifier.shortcut_weight).sum(dim=2)
+    torch.testing.assert_close(head.classify(features), before + added)
+
+
 def test_class_vectors_come_from_a_file_and_stay_as_they_are(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(4, 6))
     np.save(tmp_path / "vectors.npy", vectors)
