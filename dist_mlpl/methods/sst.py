@@ -6,7 +6,7 @@ import math
 from typing import Final, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dist_mlpl import comm
@@ -44,6 +44,8 @@ class SstSettings(MethodSettings):
         intra_weight, inter_weight: w1 and w2, of the labels transferred inside an image and from other images.
         pair_loss_weight: lambda 1, of the pair head's loss.
         contrastive_weight: lambda 2.
+        normalization: of BCE: `image_mean`, over images of means over their labels; `masked_mean`, the sum over labels
+            divided by how many are known in the global batch.
         faithful: take the reference code's numbers where they differ; see `Sst`.
         bank_folder: local folder for the ring's memory-mapped memory; null: host memory.
     """
@@ -61,8 +63,15 @@ class SstSettings(MethodSettings):
     inter_weight: float = Field(1.0, ge=0.0)
     pair_loss_weight: float = Field(10.0, ge=0.0)
     contrastive_weight: float = Field(0.05, ge=0.0)
+    normalization: Literal["image_mean", "masked_mean"] = "image_mean"
     faithful: bool = False
     bank_folder: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_the_code_ignores(self) -> SstSettings:
+        if self.faithful and self.normalization != "image_mean":
+            raise ValueError("normalization set, but with faithful it is the code's: leave one of them out")
+        return self
 
     def build(self, *, num_classes: int, image_size: int) -> Sst:
         return Sst(self, num_classes=num_classes, image_size=image_size)
@@ -90,7 +99,8 @@ class Sst(Method):
         The mean similarity is over the ring's filled entries (the code divides by K always).
         A group of images without a pair of positives has no part in L_cst (the code counts all its other pairs).
         BCE is the paper's, a mean over images of means over their labels (the code's is one mean over all labels;
-            its count of transferred labels is that of a micro-batch on all ranks).
+            its count of transferred labels is that of a micro-batch on all ranks). `normalization: masked_mean` is
+            near the code's: transferred labels add to the sum, not to the count.
     Differs always:
         Classes never seen have rows of the identity in A (NaN in the code).
         The ring is read before the step and written after it (the code writes first).
@@ -234,13 +244,14 @@ class Sst(Method):
 
         Collective: with `faithful`, one all-reduce of 16 bytes: how many labels were transferred is not known before.
         """
-        num_valid = recalled["num_valid"].clamp(min=1).squeeze()
-        if not self.settings.faithful:
+        num_valid, num_known = (recalled[name].clamp(min=1).squeeze() for name in ("num_valid", "num_known"))
+        if not self.settings.faithful and self.settings.normalization == "image_mean":
             return [image_mean_bce(x, y) * (len(y) / num_valid) for y in targets]  # divides by padding too
         own = torch.stack([(y != UNKNOWN).sum() for y in targets] + [batch.valid.sum()]).float()  # (4,)
-        over_ranks = comm.reduce_sum(own.clone()).clamp(min=1)
-        share = own / over_ranks * (over_ranks[3] / num_valid)
-        share[0] = own[0] / recalled["num_known"].clamp(min=1).squeeze()
+        share = own / num_known
+        if self.settings.faithful:
+            over_ranks = comm.reduce_sum(own.clone()).clamp(min=1)
+            share[1:] = (own / over_ranks * (over_ranks[3] / num_valid))[1:]
         return [masked_mean_bce(x, y) * part for y, part in zip(targets, share, strict=False)]
 
 

@@ -72,11 +72,11 @@ def memory(method: Method) -> dict[str, Tensor]:
     return rows | {"means": bank.means()[0].clone()}  # type: ignore[attr-defined]
 
 
-def learn(rank: int, world_size: int, faithful: bool) -> dict[tuple[Any, Any], Any]:
+def learn(rank: int, world_size: int, form: dict[str, Any]) -> dict[tuple[Any, Any], Any]:
     found = {}
     for kind in ("plain", 2, 3) if world_size == 2 else ("plain",):
-        for micro_batch in (None, 4) if kind == "plain" and not faithful else (None,):
-            method = tiny_method("sst", **SST, faithful=faithful)
+        for micro_batch in (None, 4) if kind == "plain" and "faithful" not in form else (None,):
+            method = tiny_method("sst", **SST | form)
             method.read_labels(LabelsOfRun(random_labels(60, 5, seed=1)))  # type: ignore[arg-type]
             engine = make_engine(
                 kind, method=method, micro_batch=micro_batch, optimizer={"name": "sgd", "learning_rate": 0.05}
@@ -93,14 +93,18 @@ def learn(rank: int, world_size: int, faithful: bool) -> dict[tuple[Any, Any], A
     return found
 
 
-@pytest.mark.parametrize("faithful", [False, True])
-def test_ranks_engines_and_micro_batches_change_neither_what_is_learned_nor_what_is_remembered(faithful):
-    steps, model, remembered = run_ranks(learn, 1, faithful)[0]["plain", None]
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"faithful": True}, {"normalization": "masked_mean", "head": SST["head"] | {"shortcut": "max"}}],
+    ids=str,
+)
+def test_ranks_engines_and_micro_batches_change_neither_what_is_learned_nor_what_is_remembered(form):
+    steps, model, remembered = run_ranks(learn, 1, form)[0]["plain", None]
     assert all(terms["bce_intra"] == terms["bce_inter"] == 0.0 for terms in steps[:3])
     assert any(terms["bce_inter"] != pytest.approx(terms["bce"], rel=1e-4) for terms in steps[3:])
     assert all(terms["intra"] > 0 for terms in steps[1:])
     for world_size in (1, 2, 4):
-        for rank, found in enumerate(run_ranks(learn, world_size, faithful)):
+        for rank, found in enumerate(run_ranks(learn, world_size, form)):
             for key, (other_steps, other_model, other_remembered) in found.items():
                 where = (key, rank, world_size)
                 for own, other in zip(steps, other_steps, strict=True):

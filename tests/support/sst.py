@@ -72,6 +72,8 @@ def sst_oracle(
     def bce(targets: Tensor) -> float:
         if faithful:
             return masked_mean_bce_oracle(x, targets)
+        if settings.normalization == "masked_mean":  # a mean over its own labels, but divided by the known ones alone
+            return masked_mean_bce_oracle(x, targets) * int((targets != 0).sum()) / int((y != 0).sum())
         return partial_bce_oracle(x, targets, alpha=1.0, beta=0.0, gamma=-1.0)
 
     is_on = epoch >= settings.start_epoch

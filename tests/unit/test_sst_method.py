@@ -70,12 +70,12 @@ def filled_ring(method: Sst, per_class: int, batch_features: torch.Tensor) -> di
     return {c: features[-method.settings.ring_capacity :] for c, features in ring.items()}
 
 
-@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("form", [{}, {"faithful": True}, {"normalization": "masked_mean"}], ids=str)
 @pytest.mark.parametrize("num_neighbours", [None, 2])
 @pytest.mark.parametrize("position", [(0, 25), (1, 0), (5, 40), (30, 0)])
-def test_terms_and_transferred_labels_are_those_of_the_loop(monkeypatch, faithful, num_neighbours, position):
+def test_terms_and_transferred_labels_are_those_of_the_loop(monkeypatch, form, num_neighbours, position):
     thresholds = {"threshold": 0.6, "threshold_step": 0.01, "threshold_floor": 0.5}
-    method = tiny_sst(faithful=faithful, **thresholds, pairs=SMALL["pairs"] | {"num_neighbours": num_neighbours})
+    method = tiny_sst(**form, **thresholds, pairs=SMALL["pairs"] | {"num_neighbours": num_neighbours})
     batch = random_batch(2 * GROUP_SIZE, seed=1)
     with torch.no_grad():
         features = method.head.decouple(method.backbone(batch.images)).class_features
@@ -104,6 +104,11 @@ def spied(function, calls):
         return function(self, x, targets, *rest)
 
     return wrapped
+
+
+def test_a_normalization_beside_the_codes_own_is_refused():
+    with pytest.raises(ValueError, match="normalization set, but with faithful"):
+        tiny_sst(faithful=True, normalization="masked_mean")
 
 
 def test_threshold_and_ramp_follow_the_position_alone():
