@@ -30,10 +30,13 @@ def save_banks(
         Every bank's record and all files that they need, the same on every rank.
 
     Raises:
+        BankError: rows that waited for their owners are refused, see `Bank.write`; on all ranks, and nothing is saved.
         MlplError: a rank that cannot write; on all ranks.
 
-    Collective: all ranks, one gather of records.
+    Collective: all ranks, `Bank.flush` of every bank and one gather of records.
     """
+    for bank in banks.values():
+        bank.flush()
     own: list[tuple[str, BankPart, CommitFile]] = []
     error: MlplError | None = None
     try:
@@ -73,7 +76,7 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
         BankError: the commit lacks one, or holds one of another make.
         CheckpointError: a file is missing or damaged.
 
-    Collective: all ranks, see `Bank.mark_loaded`.
+    Collective: all ranks, see `Bank.flush` and `Bank.mark_loaded`.
     """
     for name, bank in banks.items():
         record = commit.banks.get(name)
@@ -84,6 +87,7 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
                 where=storage.join(out, "commits", f"{commit.name}.json"),
                 next_step="use the method settings and the data set of that run, or start a new run folder",
             )
+        bank.flush()
         held = set(bank.held_shards)
         for part in record.parts:
             wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))

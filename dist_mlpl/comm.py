@@ -209,7 +209,7 @@ def exchange_messages(
         RankMismatchError: another kind on another rank; on all ranks.
         MlplError: see `exchange`.
     """
-    if world_size() == 1:
+    if len(lengths) == 1:
         if error is not None:
             raise error
         message = np.empty(lengths[0], dtype=np.uint8)
@@ -228,7 +228,7 @@ def _exchange(
     device: torch.device,
 ) -> tuple[list[Any], list[int]]:
     """Rows of `width` bytes from each rank, as slices of bytes, and how many they are. More than one rank."""
-    size = world_size()
+    size = world_size() if error is not None else len(counts)
     if error is not None:  # every rank sees it, and none waits for rows that will not come
         counts = [_FAULT] * size
     if expected is None:
@@ -260,16 +260,16 @@ def _exchange(
 
     starts = list(accumulate((HEAD_BYTES + room for room in from_ranks), initial=0))[:-1]
     told = _read_heads([arrived[start : start + HEAD_BYTES] for start in starts])
-    if any(count == _FAULT for count, _, _ in told):
+    num_received, codes, nums_left = zip(*told, strict=True)
+    if _FAULT in num_received:
         raise next(fault for fault in gather_objects(error) if fault is not None)
-    if any(other != code for _, other, _ in told):
+    if codes.count(code) < size:
         kinds = gather_objects(kind)
         raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")
-    num_received = [count for count, _, _ in told]
     ends = [start + HEAD_BYTES + min(count * width, room)
             for start, count, room in zip(starts, num_received, from_ranks, strict=True)]  # fmt: skip
     found = [arrived[start + HEAD_BYTES : end] for start, end in zip(starts, ends, strict=True)]
-    if any(num_left for _, _, num_left in told):
+    if any(nums_left):
         to_ranks = [max(0, length - room) for length, room in zip(lengths, to_ranks, strict=True)]
         from_ranks = [max(0, count * width - room) for count, room in zip(num_received, from_ranks, strict=True)]
         late = _all_to_all(_joined(left) if left else message[:0], to_ranks, from_ranks)
@@ -278,7 +278,7 @@ def _exchange(
             _sliceable(_joined([part, late[start:stop]])) if stop > start else part
             for part, (start, stop) in zip(found, pairwise(stops), strict=True)
         ]
-    return found, num_received
+    return found, list(num_received)
 
 
 def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Any:

@@ -2,108 +2,55 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import Kind, as_bytes, from_bytes, no_rows
-from dist_mlpl.errors import BankError
-from dist_mlpl.settings import Settings
+from dist_mlpl.banks.checks import index_error, value_error
+from dist_mlpl.banks.held import (
+    DTYPES,
+    INTEGER,
+    NUM_SHARDS,
+    NUMBER_BYTES,
+    BankSpec,
+    Column,
+    Dtype,
+    HeldRows,
+    Staged,
+)
+from dist_mlpl.banks.rows import ByOwner, Integers, Records, by_owner, exchange_records
+from dist_mlpl.errors import BankError, MlplError
 
-NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % num_shards whatever the number of ranks
-
-Dtype = Literal["f64", "f32", "f16", "u8", "i32", "i64"]
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "u8": torch.uint8, "i32": torch.int32,
-    "i64": torch.int64,
-}  # fmt: skip
-_NUMPY: Final[dict[str, type]] = {
-    "f64": np.float64, "f32": np.float32, "f16": np.float16, "u8": np.uint8, "i32": np.int32, "i64": np.int64,
-}  # fmt: skip
-INTEGER: Final[Kind] = (torch.int64, ())
-
-
-class Column(Settings):
-    """One part of every row."""
-
-    dtype: Dtype
-    shape: tuple[int, ...] = ()  # of one row's part
-    fill: int = 0  # what a row holds that was never written
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one row's part."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+__all__ = [
+    "DTYPES",
+    "INTEGER",
+    "NUMBER_BYTES",
+    "NUM_SHARDS",
+    "Bank",
+    "BankSpec",
+    "Column",
+    "Dtype",
+    "Staged",
+]
 
 
-class BankSpec(Settings):
-    """What a bank is made of; a saved bank loads only into one of the same make."""
-
-    num_rows: int
-    num_shards: int
-    columns: dict[str, Column]
-
-
-class Bank:
-    """Rows of some columns, in host memory or memory-mapped, owned by ranks in contiguous ranges of virtual shards.
+class Bank(HeldRows):
+    """Rows of some columns, spread over ranks: each has one owner, of which everybody reads and to which all write.
 
     What is read and written depends on nothing but rows and positions, so R ranks hold what one rank holds. Memory is
     taken at the first use.
 
-    Args:
-        name: of the bank, for files and messages.
-        num_rows: samples of the split, or classes.
-        columns: by name, at least one.
-        folder: a local folder for memory-mapped columns, the files vanish with the process; None: host memory.
-        is_replicated: every rank holds all rows; for tables so small that this costs nothing. Reading and writing
-            then move nothing, and what is written must be the same on every rank.
-        num_shards: virtual shards, never a function of the number of ranks. With fewer rows than shards the first
-            ranks would own them all: a bank of few and large rows has as many shards as rows.
+    What is written waits on the rank that wrote it and goes to its owner with the next request to read, one message
+    for both: every read sees every write before it. `flush` delivers it without one, and whoever saves a bank calls
+    it, on all ranks alike.
+
+    See `HeldRows` for what it is made of.
     """
 
-    def __init__(
-        self,
-        name: str,
-        num_rows: int,
-        columns: Mapping[str, Column],
-        *,
-        folder: str | None = None,
-        is_replicated: bool = False,
-        num_shards: int = NUM_SHARDS,
-    ) -> None:
-        self.name, self._folder, self._is_replicated = name, folder, is_replicated
-        self.spec = BankSpec(num_rows=num_rows, num_shards=num_shards, columns=dict(columns))
-        self._kinds: list[Kind] = [(DTYPES[column.dtype], column.shape) for column in columns.values()]
-        rank, size = comm.rank(), comm.world_size()
-        self._owned = range(-(-rank * num_shards // size), -(-(rank + 1) * num_shards // size))
-        self._held = range(num_shards) if is_replicated else self._owned
-        sizes = [self._shard_rows(shard) for shard in self._held]
-        self._starts = torch.tensor([0, *sizes]).cumsum(0)  # (shards + 1,) first local row of each held shard
-        self._changed = torch.zeros(len(self._held), dtype=torch.bool)
-        self._columns: dict[str, Tensor] | None = None
-        self._room: comm.Room | None = None  # of the next `_send`, once it is known
-
-    @property
-    def is_replicated(self) -> bool:
-        """True where every rank holds all rows."""
-        return self._is_replicated
-
-    @property
-    def held_shards(self) -> range:
-        """Virtual shards that this rank holds and must load."""
-        return self._held
-
-    def held_rows(self) -> Tensor:
-        """(n,) int64 rows that this rank holds, in the order in which they lie in its memory."""
-        size, step = self.spec.num_rows, self.spec.num_shards
-        rows = [torch.arange(min(shard, size), size, step) for shard in self._held]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+    _room: comm.Room | None = None  # of the rows that are written next, if they are those read last
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Rows, wherever they are kept.
@@ -115,34 +62,37 @@ class Bank:
             (n, *shape) by column, on the CPU, in the order asked for.
 
         Raises:
-            BankError: an index outside the bank; on all ranks.
+            BankError: an index outside the bank, or what `write` says of the rows that waited; on all ranks.
 
-        Collective: all ranks; the indices, then the rows, one `comm.exchange` each. Nothing moves if replicated.
+        Collective: all ranks; the indices with what was written since the last read, then the rows, one
+        `comm.exchange_messages` each. Nothing moves if replicated.
         """
-        index = index.cpu()
-        if self._is_replicated:
-            error = self._index_error(index)
+        asked = index.cpu().numpy()
+        error = self._index_error(asked)
+        if self._is_replicated or self._num_ranks == 1:
             if error is not None:
                 raise error
-            places = self._places(index)
+            places = torch.from_numpy(self._places(asked))
             return {name: column.index_select(0, places) for name, column in self._memory().items()}
-        return dict(zip(self.spec.columns, self._fetch(index), strict=True))
+        return self._fetch(asked, error)
 
     def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
         """Replace rows; of several writes of one row the one with the highest position stays.
 
         Args:
             index: (n,) int64 in [0, num_rows), n free on each rank.
-            values: (n, *shape) for every column; floating ones are cast to the column's type.
+            values: (n, *shape) for every column; floating ones are cast to the column's type. They are copied.
             position: (n,) int64, the order of writes over all ranks, a sample's place in the epoch say. None where no
                 row is written twice; of equal positions the later row of the higher rank stays.
 
         Raises:
             BankError: an index outside the bank, values that do not fit or are not finite; on all ranks, and nothing
-                is written. On the owner alone: a row that is not its own.
+                of this write is ever stored. On several ranks it is raised by the call that would deliver the rows,
+                the next `read`, `write` or `flush`: the ranks do not meet before. On the owner alone: a row that is
+                not its own.
 
-        Collective: all ranks, one `comm.exchange` of the rows, with room for as many as were last read. Nothing moves
-        if replicated.
+        Collective: all ranks; nothing moves before the next `read`, or `flush`, unless rows of an earlier call still
+        wait: they are delivered first.
         """
         self._replace(index, values, position)
 
@@ -150,262 +100,136 @@ class Bank:
         self, index: Tensor, values: Mapping[str, Tensor], position: Tensor | None, error: BankError | None = None
     ) -> None:
         """As `write`; `error` is what else this rank found wrong."""
-        index = index.cpu()
-        position = torch.zeros_like(index) if position is None else position.cpu()
-        parts = {name: _cast(values[name].detach().cpu(), column) for name, column in self.spec.columns.items()
-                 if name in values}  # fmt: skip
-        error = error or self._index_error(index) or self._value_error(len(index), values.keys(), parts)
-        if self._is_replicated:
-            if error is not None:
-                raise error
-            self._put(index, position, parts)
-            return
-        kinds = [INTEGER, INTEGER, *self._kinds]
-        index, position, *rows = self._send(index, [index, position, *parts.values()], kinds, error)
-        self._put(index, position, dict(zip(self.spec.columns, rows, strict=True)))
+        self.flush()
+        rows = index.cpu().numpy()
+        cast = {name: self._cast(name, value.detach().cpu()) for name, value in values.items()}
+        error = error or self._index_error(rows)
+        error = error or value_error(cast, self._kinds, num_rows=len(rows), where=self._where)
+        is_here = self._is_replicated or self._num_ranks == 1
+        if error is not None and is_here:
+            raise error
+        if error is not None:  # travels with the next message, so that all ranks stop together
+            rows, cast, position = rows[:0], {}, None
+        owned = by_owner(np.zeros_like(rows) if is_here else self._owners(rows), self._num_ranks)
+        records, places = np.empty(len(rows), dtype=self._written), owned.places()
+        records["index"][places] = rows
+        records["position"][places] = 0 if position is None else position.cpu().numpy()
+        for name, value in cast.items():
+            records["values"][name][places] = value.numpy()
+        if is_here:
+            self._put([records])
+        else:
+            self._staged, self._room = Staged(records, owned, self._room, error), None
+
+    def flush(self) -> None:
+        """Deliver what waits, if anything does; afterwards every rank holds what its rows were given.
+
+        Raises:
+            BankError: see `write`; on all ranks.
+
+        Collective: all ranks; one `comm.exchange_messages`, or nothing where nothing waits.
+        """
+        if self._staged is not None:
+            nothing = np.empty(0, dtype=np.int64)
+            self._deliver(nothing, by_owner(nothing, self._num_ranks), None)
 
     # Moving rows between ranks ---------------------------------------------------------------------------------------
 
-    def _send(
-        self, index: Tensor, parts: Sequence[Tensor], kinds: Sequence[Kind], error: BankError | None
-    ) -> list[Tensor]:
-        """Hand each row to the rank that owns it.
+    def _deliver(self, index: Integers, owned: ByOwner, error: MlplError | None) -> list[Integers]:
+        """Hand staged rows to their owners, and ask owners for rows.
 
         Args:
-            index: (n,) rows of the bank that the parts are about.
-            parts: (n, *shape) each.
-            kinds: of the parts, the same on every rank whatever is wrong.
-            error: what this rank found wrong; raised on all ranks in place of moving anything.
+            index: (n,) rows asked for.
+            owned: who owns them.
+            error: what this rank found wrong with what it asks for.
 
         Returns:
-            The parts of the rows that this rank owns, in order of source rank.
+            (n_r,) rows that each rank asks of this one.
 
-        Collective: all ranks, one `comm.exchange`, with room for what `_room` foretells.
+        Collective: all ranks, one `comm.exchange_messages`, with room for as many rows as were last read.
         """
-        room, self._room = self._room, None
-        order, counts = self._by_owner(index, error)
-        rows = no_rows(kinds) if error is not None else as_bytes(parts).index_select(0, order)
-        arrived, _ = comm.exchange(rows, counts, expected=room, error=error)
-        return from_bytes(arrived, kinds)
+        staged, size, width = self._staged, self._num_ranks, self._written.itemsize
+        spans, content, room = [(0, 0)] * size, np.empty(0, dtype=np.uint8), comm.Room([0] * size, [0] * size)
+        if staged is not None:
+            spans, content, room = staged.rows.spans, staged.records.view(np.uint8), staged.room or room
+            error = staged.error or error
+        asked, asked_spans = index[owned.order], owned.spans
 
-    def _fetch(self, index: Tensor) -> list[Tensor]:
+        def fill(rank: int, message: comm.Bytes) -> None:
+            (first, stop), (first_row, stop_row) = asked_spans[rank], spans[rank]
+            num_noted = NUMBER_BYTES * (1 + stop - first)
+            note = message[:num_noted].view(np.int64)
+            note[0], note[1:] = stop - first, asked[first:stop]
+            message[num_noted:] = content[first_row * width : stop_row * width]
+
+        lengths = [
+            NUMBER_BYTES * (1 + count) + (stop - first) * width
+            for count, (first, stop) in zip(owned.counts, spans, strict=True)
+        ]
+        expected = comm.Room(*([NUMBER_BYTES + comm.SHORT_BYTES + rows * width for rows in counts] for counts in room))
+        try:
+            arrived = comm.exchange_messages(lengths, fill, kind=self.name, expected=expected, error=error)
+        except MlplError:
+            if staged is not None and any(comm.gather_objects(staged.error is not None)):
+                self._staged = None  # refused, on all ranks
+            raise
+        self._staged = None
+        wishes, written = [], []
+        for message in arrived:
+            num_noted = NUMBER_BYTES * (1 + int(message[:NUMBER_BYTES].view(np.int64)[0]))
+            wishes.append(message[NUMBER_BYTES:num_noted].view(np.int64))
+            written.append(message[num_noted:].view(self._written))
+        self._put(written)
+        return wishes
+
+    def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
         """Every column of rows, from the ranks that own them; see `read`.
 
         The rows read are taken for those that will be written next: `_room` is made for them.
         """
-        error = self._index_error(index)
-        order, counts = self._by_owner(index, error)
-        asked, counts_back = comm.exchange(index.index_select(0, order), counts, error=error)
-        fault = None
+        owned = by_owner(self._owners(index if error is None else index[:0]), self._num_ranks)
+        wishes = self._deliver(index, owned, error)
+        numbers = [len(wish) for wish in wishes]
+        records, fault = np.empty(sum(numbers), dtype=self._stored), None
         try:
-            places = self._places(asked)
-            rows = as_bytes([column.index_select(0, places) for column in self._memory().values()])
+            places = self._places(np.concatenate(wishes))
+            for name, held in self._columns_here().items():
+                records[name] = held[places]
         except BankError as found:
-            fault, rows = found, no_rows(self._kinds)  # travels with the rows, so that all ranks stop together
-        answers, _ = comm.exchange(rows, counts_back, expected=comm.Room(counts_back, counts), error=fault)
-        self._room = comm.Room(counts, counts_back)
-        return from_bytes(answers.index_select(0, order.argsort()), self._kinds)
-
-    # Saving and loading ----------------------------------------------------------------------------------------------
-
-    def changed_shards(self) -> list[int]:
-        """Own shards written since `mark_saved`."""
-        return [shard for shard in self._owned if self._changed[shard - self._held.start]]
-
-    def mark_saved(self) -> None:
-        """From now on, nothing has changed."""
-        self._changed.fill_(False)
-
-    def mark_changed(self) -> None:
-        """Whatever was written or loaded, it is saved nowhere that counts."""
-        self._changed.fill_(True)
-
-    def shard_bytes(self, shard: int) -> int:
-        """Bytes that a shard takes in a file."""
-        return self._shard_rows(shard) * self._row_bytes
-
-    def pack(self, shards: Sequence[int]) -> dict[str, Tensor]:
-        """Held shards as tensors for a file: `shards` (s,) int64, and each column's rows, shard after shard.
-
-        Within shard s the rows are s, s + num_shards, s + 2 num_shards and so on.
-        """
-        slices = [self._slice(shard) for shard in shards]
-        packed = {name: torch.cat([column[part] for part in slices]) for name, column in self._memory().items()}
-        return {"shards": torch.tensor(list(shards), dtype=torch.int64)} | packed
-
-    def mark_loaded(self) -> None:
-        """All shards that this rank holds were unpacked; what ranks know of each other's rows is made anew.
-
-        Collective: allowed, on all ranks alike. Nothing moves by default.
-        """
-
-    def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
-        """Take over what `pack` made, on any number of ranks, as rows that are saved already.
-
-        Args:
-            packed: of one file.
-            wanted: shards of it to take; those that this rank does not hold are left.
-
-        Raises:
-            BankError: the file holds other rows than it says.
-        """
-        shards = packed["shards"].tolist()
-        ends = np.cumsum([self._shard_rows(shard) for shard in shards])
-        if any(packed[name].shape[0] != ends[-1] for name in self.spec.columns):
-            raise self._error(
-                f"a file of {[packed[name].shape[0] for name in self.spec.columns]} rows for {len(shards)} shards",
-                expected=f"{int(ends[-1])} rows in every column",
-                next_step="restore the file, or go on from an earlier commit",
-            )
-        chosen = set(wanted).intersection(self._held)
-        for shard, end in zip(shards, ends, strict=True):
-            if shard in chosen:
-                for name, column in self._memory().items():
-                    column[self._slice(shard)] = packed[name][end - self._shard_rows(shard) : end]
-
-    # Where rows lie --------------------------------------------------------------------------------------------------
-
-    def _shard_rows(self, shard: int) -> int:
-        return max(0, -(-(self.spec.num_rows - shard) // self.spec.num_shards))
-
-    def _slice(self, shard: int) -> slice:
-        place = shard - self._held.start
-        return slice(int(self._starts[place]), int(self._starts[place + 1]))
-
-    def _by_owner(self, index: Tensor, error: BankError | None) -> tuple[Tensor, list[int]]:
-        """(n,) order of the rows by owner, and how many go to each rank; nothing with an error."""
-        size = comm.world_size()
-        if error is not None:
-            return torch.arange(len(index)), [0] * size
-        owner = self._owners(index.numpy())
-        return torch.from_numpy(owner.argsort(kind="stable")), np.bincount(owner, minlength=size).tolist()
-
-    def _owners(self, index: np.ndarray) -> np.ndarray:
-        """(n,) ranks that own the rows (n,)."""
-        return index % self.spec.num_shards * comm.world_size() // self.spec.num_shards
-
-    def _places(self, index: Tensor) -> Tensor:
-        """(n,) local rows.
-
-        Raises:
-            BankError: a row that another rank owns.
-        """
-        rows = index.numpy()
-        shard = rows % self.spec.num_shards - self._held.start
-        is_foreign = (shard < 0) | (shard >= len(self._held))
-        if is_foreign.any():
-            raise self._error(
-                f"row {rows[is_foreign][0]} asked of rank {comm.rank()}",
-                expected=f"a row of its own: index % {self.spec.num_shards} in {self._held}",
-                next_step="all ranks must agree on who owns what: stop the run and report it",
-            )
-        return torch.from_numpy(self._starts.numpy()[shard] + rows // self.spec.num_shards)
-
-    def _put(self, index: Tensor, position: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Write rows that this rank holds, the last by position where there are several."""
-        order = np.lexsort((position.numpy(), index.numpy()))  # by row, then by position; stable
-        row = index.numpy()[order]
-        is_last = np.append(row[1:] != row[:-1], True) if len(row) else np.empty(0, dtype=bool)
-        kept = torch.from_numpy(order[is_last])
-        places = self._places(index[kept]).numpy()
-        for name, column in self._memory().items():
-            column.numpy()[places] = parts[name].index_select(0, kept).numpy()
-        self._mark(index[kept])
-
-    def _mark(self, index: Tensor) -> None:
-        """Rows that this rank holds have changed: they are to be saved."""
-        self._changed[index % self.spec.num_shards - self._held.start] = True
-
-    # Memory ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def _row_bytes(self) -> int:
-        return sum(column.num_bytes for column in self.spec.columns.values())
-
-    def _memory(self) -> dict[str, Tensor]:
-        if self._columns is None:
-            self._columns = {name: self._make(column) for name, column in self.spec.columns.items()}
-        return self._columns
-
-    def _make(self, column: Column) -> Tensor:
-        shape = (int(self._starts[-1]), *column.shape)
-        if self._folder is None or 0 in shape:
-            made = torch.zeros(shape, dtype=DTYPES[column.dtype])
-        else:
-            made = torch.from_numpy(self._map(shape, column))
-        return made if column.fill == 0 else made.fill_(column.fill)
-
-    def _map(self, shape: tuple[int, ...], column: Column) -> np.ndarray:
-        """Zeros in a file that nobody else sees; its space is taken now, or a full disk would kill the process later.
-
-        Raises:
-            BankError: no such folder, or no space in it.
-        """
-        num_bytes = shape[0] * column.num_bytes
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                return np.memmap(file, dtype=_NUMPY[column.dtype], mode="r+", shape=shape)
-        except OSError as error:
-            raise self._error(
-                f"{num_bytes:,} bytes cannot be mapped in {self._folder!r}: {error.strerror}",
-                expected="a local folder with that much space",
-                next_step="set method.bank_folder to a larger disk, or to null for host memory",
-            ) from error
-
-    # Faults ----------------------------------------------------------------------------------------------------------
-
-    def _index_error(self, index: Tensor) -> BankError | None:
-        rows = index.numpy()
-        is_outside = (rows < 0) | (rows >= self.spec.num_rows)
-        if not is_outside.any():
-            return None
-        return self._error(
-            f"row {rows[is_outside][0]}",
-            expected=f"an index in [0, {self.spec.num_rows}), the rows of the manifest's split or its classes",
-            next_step="hand in rows that are `valid` alone; padding has index -1",
+            fault = found  # travels with the rows, so that all ranks stop together
+        room = comm.Room(numbers, owned.counts)
+        _, answers = exchange_records(
+            records, ByOwner(owned.order, numbers).spans, name=self.name, room=room, error=fault
         )
+        self._room = comm.Room(owned.counts, numbers)
+        read = {name: torch.empty(len(index), *shape, dtype=dtype) for name, (dtype, shape) in self._kinds.items()}
+        for (first, stop), answer in zip(owned.spans, answers, strict=True):
+            for name, column in read.items():
+                column.numpy()[owned.order[first:stop]] = answer[name]
+        return read
 
-    def _value_error(self, num_rows: int, names: Iterable[str], parts: Mapping[str, Tensor]) -> BankError | None:
-        """What is wrong with values, cast already."""
-        columns = self.spec.columns
-        found = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-        wanted = {name: (DTYPES[column.dtype], (num_rows, *column.shape)) for name, column in columns.items()}
-        if found != wanted or set(names) != set(columns):
-            return self._error(
-                f"values {found or list(names)}", expected=f"{wanted}", next_step="hand in every column, one row each"
-            )
-        for name, part in parts.items():
-            if part.is_floating_point() and not np.isfinite(part.numpy()).all():
-                return self._error(
-                    f"column {name!r} would hold a number that is not finite",
-                    expected="finite numbers; nothing was written",
-                    next_step="lower the learning rate; if the column is f16, keep values below 65,504",
-                )
-        return None
+    def _put(self, parts: Sequence[Records]) -> None:
+        """Write rows that this rank holds, the last by position, then by part, where there are several."""
+        index = np.concatenate([part["index"] for part in parts])
+        if not len(index):
+            return
+        order = np.lexsort((np.concatenate([part["position"] for part in parts]), index))  # by row first; stable
+        row = index[order]
+        is_kept = np.ones(len(index), dtype=np.bool_)
+        is_kept[order[:-1]] = row[1:] != row[:-1]
+        places, start = self._places(index), 0
+        for part in parts:
+            own = slice(start, start + len(part))
+            kept = slice(None) if is_kept[own].all() else is_kept[own]
+            for name, column in self._columns_here().items():
+                column[places[own][kept]] = part["values"][name][kept]
+            start = own.stop
+        self._mark(index)
 
-    def _feature_error(self, class_id: Tensor, features: Tensor, position: Tensor, *, width: int) -> BankError | None:
-        """What is wrong with features (n, width) and positions (n,) for (n,) classes, cast already."""
-        n = len(class_id)
-        if tuple(features.shape) != (n, width) or tuple(position.shape) != (n,):
-            return self._error(
-                f"features {tuple(features.shape)} and positions {tuple(position.shape)} for {n} classes",
-                expected=f"({n}, {width}) and ({n},)",
-                next_step="hand in one feature and one position for each class id",
-            )
-        if not np.isfinite(features.numpy()).all():
-            return self._error(
-                "a feature that is not finite",
-                expected="finite numbers; nothing was taken in",
-                next_step="lower the learning rate; if the bank is f16, keep features below 65,504",
-            )
-        return None
+    def _index_error(self, index: Integers) -> BankError | None:
+        return index_error(index, num_rows=self.spec.num_rows, where=self._where)
 
-    def _error(self, found: str, *, expected: str, next_step: str) -> BankError:
-        return BankError(found, expected=expected, where=f"bank {self.name!r}, rank {comm.rank()}", next_step=next_step)
-
-
-def _cast(part: Tensor, column: Column) -> Tensor:
-    """Floating values in the column's floating type; anything else stays as it is, to be refused if it does not fit."""
-    dtype = DTYPES[column.dtype]
-    return part.to(dtype) if dtype.is_floating_point and part.is_floating_point() else part
+    def _cast(self, name: str, value: Tensor) -> Tensor:
+        """Floating values in the column's floating type; anything else as it is, to be refused if it does not fit."""
+        dtype, _ = self._kinds.get(name, (value.dtype, ()))
+        return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() else value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.keyed import KeyedBank
-from dist_mlpl.banks.rows import as_bytes, from_bytes
+from dist_mlpl.banks.rows import Integers, as_bytes, from_bytes
 from dist_mlpl.errors import MlplError
 
 NOBODY: Final = -1  # the index of a neighbour where there are fewer than were asked for
@@ -66,10 +66,13 @@ class Neighbours(KeyedBank):
             are fewer than k images.
 
         Raises:
-            BankError: queries that do not fit or are not finite; on all ranks.
+            BankError: queries that do not fit or are not finite, or what `write` says of rows that waited; on all
+                ranks.
 
-        Collective: all ranks; every query goes to every rank, 4 D bytes, and 12 k bytes come back.
+        Collective: all ranks; what waits, see `flush`; every query goes to every rank, 4 D bytes, and 12 k bytes come
+        back.
         """
+        self.flush()
         queries = queries.detach().cpu()
         sizes = self._sizes(queries)
         own = unit_vectors(queries)
@@ -91,7 +94,7 @@ class Neighbours(KeyedBank):
         super().unpack(packed, wanted)
         self._ready = None
 
-    def _mark(self, index: Tensor) -> None:
+    def _mark(self, index: Integers) -> None:
         super()._mark(index)
         self._ready = None
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Final, Literal, overload
+from typing import Any, Final, Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dist_mlpl import keyed
-from dist_mlpl.banks.base import INTEGER, NUM_SHARDS, Bank, Column
+from dist_mlpl import comm, keyed
+from dist_mlpl.banks.base import INTEGER, NUM_SHARDS, Bank, Column, Staged
+from dist_mlpl.banks.checks import feature_error
 from dist_mlpl.banks.replica import Replica
+from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 from dist_mlpl.errors import BankError
 
 Metric = Literal["euclidean", "cosine"]
+Vectors = npt.NDArray[np.float32]
 
 _SMALLEST_NORM: Final = 1e-9
 _NEAREST: Final = -1  # the slot of a feature that goes to the nearest centre
@@ -33,6 +38,9 @@ class Prototypes(Bank):
     `add`. Once it has prototypes, these are the centres, and a renewal is one step of Lloyd's over all that was added.
     A class's features are added in an order that seed and positions fix, in float64, on the one rank that owns it:
     any number of ranks makes the same bits.
+
+    Features wait on the rank that found them until the next `add`, whose message tells how many are to follow it: one
+    message a step, with just the room that it takes. Reading, renewing and `flush` deliver them first.
 
     Source: SARB (Pu et al., AAAI 2022) for centres of known positives; DSRB (Pu et al., ESWA 2024) for means by slot;
         Sculley, WWW 2010, for mini-batches; Dhillon and Modha, Machine Learning 2001, for the cosine.
@@ -70,7 +78,10 @@ class Prototypes(Bank):
         super().__init__(name, num_classes, columns, folder=folder, num_shards=min(NUM_SHARDS, num_classes))
         self._num_prototypes, self._width, self._metric = num_prototypes, width, metric
         self._key = keyed.key("prototypes", seed)
-        self._table = Replica(num_classes, [(torch.float32, (num_prototypes, width)), (torch.int64, (num_prototypes,))])
+        self._added = record_type(
+            {"index": INTEGER, "slot": INTEGER, "position": INTEGER, "features": (torch.float32, (width,))}
+        )
+        self._table = Replica(num_classes, {name: self._kinds[name] for name in ("prototypes", "counts")}, name=name)
         self._norms: np.ndarray | None = None  # squared, of the prototypes of own classes
 
     @property
@@ -95,88 +106,155 @@ class Prototypes(Bank):
             BankError: a class or slot that is none, features that do not fit or are not finite; on all ranks, and
                 nothing is added.
 
-        Collective: all ranks, one `comm.exchange` of n rows of D float32 and 24 bytes.
+        Collective: all ranks, one `comm.exchange_messages` of 8 bytes and the features of the call before, n rows of D
+        float32 and 24 bytes.
         """
         class_id, position = class_id.cpu(), position.cpu()
         features = features.detach().cpu().float()
-        error = self._index_error(class_id) or self._feature_error(class_id, features, position, width=self._width)
-        slots = torch.full_like(class_id, _NEAREST) if slot is None else slot.cpu()
-        if slot is not None:
+        classes, slots = class_id.numpy(), None if slot is None else slot.cpu()
+        error = self._index_error(classes) or feature_error(
+            class_id, features, position, width=self._width, where=self._where
+        )
+        if slots is not None:
             error = error or self._slot_error(class_id, slots)
-        kinds = [INTEGER, INTEGER, INTEGER, (torch.float32, (self._width,))]
-        class_id, slots, position, features = self._send(class_id, [class_id, slots, position, features], kinds, error)
-        if len(class_id) == 0:
+        owned = by_owner(self._owners(classes if error is None else classes[:0]), self._num_ranks)
+        records, places = np.empty(len(owned.order), dtype=self._added), owned.places()
+        if error is None:
+            records["index"][places], records["position"][places] = classes, position.numpy()
+            records["slot"][places] = _NEAREST if slots is None else slots.numpy()
+            records["features"][places] = features.numpy()
+        if self._num_ranks == 1:
+            if error is not None:
+                raise error
+            self._take([records])
             return
-        hashes = keyed.hash_integers(self._key, position.numpy().astype(np.uint64))  # neighbours may look alike
-        order = torch.from_numpy(np.lexsort((hashes, class_id.numpy())))
-        class_id, slots = class_id[order], slots[order]
-        vectors = self._vectors(features.index_select(0, order).double())
-        places = self._places(class_id)
-        if slot is None:
-            self._add_to_nearest(places, vectors)
+        told = self._pass_on(np.array(owned.counts, dtype=np.int64), error)
+        self._staged = Staged(records, owned, comm.Room(owned.counts, told))
+
+    def flush(self) -> None:
+        """See `Bank`: features are added to the sums of their owners."""
+        if self._staged is not None:
+            self._pass_on(np.zeros(self._num_ranks, dtype=np.int64), None)
+
+    def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
+        self.flush()
+        return super()._fetch(index, error)
+
+    def _pass_on(self, numbers: Integers, error: BankError | None) -> list[int]:
+        """Hand what waits to its owners.
+
+        Args:
+            numbers: (R,) of features for each rank in the next message.
+            error: raised on all ranks in place of handing over; what waits goes on waiting.
+
+        Returns:
+            R numbers, of features from each rank in the next message.
+
+        Collective: all ranks, one `comm.exchange_messages`.
+        """
+        owned = by_owner(np.empty(0, dtype=np.int64), self._num_ranks)
+        staged = self._staged or Staged(np.empty(0, dtype=self._added), owned, comm.Room(owned.counts, owned.counts))
+        told, parts = exchange_records(
+            staged.records, staged.rows.spans, name=self.name, notes=numbers[:, None].view(np.uint8),
+            room=staged.room, error=error,
+        )  # fmt: skip
+        self._staged = None
+        self._take(parts)
+        return [int(note.view(np.int64)[0]) for note in told]
+
+    def _take(self, parts: Sequence[Records]) -> None:
+        """Add the features of one call to the sums of own classes."""
+        classes, slot, position, given = (
+            np.concatenate([part[name] for part in parts]) for name in ("index", "slot", "position", "features")
+        )
+        if len(classes) == 0:
+            return
+        hashes = keyed.hash_integers(self._key, position.astype(np.uint64))  # neighbours may look alike
+        order = np.lexsort((hashes, classes))
+        classes, features = classes[order], given[order]
+        places = self._places(classes)
+        if slot[0] == _NEAREST:  # of none or of all
+            self._add_to_nearest(places, features)
         else:
-            self._add_to(places, slots, vectors)
-        self._mark(class_id)
+            self._add_to(places, slot[order], features)
+        self._mark(classes)
 
-    def _add_to(self, places: Tensor, slots: Tensor, vectors: Tensor) -> None:
-        """Add to sums, in the order given."""
+    def _add_to(self, places: Integers, slots: Integers, features: Vectors) -> None:
+        """Add to sums, in the order given.
+
+        Args:
+            places: (n,) local rows.
+            slots: (n,).
+            features: (n, D) float32, as they were handed in.
+        """
         memory = self._memory()
-        flat = places * self._num_prototypes + slots
-        memory["sums"].view(-1, self._width).index_add_(0, flat, vectors)
-        memory["num_added"].view(-1).index_add_(0, flat, torch.ones_like(flat))
+        sums, flat = memory["sums"].view(-1, self._width), places * self._num_prototypes + slots
+        np.add.at(memory["num_added"].view(-1).numpy(), flat, 1)
+        for part, to in zip(self._blocks(features), self._blocks(flat), strict=True):
+            sums.index_add_(0, torch.from_numpy(to), self._exact(part))
 
-    def _add_to_nearest(self, places: Tensor, vectors: Tensor) -> None:
+    def _add_to_nearest(self, places: Integers, features: Vectors) -> None:
         """Open empty slots of classes without prototypes, then add the rest to the nearest centres.
 
         Args:
             places: (n,) local rows, those of a class side by side.
-            vectors: (n, D) float64.
+            features: (n, D) float32.
         """
-        memory = self._memory()
+        memory = self._columns_here()
         is_empty = (memory["num_added"][places] == 0) & (memory["counts"][places] == 0)  # (n, P)
-        _, sizes = places.unique_consecutive(return_counts=True)
-        rank_in_class = torch.arange(len(places)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        opens = rank_in_class < is_empty.sum(dim=1)
-        empty_first = is_empty.int().argsort(dim=1, descending=True, stable=True)  # (n, P)
-        slots = empty_first.gather(1, rank_in_class.clamp(max=self._num_prototypes - 1)[:, None]).squeeze(1)
-        self._add_to(places[opens], slots[opens], vectors[opens])
-        rest, left = places[~opens], vectors[~opens]
-        self._add_to(rest, self._nearest(rest, left), left)
+        if is_empty.any():
+            edges = _edges(places)
+            rank_in_class = np.arange(len(places)) - np.repeat(edges[:-1], np.diff(edges))
+            opens = rank_in_class < is_empty.sum(axis=1)
+            slots = np.argsort(~is_empty[opens], axis=1, kind="stable")  # (m, P), empty ones first
+            self._add_to(places[opens], slots[np.arange(len(slots)), rank_in_class[opens]], features[opens])
+            places, features = places[~opens], features[~opens]
+        self._add_to(places, self._nearest(places, features), features)
 
-    def _nearest(self, places: Tensor, vectors: Tensor) -> Tensor:
+    def _nearest(self, places: Integers, features: Vectors) -> Integers:
         """(n,) slot of the nearest centre; of equally near ones the first.
 
         Products in float32 decide where they leave no doubt: so no bit of the answer hangs on how they are summed.
         """
-        found, is_sure = self._roughly_nearest(places, vectors)
-        doubtful = (~is_sure).nonzero().squeeze(1)
-        for part in doubtful.split(max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))):
-            found[part] = self._distances(places[part], vectors[part]).argmin(dim=1)
+        found, is_sure = self._roughly_nearest(places, features)
+        doubtful = np.flatnonzero(~is_sure)
+        step = max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))
+        for first in range(0, len(doubtful), step):
+            part = doubtful[first : first + step]
+            distances = self._distances(torch.from_numpy(places[part]), self._exact(features[part]))
+            found[part] = distances.argmin(dim=1).numpy()
         return found
 
-    def _roughly_nearest(self, places: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) slot of the nearest prototype by products in float32, and (n,) bool where it is that beyond doubt."""
-        memory, rows = self._memory(), places.numpy()
-        centres, given = memory["prototypes"].numpy(), vectors.float().numpy()
+    def _roughly_nearest(self, places: Integers, features: Vectors) -> tuple[Integers, npt.NDArray[np.bool_]]:
+        """(n,) slot of the nearest prototype by products in float32, and (n,) where it is that beyond doubt."""
+        memory = self._columns_here()
+        centres, is_cosine = memory["prototypes"], self._metric == "cosine"
         if self._norms is None:
             self._norms = np.einsum("cpd,cpd->cp", centres, centres, dtype=np.float64)
-        products = np.empty((len(rows), self._num_prototypes), dtype=np.float32)
-        edges = np.flatnonzero(np.diff(rows, prepend=-1, append=-1)).tolist()
-        norms, lengths = self._norms[rows], vectors.norm(dim=1).numpy()[:, None]
+        given = np.empty_like(features) if is_cosine else features
+        lengths = np.empty((len(places), 1))
+        blocks = (self._blocks(rows) for rows in (features, lengths, given))
+        for part, length, vectors in zip(*blocks, strict=True):
+            exact = self._exact(part)
+            length[:, 0] = exact.norm(dim=1).numpy()
+            if is_cosine:
+                vectors[:] = exact.numpy()
+        products = np.empty((len(places), self._num_prototypes), dtype=np.float32)
+        norms = self._norms[places]
         reach = np.sqrt(norms)
         with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold leaves doubt
-            for first, stop in pairwise(edges):  # the features of one class
-                np.matmul(given[first:stop], centres[rows[first]].T, out=products[first:stop])
+            for first, stop in pairwise(_edges(places).tolist()):  # the features of one class
+                np.matmul(given[first:stop], centres[places[first]].T, out=products[first:stop])
             off = (self._width + 8) * 2.0**-23 * lengths * reach  # by which a product may be wrong, in whatever order
-            if self._metric == "cosine":
+            if is_cosine:
                 reach = reach.clip(min=_SMALLEST_NORM)
                 distances, off = -products / reach, off / reach
             else:
                 distances, off = norms - 2.0 * products, 2.0 * off
             two = np.partition(distances, min(1, self._num_prototypes - 1), axis=1)[:, :2]
             is_sure = two[:, -1] - two[:, 0] > 2.0 * off.max(axis=1)
-        is_sure &= np.isfinite(distances).all(axis=1) & (memory["counts"].numpy()[rows] > 0).all(axis=1)
-        return torch.from_numpy(distances.argmin(axis=1)), torch.from_numpy(is_sure)
+        is_sure &= np.isfinite(distances).all(axis=1) & (memory["counts"][places] > 0).all(axis=1)
+        return distances.argmin(axis=1), is_sure
 
     def _distances(self, places: Tensor, vectors: Tensor) -> Tensor:
         """(n, P) of what decides which centre is near; infinite where a slot has no centre."""
@@ -191,6 +269,15 @@ class Prototypes(Bank):
         else:
             distances = (centres - vectors[:, None]).square().sum(dim=2)
         return distances.masked_fill((counts == 0) & (num_added == 0), torch.inf)
+
+    def _blocks(self, rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Views of (n, ...) rows of features, so many at once that caches hold them in float64."""
+        step = max(1, _BLOCK_NUMBERS // self._width)
+        return [rows[first : first + step] for first in range(0, len(rows), step)]
+
+    def _exact(self, features: Vectors) -> Tensor:
+        """(n, D) float64 of what is added for features: unit vectors under the cosine."""
+        return self._vectors(torch.from_numpy(features).double())
 
     def _vectors(self, vectors: Tensor) -> Tensor:
         """Unit vectors under the cosine."""
@@ -210,8 +297,9 @@ class Prototypes(Bank):
         Args:
             momentum: in [0, 1), share of the old prototype in the new one where there is an old one; None: nothing.
 
-        Collective: all ranks; P D numbers and 8 P bytes for each class renewed, to every rank.
+        Collective: all ranks; what waits, see `flush`; P D numbers and 8 P bytes for each class renewed, to every rank.
         """
+        self.flush()
         memory = self._memory()
         rows = (memory["num_added"] > 0).any(dim=1).nonzero().squeeze(1)
         for part in rows.split(max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))):
@@ -229,7 +317,7 @@ class Prototypes(Bank):
             memory["sums"][part] = 0.0
             memory["num_added"][part] = 0
         classes = self.held_rows()[rows]
-        self._mark(classes)
+        self._mark(classes.numpy())
         self._share(classes)
 
     def _share(self, classes: Tensor) -> None:
@@ -239,9 +327,12 @@ class Prototypes(Bank):
         """
         self._norms = None
         for part in classes.tensor_split(-(-self.table_bytes // _SHARED_BYTES)):
-            places = self._places(part)
-            rows = [self._memory()[name].index_select(0, places) for name in ("prototypes", "counts")]
-            self._table.share(part, rows)
+            index, memory = part.numpy(), self._columns_here()
+            places = self._places(index)
+            records, made = self._table.records(index)
+            for name, column in made.items():
+                column[:] = memory[name][places]
+            self._table.share(records)
 
     def counts(self) -> Tensor:
         """Features behind each prototype.
@@ -261,7 +352,7 @@ class Prototypes(Bank):
     def read(self, index: Tensor, slot: Tensor | None = None) -> dict[str, Tensor] | Tensor:
         """Prototypes; zeros of classes that have none. Every rank holds all: nothing moves.
 
-        Without slots, whole rows from their owners: see `Bank`.
+        Without slots, whole rows from their owners with all that was added: see `Bank`.
 
         Args:
             index: (n,) int64 class ids in [0, C), n free on each rank.
@@ -276,7 +367,7 @@ class Prototypes(Bank):
         if slot is None:
             return super().read(index)
         index, slot = index.cpu(), slot.cpu()
-        error = self._index_error(index) or self._slot_error(index, slot)
+        error = self._index_error(index.numpy()) or self._slot_error(index, slot)
         if error is not None:
             raise error
         return self._table.columns[0].view(-1, self._width).index_select(0, index * self._num_prototypes + slot)
@@ -311,3 +402,8 @@ class Prototypes(Bank):
             expected=f"a slot in [0, {self._num_prototypes})",
             next_step="this is a fault of the method: keep the log and report it",
         )
+
+
+def _edges(places: Integers) -> Integers:
+    """Where runs of equal numbers begin, and the end of the last."""
+    return np.flatnonzero(np.diff(places, prepend=-1, append=-1))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Final, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.base import DTYPES, INTEGER, NUM_SHARDS, Bank, Column
+from dist_mlpl.banks.checks import feature_error
 from dist_mlpl.banks.replica import Replica
+from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 
 SMALLEST_NORM: Final = 1e-9  # a feature shorter than this is divided by it
 _ONE: Final = 2.0**40  # unit vectors are summed as whole numbers of 2**-40, so that sums never drift
 _NOTED: Final = 8  # bytes of the number with which a note begins
+_BLOCK_NUMBERS: Final = 1 << 15  # of features in float64 at once: a quarter of a megabyte, which caches hold
+_MOST_ROWS: Final = 1 << 11  # of which whole numbers up to 2**40 are summed in float64, which holds them up to 2**53
 
 
 class Ring(Bank):
@@ -61,11 +66,13 @@ class Ring(Bank):
         }
         super().__init__(name, num_classes, columns, folder=folder, num_shards=min(NUM_SHARDS, num_classes))
         self._capacity, self._width = capacity, width
-        self._means = Replica(num_classes, [(torch.float32, (width,)), (torch.int64, ())])
+        self._pushed = record_type({"index": INTEGER, "position": INTEGER, "features": (DTYPES[dtype], (width,))})
+        self._means = Replica(num_classes, {"means": (torch.float32, (width,)), "counts": INTEGER}, name=name)
         self._is_stale = np.zeros(num_classes, dtype=np.bool_)  # own classes of which the others have old means
         # What all ranks know of each other, so that messages have the right room:
         self._is_foretold = np.zeros(num_classes, dtype=np.bool_)  # classes of which the next push brings features
         self._is_touched = np.zeros(num_classes, dtype=np.bool_)  # those that were pushed since means were shared
+        self._coming: comm.Room | None = None  # features of the next push
 
     @property
     def note_bytes(self) -> int:
@@ -89,15 +96,23 @@ class Ring(Bank):
             BankError: a class that is none, features that do not fit or are not finite; on all ranks, and nothing is
                 taken in.
 
-        Collective: all ranks, one `comm.exchange` of n rows of D numbers and 16 bytes, with room for what `means` was
-        told.
+        Collective: all ranks, one `comm.exchange_messages` of n rows of D numbers and 16 bytes, with room for what
+        `means` was told.
         """
         class_id, position = class_id.cpu(), position.cpu()
-        kind = DTYPES[self.spec.columns["features"].dtype], (self._width,)
-        features = features.detach().cpu().to(kind[0])
-        error = self._index_error(class_id) or self._feature_error(class_id, features, position, width=self._width)
-        parts = [class_id, position, features]
-        self._take(*self._send(class_id, parts, [INTEGER, INTEGER, kind], error))
+        features = features.detach().cpu().to(DTYPES[self.spec.columns["features"].dtype])
+        classes = class_id.numpy()
+        error = self._index_error(classes) or feature_error(
+            class_id, features, position, width=self._width, where=self._where
+        )
+        owned = by_owner(self._owners(classes if error is None else classes[:0]), self._num_ranks)
+        records, places = np.empty(len(owned.order), dtype=self._pushed), owned.places()
+        if error is None:
+            records["index"][places], records["position"][places] = classes, position.numpy()
+            records["features"][places] = features.numpy()
+        room, self._coming = self._coming, None
+        _, parts = exchange_records(records, owned.spans, name=self.name, room=room, error=error)
+        self._take(parts)
         self._is_touched |= self._is_foretold
         self._is_foretold[:] = False
 
@@ -119,75 +134,106 @@ class Ring(Bank):
         each rank C / 8 + 8 bytes about what is coming.
         """
         coming = torch.empty(0, dtype=torch.int64) if coming is None else coming.cpu()
-        error = self._index_error(coming)
+        error = self._index_error(coming.numpy())
         to_ranks, notes = self._foretell(coming.numpy() if error is None else np.empty(0, dtype=np.int64))
-        index = torch.from_numpy(np.flatnonzero(self._is_stale))
-        places, memory = self._places(index), self._memory()
-        counts = memory["num_pushed"][places].clamp(max=self._capacity)
-        sums = memory["sums"].index_select(0, places).double()
-        means = (sums / (counts.clamp(min=1).double() * _ONE)[:, None]).float()
-        touched = np.bincount(self._owners(np.flatnonzero(self._is_touched)), minlength=comm.world_size())
-        told = self._means.share(index, [means, counts], notes=notes, expected=touched.tolist(), error=error).numpy()
-        self._room = comm.Room(to_ranks, told[:, :_NOTED].copy().view(np.int64)[:, 0].tolist())
-        self._is_foretold[:] = np.unpackbits(told[:, _NOTED:], axis=1, count=self.spec.num_rows).any(axis=0)
+        index, memory = np.flatnonzero(self._is_stale), self._columns_here()
+        places = self._places(index)
+        records, made = self._means.records(index)
+        made["counts"][:] = filled = memory["num_pushed"][places].clip(max=self._capacity)
+        made["means"][:] = memory["sums"][places] / (filled.clip(min=1) * _ONE)[:, None]
+        touched = np.bincount(self._owners(np.flatnonzero(self._is_touched)), minlength=self._num_ranks)
+        told = self._means.share(records, notes=notes, expected=touched.tolist(), error=error)
+        self._coming = comm.Room(to_ranks, [int(note[:_NOTED].view(np.int64)[0]) for note in told])
+        bits = np.bitwise_or.reduce([note[_NOTED:] for note in told])
+        self._is_foretold[:] = np.unpackbits(bits, count=self.spec.num_rows)
         self._is_stale[:] = self._is_touched[:] = False
-        shared, filled = self._means.columns
-        return shared, filled
+        shared, counts = self._means.columns
+        return shared, counts
 
-    def _foretell(self, class_id: np.ndarray) -> tuple[list[int], Tensor]:
+    def _foretell(self, class_id: Integers) -> tuple[list[int], comm.Bytes]:
         """How many features of classes (n,) go to each rank, and a note for each: its number, and a bit a class."""
-        numbers = np.bincount(self._owners(class_id), minlength=comm.world_size())
+        numbers = np.bincount(self._owners(class_id), minlength=self._num_ranks)
         is_coming = np.zeros(self.spec.num_rows, dtype=np.bool_)
         is_coming[class_id] = True
-        bits = np.broadcast_to(np.packbits(is_coming), (len(numbers), -(-len(is_coming) // 8)))
-        notes = np.concatenate([numbers.astype(np.int64)[:, None].view(np.uint8), bits], axis=1)
-        return numbers.tolist(), torch.from_numpy(notes)
+        notes = np.empty((len(numbers), self.note_bytes), dtype=np.uint8)
+        notes[:, :_NOTED] = numbers.astype(np.int64)[:, None].view(np.uint8)
+        notes[:, _NOTED:] = np.packbits(is_coming)
+        return numbers.tolist(), notes
 
     def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
         """See `Bank`."""
         super().unpack(packed, wanted)
         self._is_stale[self.held_rows().numpy()] = True
 
-    def _take(self, class_id: Tensor, position: Tensor, features: Tensor) -> None:
+    def _take(self, parts: Sequence[Records]) -> None:
         """Put features of own classes in their places."""
+        class_id, position = (np.concatenate([part[name] for part in parts]) for name in ("index", "position"))
         if len(class_id) == 0:
             return
-        by_class = np.lexsort((position.numpy(), class_id.numpy()))  # of each the oldest first
-        classes, sizes = np.unique(class_id.numpy(), return_counts=True)  # (u,)
-        places = self._places(torch.from_numpy(classes)).numpy()
-        memory = self._memory()
-        num_pushed = memory["num_pushed"].numpy()
+        by_class = np.lexsort((position, class_id))  # of each the oldest first
+        edges = np.flatnonzero(np.diff(class_id[by_class], prepend=-1, append=-1))
+        classes, sizes = class_id[by_class][edges[:-1]], np.diff(edges)  # (u,)
+        places, memory = self._places(classes), self._columns_here()
         # Of more than K features of a class the oldest are gone at once.
         from_first = _from_first(sizes)
         is_kept = np.repeat(sizes, sizes) - from_first <= self._capacity
-        rows, order = np.repeat(places, sizes)[is_kept], torch.from_numpy(by_class[is_kept])
-        slots = (num_pushed[rows] + from_first[is_kept]) % self._capacity
-        entries = torch.from_numpy(rows * self._capacity + slots)
-        stored, scales = memory["features"].view(-1, self._width), memory["scales"].view(-1)
-        arriving = features.index_select(0, order)
-        exact = arriving.double()
-        new_scales = 1.0 / exact.norm(dim=1).clamp(min=SMALLEST_NORM)
-        change = _whole(exact, new_scales)
-        change -= _whole(stored.index_select(0, entries).double(), scales[entries])  # an empty entry is zeros
-        memory["sums"].index_add_(0, torch.from_numpy(rows), change)
-        stored.numpy()[entries.numpy()] = arriving.numpy()
-        scales[entries] = new_scales
-        memory["stamps"].view(-1)[entries] = position[order]
-        num_pushed[places] += sizes
-        self._mark(torch.from_numpy(classes))
+        number = np.repeat(np.arange(len(classes)), sizes)[is_kept]  # of each row's class among them
+        order = by_class[is_kept]
+        slots = (memory["num_pushed"][places][number] + from_first[is_kept]) % self._capacity
+        entries = places[number] * self._capacity + slots
+        features = np.concatenate([part["features"] for part in parts])
+        for first in range(0, len(order), _MOST_ROWS):
+            rows = slice(first, first + _MOST_ROWS)
+            self._replace_entries(entries[rows], features, order[rows], number[rows], places)
+        memory["stamps"].reshape(-1)[entries] = position[order]
+        memory["num_pushed"][places] += sizes
+        self._mark(classes)
         self._is_stale[classes] = True
 
+    def _replace_entries(
+        self, entries: Integers, features: npt.NDArray[Any], order: Integers, number: Integers, places: Integers
+    ) -> None:
+        """Store features, and let the sums of their classes follow; a block at a time, which caches hold.
 
-def _from_first(sizes: np.ndarray) -> np.ndarray:
+        Args:
+            entries: (n,) where to, no two alike; n at most _MOST_ROWS.
+            features: (m, D).
+            order: (n,) the rows of them.
+            number: (n,) the class of each, as a place in the next.
+            places: (u,) local rows of classes.
+        """
+        memory, size = self._columns_here(), max(1, _BLOCK_NUMBERS // self._width)
+        stored, scales = memory["features"].reshape(-1, self._width), memory["scales"].reshape(-1)
+        change = torch.zeros(len(places), self._width, dtype=torch.float64)  # of whole numbers, exact
+        block = np.empty((min(size, len(order)), self._width), dtype=stored.dtype)
+        exact, gone = (torch.empty(block.shape, dtype=torch.float64) for _ in range(2))
+        for first in range(0, len(order), size):
+            rows = slice(first, first + size)
+            at, n = entries[rows], len(entries[rows])
+            leaving, arriving = gone[:n], exact[:n]
+            np.take(stored, at, axis=0, out=block[:n], mode="clip")  # clip: the mode that writes to `out` at once
+            leaving.numpy()[:] = block[:n]
+            _to_whole(leaving.numpy(), scales[at])  # an empty entry is zeros
+            np.take(features, order[rows], axis=0, out=block[:n], mode="clip")
+            arriving.numpy()[:] = block[:n]
+            scales[at] = 1.0 / arriving.norm(dim=1).clamp(min=SMALLEST_NORM).numpy()
+            _to_whole(arriving.numpy(), scales[at])
+            stored[at] = block[:n]
+            change.index_add_(0, torch.from_numpy(number[rows]), arriving.sub_(leaving))
+        memory["sums"][places] += change.numpy().astype(np.int64)
+
+
+def _from_first(sizes: Integers) -> Integers:
     """Of runs of these sizes end to end, each entry's place in its run."""
     return np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
 
 
-def _whole(features: Tensor, scales: Tensor) -> Tensor:
-    """Unit vectors as whole numbers of 2**-40, the same ones whenever and wherever they are computed.
+def _to_whole(features: npt.NDArray[np.float64], scales: npt.NDArray[np.float64]) -> None:
+    """Unit vectors as whole numbers of 2**-40, in place: the same ones whenever and wherever they are computed.
 
     Args:
-        features: (n, D) float64, overwritten.
-        scales: (n,) float64.
+        features: (n, D).
+        scales: (n,), 1 / |feature|.
     """
-    return features.mul_((scales * _ONE)[:, None]).round_().long()
+    features *= (scales * _ONE)[:, None]
+    np.rint(features, out=features)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import comm, keyed
-from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.base import NUMBER_BYTES, Bank
 from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
 _TRIALS: Final = 100  # batches that are drawn to see how many classes a step touches
@@ -65,7 +65,8 @@ class Cost(NamedTuple):
 def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes: float = 1.0) -> Cost:
     """What a bank holds, and what `Bank.read` and `Bank.write` send for so many rows an image.
 
-    Of a replicated bank nothing moves.
+    What is written goes with the next request, with room for as many rows as were read. Of a replicated bank nothing
+    moves.
 
     Args:
         name: of the bank.
@@ -81,12 +82,14 @@ def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes
     num_shards = bank.spec.num_shards
     owned = range(-(-num_shards // R))  # of rank 0, which has most
     held_rows = sum(max(0, -(-(bank.spec.num_rows - shard) // num_shards)) for shard in owned)
-    asked = written = 0.0
+    sent = 0.0
+    if reads or writes:
+        sent = exchange_bytes(B * reads, 8, R) + (R - 1) * NUMBER_BYTES
+        num_sent = max(reads, writes) if writes else 0.0
+        sent += (R - 1) / R * B * num_sent * (16 + row_bytes)
     if reads:
-        asked = exchange_bytes(B * reads, 8, R) + exchange_bytes(B * reads, row_bytes, R, is_expected=True)
-    if writes:  # with room for as many rows as were read
-        written = exchange_bytes(B * max(reads, writes), 16 + row_bytes, R, is_expected=reads > 0)
-    return Cost(name, held_bytes=held_rows * row_bytes, sent_bytes=asked + written)
+        sent += exchange_bytes(B * reads, row_bytes, R, is_expected=True)
+    return Cost(name, held_bytes=held_rows * row_bytes, sent_bytes=sent)
 
 
 def exchange_bytes(num_rows: float, row_bytes: float, world_size: int, *, is_expected: bool = False) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import keyed
+from dist_mlpl.banks.base import NUMBER_BYTES
 from dist_mlpl.banks.prototypes import Prototypes
 from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
@@ -106,7 +107,8 @@ class DrawnPrototypes:
         """Of a step that gathers known positives; what an epoch's renewal sends is left out."""
         num_times = 2 if self._faithful and self._kind == "quadrants" else 1
         num_positives, row_bytes = scale.share_images * scale.num_positives, 24 + 4 * self._width
-        sent = num_times * exchange_bytes(num_positives, row_bytes, scale.world_size)
+        sent = exchange_bytes(num_positives, row_bytes, scale.world_size, is_expected=True)
+        sent = num_times * (sent + (scale.world_size - 1) * NUMBER_BYTES)  # which tells how many come next
         rows = bank_cost(PROTOTYPES, self.bank, scale, reads=0, writes=0)
         return rows._replace(held_bytes=rows.held_bytes + self.bank.table_bytes, sent_bytes=sent)
 

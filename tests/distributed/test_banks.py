@@ -9,12 +9,20 @@ import safetensors.torch
 import torch
 
 from dist_mlpl import storage
-from dist_mlpl.bank_files import load_banks
+from dist_mlpl.bank_files import load_banks, save_banks
 from dist_mlpl.banks.base import NUM_SHARDS
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.chain import Commit
 from dist_mlpl.errors import BankError, CheckpointError, StorageError
-from tests.support.banks import BANKS, NUM_ROWS, SUITE, check_loaded, saved_in_two_commits
+from tests.support.banks import (
+    BANKS,
+    NUM_ROWS,
+    SUITE,
+    check_loaded,
+    commit_with,
+    saved_bank,
+    saved_in_two_commits,
+)
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -144,6 +152,28 @@ def test_a_rank_that_cannot_save_stops_all(tmp_path: Path) -> None:
         raise StorageError("no space", expected="space", where=url, next_step="make some")
 
     assert run_ranks(blocked, 2, str(tmp_path)) == ["no space"] * 2
+
+
+def test_a_bank_with_a_row_that_is_not_finite_is_saved_by_no_rank(tmp_path: Path) -> None:
+    def refused(rank: int, world_size: int, out: str) -> list[str]:
+        bank = KeyedBank("x", NUM_ROWS, (3,), "f32")
+        stamps = torch.ones(2, dtype=torch.int32)
+        index = torch.tensor([2 * rank, 2 * rank + 1])
+        bank.write(index, {"rows": torch.ones(2, 3), "stamps": stamps})
+        rows = torch.full((2, 3), torch.nan if rank == 1 else 2.0)
+        bank.write(index, {"rows": rows, "stamps": stamps})  # delivers the first
+        with pytest.raises(BankError) as caught:
+            save_banks(out, "refused", {"x": bank}, None)
+        assert not Path(out, "refused").exists()
+        records, files = save_banks(out, "checkpoints/00000001-0001", {"x": bank}, None)
+        found = saved_bank(out, commit_with(records, files), KeyedBank("x", NUM_ROWS, (3,), "f32"))
+        expected = torch.zeros(NUM_ROWS, 3)
+        expected[: 2 * world_size] = 1.0
+        assert torch.equal(found["rows"], expected)
+        return [caught.value.found, caught.value.where]
+
+    for heard in run_ranks(refused, 3, str(tmp_path)):
+        assert heard == ["column 'rows' would hold a number that is not finite", "bank 'x', rank 1"]
 
 
 def test_large_banks_are_cut_into_several_files(monkeypatch, tmp_path: Path) -> None:

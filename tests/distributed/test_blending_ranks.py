@@ -86,8 +86,9 @@ def send(rank: int, world_size: int, case: str) -> tuple[float, float]:
         output = engine.train_step(share, recalled, progress)
         after = sum(comm.traffic().values())
         method.observe(share, output)
+        bank = method.banks()["prototypes"]
+        bank.flush()  # an epoch is one step here: nothing follows with which its features would go
         sent.append(between - before + sum(comm.traffic().values()) - after)
-    bank = method.banks()["prototypes"]
     held = sum(rows.nbytes for name, rows in bank.pack(bank.held_shards).items() if name != "shards")
     return sum(sent[2:]) / len(sent[2:]), held + sum(part.nbytes for part in bank.table())  # type: ignore[attr-defined]
 

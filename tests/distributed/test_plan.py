@@ -50,6 +50,7 @@ def measure(rank: int, world_size: int, name: str, keys: dict[str, Any]) -> Meas
         batch, progress = random_batch(GLOBAL_BATCH, seed=step), Progress(step=step, epoch=1 + step // NUM_STEPS)
         if step % NUM_STEPS == 0:
             method.begin_epoch(progress)
+            flush(method)
             sent = 0
         share = own_share(batch._replace(index=batch.index + GLOBAL_BATCH * step))
         before = sum(comm.traffic().values())
@@ -59,8 +60,17 @@ def measure(rank: int, world_size: int, name: str, keys: dict[str, Any]) -> Meas
         before = sum(comm.traffic().values())
         method.observe(share, output)
         sent += sum(comm.traffic().values()) - before
+    before = sum(comm.traffic().values())
+    flush(method)  # what the last step left waiting is its own
+    sent += sum(comm.traffic().values()) - before
     held = sum(tensor.nbytes for bank in method.banks().values() for tensor in memory_of(bank))
     return Measured(sent / NUM_STEPS, held)
+
+
+def flush(method: Method) -> None:
+    """Hand over what waits in its banks, as a checkpoint does."""
+    for bank in method.banks().values():
+        bank.flush()
 
 
 def memory_of(bank: Bank) -> list[torch.Tensor]:

@@ -277,7 +277,7 @@ def check_a_faulty_request_stops_all_ranks_and_changes_nothing(kind: Kind, folde
             Bank.read(bank, torch.tensor([0, outside]) if is_faulty else torch.tensor([0, 1]))
     for number, call in enumerate(kind.faults(bank)):
         with pytest.raises(BankError) as caught:
-            call(is_faulty)
+            _and_then(bank.flush, call, is_faulty)  # what is written is refused where it is delivered
         assert f"{bank.name!r}" in caught.value.where, number
     after = Bank.read(bank, everything)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -291,13 +291,80 @@ def check_no_rank_serves_rows_of_another(kind: Kind, folder: str) -> None:
     foreign = [i for i in range(bank.spec.num_rows) if i % bank.spec.num_shards not in bank.held_shards]
     if foreign:
         with pytest.raises(BankError, match=f"row {foreign[0]} asked of rank {comm.rank()}"):
-            bank._places(torch.tensor(foreign[:1]))
+            bank._places(np.array(foreign[:1]))
+
+
+def _and_then(second: Callable[[], Any], first: Callable[[bool], Any], is_faulty: bool) -> None:
+    first(is_faulty)
+    second()
+
+
+def check_a_read_sees_what_was_just_written(kind: Kind, folder: str) -> None:
+    """Updates one after the other, with nothing read, then one read by each rank of what it may: all are in it."""
+    bank = kind.make(folder)
+    twin = kind.twin(bank)
+    for seed, num_rows in UPDATES:
+        kind.update(bank, seed, num_rows)
+        twin.update(seed, num_rows)
+    everything = torch.arange(bank.spec.num_rows)
+    check(Bank.read(bank, everything), everything, bank, twin)
+    for seed, num_rows in [(6, 30), (7, 30)]:
+        kind.update(bank, seed, num_rows)
+        twin.update(seed, num_rows)
+        asked = everything if comm.rank() == comm.world_size() - 1 else everything[:0]
+        check(Bank.read(bank, asked), asked, bank, twin)
+
+
+def check_rows_that_wait_are_delivered_before_a_bank_is_saved(kind: Kind, folder: str) -> None:
+    """After `flush` owners hold everything; before it what waits cannot be left out of a file, or out of a load."""
+    bank = kind.make(folder)
+    twin = kind.twin(bank)
+    kind.update(bank, 0, 60)
+    twin.update(0, 60)
+    if bank._staged is not None:
+        for call in (bank.changed_shards, lambda: bank.pack([]), lambda: bank.unpack({}, [])):
+            with pytest.raises(BankError, match="wait for their owners"):
+                call()
+    bank.flush()
+    shards = bank.changed_shards()
+    own = [row for shard in shards for row in range(shard, bank.spec.num_rows, bank.spec.num_shards)]
+    if shards:
+        packed = bank.pack(shards)
+        assert packed.pop("shards").tolist() == shards
+        check(packed, torch.tensor(own), bank, twin)
+    others = set() if bank.is_replicated else set(bank.held_rows().tolist()) - set(own)
+    for name, column in twin.columns.items():
+        assert (column[sorted(others)] == bank.spec.columns[name].fill).all()
+    num_sent = comm.traffic()
+    bank.flush()  # nothing waits, nothing moves
+    assert comm.traffic() == num_sent
+
+
+def check_what_waits_outlives_a_faulty_request_and_what_is_refused_is_never_saved(kind: Kind, folder: str) -> None:
+    """A bad index asked for takes nothing along; a bad row that waits is refused on all ranks, then it is gone."""
+    bank = kind.make(folder)
+    twin = kind.twin(bank)
+    is_last = comm.rank() == comm.world_size() - 1 or isinstance(bank, TableBank)
+    everything = torch.arange(bank.spec.num_rows)
+    kind.update(bank, 0, 60)
+    twin.update(0, 60)
+    with pytest.raises(BankError, match="row -1"):
+        Bank.read(bank, torch.tensor([-1]) if is_last else everything[:1])
+    check(Bank.read(bank, everything), everything, bank, twin)
+    for call in kind.faults(bank):
+        with pytest.raises(BankError):
+            _and_then(lambda: Bank.read(bank, everything[:1]), call, is_last)
+        bank.flush()
+        check(Bank.read(bank, everything), everything, bank, twin)
 
 
 SUITE: list[Callable[[Kind, str], str | None]] = [
     check_reads_back_what_a_loop_would_hold,
     check_a_faulty_request_stops_all_ranks_and_changes_nothing,
     check_no_rank_serves_rows_of_another,
+    check_a_read_sees_what_was_just_written,
+    check_rows_that_wait_are_delivered_before_a_bank_is_saved,
+    check_what_waits_outlives_a_faulty_request_and_what_is_refused_is_never_saved,
 ]
 
 # Saving and loading ---------------------------------------------------------------------------------------------------

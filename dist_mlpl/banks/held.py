@@ -1,0 +1,274 @@
+"""Owns the rows of a bank that one rank holds: what they are made of, where they lie, how they are saved by shard."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dist_mlpl import comm
+from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, numpy_type, record_type
+from dist_mlpl.errors import BankError
+from dist_mlpl.settings import Settings
+
+NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % num_shards whatever the number of ranks
+INTEGER: Final[Kind] = (torch.int64, ())
+NUMBER_BYTES: Final = 8  # of an integer in a message
+
+Dtype = Literal["f64", "f32", "f16", "u8", "i32", "i64"]
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "u8": torch.uint8, "i32": torch.int32,
+    "i64": torch.int64,
+}  # fmt: skip
+
+
+class Column(Settings):
+    """One part of every row."""
+
+    dtype: Dtype
+    shape: tuple[int, ...] = ()  # of one row's part
+    fill: int = 0  # what a row holds that was never written
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one row's part."""
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+
+class BankSpec(Settings):
+    """What a bank is made of; a saved bank loads only into one of the same make."""
+
+    num_rows: int
+    num_shards: int
+    columns: dict[str, Column]
+
+
+class Staged(NamedTuple):
+    """Rows that this rank has been handed, and that their owners have not; nobody reads or saves them so far."""
+
+    records: Records  # (n,) in the order of their owners
+    rows: ByOwner
+    room: comm.Room | None  # rows for which their message leaves room; None: SHORT_BYTES
+    error: BankError | None = None  # what is wrong with them: they are never delivered then
+
+
+class HeldRows:
+    """Rows of some columns, in host memory or memory-mapped, of those virtual shards that this rank owns.
+
+    Ranks own contiguous ranges of shards. Memory is taken at the first use.
+
+    Args:
+        name: of the bank, for files and messages.
+        num_rows: samples of the split, or classes.
+        columns: by name, at least one.
+        folder: a local folder for memory-mapped columns, the files vanish with the process; None: host memory.
+        is_replicated: every rank holds all rows; for tables so small that this costs nothing. Reading and writing
+            then move nothing, and what is written must be the same on every rank.
+        num_shards: virtual shards, never a function of the number of ranks. With fewer rows than shards the first
+            ranks would own them all: a bank of few and large rows has as many shards as rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_rows: int,
+        columns: Mapping[str, Column],
+        *,
+        folder: str | None = None,
+        is_replicated: bool = False,
+        num_shards: int = NUM_SHARDS,
+    ) -> None:
+        self.name, self._folder, self._is_replicated = name, folder, is_replicated
+        self.spec = BankSpec(num_rows=num_rows, num_shards=num_shards, columns=dict(columns))
+        self._kinds: dict[str, Kind] = {name: (DTYPES[part.dtype], part.shape) for name, part in columns.items()}
+        self._stored = record_type(self._kinds)
+        self._written = np.dtype([("index", np.int64), ("position", np.int64), ("values", self._stored)])
+        rank, size = comm.rank(), comm.world_size()
+        self._num_ranks = size
+        self._where = f"bank {name!r}, rank {rank}"
+        self._owned = range(-(-rank * num_shards // size), -(-(rank + 1) * num_shards // size))
+        self._held = range(num_shards) if is_replicated else self._owned
+        sizes = [self._shard_rows(shard) for shard in self._held]
+        self._starts = np.cumsum([0, *sizes], dtype=np.int64)  # (shards + 1,) first local row of each held shard
+        self._changed = np.zeros(len(self._held), dtype=np.bool_)
+        self._columns: dict[str, Tensor] | None = None
+        self._arrays: dict[str, npt.NDArray[Any]] = {}  # the same memory
+        self._staged: Staged | None = None
+
+    @property
+    def is_replicated(self) -> bool:
+        """True where every rank holds all rows."""
+        return self._is_replicated
+
+    @property
+    def held_shards(self) -> range:
+        """Virtual shards that this rank holds and must load."""
+        return self._held
+
+    def held_rows(self) -> Tensor:
+        """(n,) int64 rows that this rank holds, in the order in which they lie in its memory."""
+        size, step = self.spec.num_rows, self.spec.num_shards
+        rows = [torch.arange(min(shard, size), size, step) for shard in self._held]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+
+    # Saving and loading ----------------------------------------------------------------------------------------------
+
+    def changed_shards(self) -> list[int]:
+        """Own shards written since `mark_saved`.
+
+        Raises:
+            BankError: rows wait: see `flush`.
+        """
+        self._check_delivered()
+        return [shard for shard in self._owned if self._changed[shard - self._held.start]]
+
+    def mark_saved(self) -> None:
+        """From now on, nothing has changed."""
+        self._changed[:] = False
+
+    def mark_changed(self) -> None:
+        """Whatever was written or loaded, it is saved nowhere that counts."""
+        self._changed[:] = True
+
+    def shard_bytes(self, shard: int) -> int:
+        """Bytes that a shard takes in a file."""
+        return self._shard_rows(shard) * self._row_bytes
+
+    def pack(self, shards: Sequence[int]) -> dict[str, Tensor]:
+        """Held shards as tensors for a file: `shards` (s,) int64, and each column's rows, shard after shard.
+
+        Within shard s the rows are s, s + num_shards, s + 2 num_shards and so on.
+
+        Raises:
+            BankError: rows wait: see `flush`.
+        """
+        self._check_delivered()
+        slices = [self._slice(shard) for shard in shards]
+        packed = {name: torch.cat([column[part] for part in slices]) for name, column in self._memory().items()}
+        return {"shards": torch.tensor(list(shards), dtype=torch.int64)} | packed
+
+    def mark_loaded(self) -> None:
+        """All shards that this rank holds were unpacked; what ranks know of each other's rows is made anew.
+
+        Collective: allowed, on all ranks alike. Nothing moves by default.
+        """
+
+    def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
+        """Take over what `pack` made, on any number of ranks, as rows that are saved already.
+
+        Args:
+            packed: of one file.
+            wanted: shards of it to take; those that this rank does not hold are left.
+
+        Raises:
+            BankError: the file holds other rows than it says, or rows wait: see `flush`.
+        """
+        self._check_delivered()
+        shards = packed["shards"].tolist()
+        ends = np.cumsum([self._shard_rows(shard) for shard in shards])
+        if any(packed[name].shape[0] != ends[-1] for name in self.spec.columns):
+            raise self._error(
+                f"a file of {[packed[name].shape[0] for name in self.spec.columns]} rows for {len(shards)} shards",
+                expected=f"{int(ends[-1])} rows in every column",
+                next_step="restore the file, or go on from an earlier commit",
+            )
+        chosen = set(wanted).intersection(self._held)
+        for shard, end in zip(shards, ends, strict=True):
+            if shard in chosen:
+                for name, column in self._memory().items():
+                    column[self._slice(shard)] = packed[name][end - self._shard_rows(shard) : end]
+
+    # Where rows lie --------------------------------------------------------------------------------------------------
+
+    def _shard_rows(self, shard: int) -> int:
+        return max(0, -(-(self.spec.num_rows - shard) // self.spec.num_shards))
+
+    def _slice(self, shard: int) -> slice:
+        place = shard - self._held.start
+        return slice(int(self._starts[place]), int(self._starts[place + 1]))
+
+    def _owners(self, index: Integers) -> Integers:
+        """(n,) ranks that own the rows (n,)."""
+        return index % self.spec.num_shards * self._num_ranks // self.spec.num_shards
+
+    def _places(self, index: Integers) -> Integers:
+        """(n,) local rows.
+
+        Raises:
+            BankError: a row that another rank owns.
+        """
+        shard = index % self.spec.num_shards - self._held.start
+        if len(shard) and (shard.min() < 0 or shard.max() >= len(self._held)):
+            is_foreign = (shard < 0) | (shard >= len(self._held))
+            raise self._error(
+                f"row {index[is_foreign][0]} asked of rank {comm.rank()}",
+                expected=f"a row of its own: index % {self.spec.num_shards} in {self._held}",
+                next_step="all ranks must agree on who owns what: stop the run and report it",
+            )
+        return self._starts[shard] + index // self.spec.num_shards
+
+    def _mark(self, index: Integers) -> None:
+        """Rows that this rank holds have changed: they are to be saved."""
+        self._changed[index % self.spec.num_shards - self._held.start] = True
+
+    # Memory ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _row_bytes(self) -> int:
+        return sum(column.num_bytes for column in self.spec.columns.values())
+
+    def _memory(self) -> dict[str, Tensor]:
+        if self._columns is None:
+            self._columns = {name: self._make(column) for name, column in self.spec.columns.items()}
+            self._arrays = {name: column.numpy() for name, column in self._columns.items()}
+        return self._columns
+
+    def _columns_here(self) -> dict[str, npt.NDArray[Any]]:
+        """`_memory` as arrays, which are indexed at a fraction of what tensors take."""
+        self._memory()
+        return self._arrays
+
+    def _make(self, column: Column) -> Tensor:
+        shape = (int(self._starts[-1]), *column.shape)
+        if self._folder is None or 0 in shape:
+            made = torch.zeros(shape, dtype=DTYPES[column.dtype])
+        else:
+            made = torch.from_numpy(self._map(shape, column))
+        return made if column.fill == 0 else made.fill_(column.fill)
+
+    def _map(self, shape: tuple[int, ...], column: Column) -> np.ndarray:
+        """Zeros in a file that nobody else sees; its space is taken now, or a full disk would kill the process later.
+
+        Raises:
+            BankError: no such folder, or no space in it.
+        """
+        num_bytes = shape[0] * column.num_bytes
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                return np.memmap(file, dtype=numpy_type(DTYPES[column.dtype]), mode="r+", shape=shape)
+        except OSError as error:
+            raise self._error(
+                f"{num_bytes:,} bytes cannot be mapped in {self._folder!r}: {error.strerror}",
+                expected="a local folder with that much space",
+                next_step="set method.bank_folder to a larger disk, or to null for host memory",
+            ) from error
+
+    # Faults ----------------------------------------------------------------------------------------------------------
+
+    def _check_delivered(self) -> None:
+        if self._staged is not None:
+            raise self._error(
+                f"{len(self._staged.records)} rows that wait for their owners",
+                expected="none where a bank is saved or loaded",
+                next_step="this is a fault of the caller, who has to flush the bank on all ranks: report it",
+            )
+
+    def _error(self, found: str, *, expected: str, next_step: str) -> BankError:
+        return BankError(found, expected=expected, where=self._where, next_step=next_step)
