@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Final, Literal, overload
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from dist_mlpl import comm, keyed
 from dist_mlpl.banks.base import INTEGER, NUM_SHARDS, Bank, Column, Staged
 from dist_mlpl.banks.checks import feature_error
+from dist_mlpl.banks.nearest import SMALLEST_NORM, Centres, edges, nearest, roughly_nearest
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 from dist_mlpl.errors import BankError
@@ -21,7 +21,6 @@ from dist_mlpl.errors import BankError
 Metric = Literal["euclidean", "cosine"]
 Vectors = npt.NDArray[np.float32]
 
-_SMALLEST_NORM: Final = 1e-9
 _NEAREST: Final = -1  # the slot of a feature that goes to the nearest centre
 _BLOCK_NUMBERS: Final = 1 << 16  # of centres held against features at once: half a megabyte, which caches hold
 _SHARED_BYTES: Final = 1 << 24  # of the whole table, sent at once
@@ -82,7 +81,7 @@ class Prototypes(Bank):
             {"index": INTEGER, "slot": INTEGER, "position": INTEGER, "features": (torch.float32, (width,))}
         )
         self._table = Replica(num_classes, {name: self._kinds[name] for name in ("prototypes", "counts")}, name=name)
-        self._norms: np.ndarray | None = None  # squared, of the prototypes of own classes
+        self._known: Centres | None = None  # prototypes of own classes, until the next are made
 
     @property
     def table_bytes(self) -> int:
@@ -203,72 +202,44 @@ class Prototypes(Bank):
         memory = self._columns_here()
         is_empty = (memory["num_added"][places] == 0) & (memory["counts"][places] == 0)  # (n, P)
         if is_empty.any():
-            edges = _edges(places)
-            rank_in_class = np.arange(len(places)) - np.repeat(edges[:-1], np.diff(edges))
+            first = edges(places)
+            rank_in_class = np.arange(len(places)) - np.repeat(first[:-1], np.diff(first))
             opens = rank_in_class < is_empty.sum(axis=1)
             slots = np.argsort(~is_empty[opens], axis=1, kind="stable")  # (m, P), empty ones first
             self._add_to(places[opens], slots[np.arange(len(slots)), rank_in_class[opens]], features[opens])
             places, features = places[~opens], features[~opens]
-        self._add_to(places, self._nearest(places, features), features)
+        if len(places):
+            self._add_to(places, self._nearest(places, features), features)
 
     def _nearest(self, places: Integers, features: Vectors) -> Integers:
         """(n,) slot of the nearest centre; of equally near ones the first.
 
         Products in float32 decide where they leave no doubt: so no bit of the answer hangs on how they are summed.
         """
-        found, is_sure = self._roughly_nearest(places, features)
-        doubtful = np.flatnonzero(~is_sure)
+        memory = self._columns_here()
+        is_cosine = self._metric == "cosine"
+        if self._known is None:
+            self._known = Centres.of(memory["prototypes"])
+        given = features
+        if is_cosine:
+            given = np.concatenate([self._exact(part).float() for part in self._blocks(features)])
+        found, is_sure = roughly_nearest(given, places, self._known, is_cosine=is_cosine)
+        doubtful = np.flatnonzero(~is_sure | (memory["counts"][places] == 0).any(axis=1))
         step = max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))
         for first in range(0, len(doubtful), step):
             part = doubtful[first : first + step]
-            distances = self._distances(torch.from_numpy(places[part]), self._exact(features[part]))
-            found[part] = distances.argmin(dim=1).numpy()
+            centres, exists = self._centres(torch.from_numpy(places[part]))
+            found[part] = nearest(self._exact(features[part]), centres, exists, is_cosine=is_cosine).numpy()
         return found
 
-    def _roughly_nearest(self, places: Integers, features: Vectors) -> tuple[Integers, npt.NDArray[np.bool_]]:
-        """(n,) slot of the nearest prototype by products in float32, and (n,) where it is that beyond doubt."""
-        memory = self._columns_here()
-        centres, is_cosine = memory["prototypes"], self._metric == "cosine"
-        if self._norms is None:
-            self._norms = np.einsum("cpd,cpd->cp", centres, centres, dtype=np.float64)
-        given = np.empty_like(features) if is_cosine else features
-        lengths = np.empty((len(places), 1))
-        blocks = (self._blocks(rows) for rows in (features, lengths, given))
-        for part, length, vectors in zip(*blocks, strict=True):
-            exact = self._exact(part)
-            length[:, 0] = exact.norm(dim=1).numpy()
-            if is_cosine:
-                vectors[:] = exact.numpy()
-        products = np.empty((len(places), self._num_prototypes), dtype=np.float32)
-        norms = self._norms[places]
-        reach = np.sqrt(norms)
-        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold leaves doubt
-            for first, stop in pairwise(_edges(places).tolist()):  # the features of one class
-                np.matmul(given[first:stop], centres[places[first]].T, out=products[first:stop])
-            off = (self._width + 8) * 2.0**-23 * lengths * reach  # by which a product may be wrong, in whatever order
-            if is_cosine:
-                reach = reach.clip(min=_SMALLEST_NORM)
-                distances, off = -products / reach, off / reach
-            else:
-                distances, off = norms - 2.0 * products, 2.0 * off
-            two = np.partition(distances, min(1, self._num_prototypes - 1), axis=1)[:, :2]
-            is_sure = two[:, -1] - two[:, 0] > 2.0 * off.max(axis=1)
-        is_sure &= np.isfinite(distances).all(axis=1) & (memory["counts"][places] > 0).all(axis=1)
-        return distances.argmin(axis=1), is_sure
-
-    def _distances(self, places: Tensor, vectors: Tensor) -> Tensor:
-        """(n, P) of what decides which centre is near; infinite where a slot has no centre."""
+    def _centres(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, P, D) float64 centres of classes, the running means of those without prototypes; (n, P) which exist."""
         memory = self._memory()
         counts, num_added = memory["counts"][places], memory["num_added"][places]  # (n, P)
         centres = memory["prototypes"][places].double()  # (n, P, D)
         is_new = (counts == 0).any(dim=1)
         centres[is_new] = memory["sums"][places[is_new]] / num_added[is_new].clamp(min=1)[..., None]
-        if self._metric == "cosine":
-            norms = centres.norm(dim=2).clamp(min=_SMALLEST_NORM)
-            distances = -(centres * vectors[:, None]).sum(dim=2) / norms
-        else:
-            distances = (centres - vectors[:, None]).square().sum(dim=2)
-        return distances.masked_fill((counts == 0) & (num_added == 0), torch.inf)
+        return centres, (counts > 0) | (num_added > 0)
 
     def _blocks(self, rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """Views of (n, ...) rows of features, so many at once that caches hold them in float64."""
@@ -283,7 +254,7 @@ class Prototypes(Bank):
         """Unit vectors under the cosine."""
         if self._metric == "euclidean":
             return vectors
-        return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST_NORM)
+        return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
 
     # Renewing and reading --------------------------------------------------------------------------------------------
 
@@ -325,7 +296,7 @@ class Prototypes(Bank):
 
         Collective: all ranks.
         """
-        self._norms = None
+        self._known = None
         for part in classes.tensor_split(-(-self.table_bytes // _SHARED_BYTES)):
             index, memory = part.numpy(), self._columns_here()
             places = self._places(index)
@@ -402,8 +373,3 @@ class Prototypes(Bank):
             expected=f"a slot in [0, {self._num_prototypes})",
             next_step="this is a fault of the method: keep the log and report it",
         )
-
-
-def _edges(places: Integers) -> Integers:
-    """Where runs of equal numbers begin, and the end of the last."""
-    return np.flatnonzero(np.diff(places, prepend=-1, append=-1))

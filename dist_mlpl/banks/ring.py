@@ -13,14 +13,15 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.banks.base import DTYPES, INTEGER, NUM_SHARDS, Bank, Column
 from dist_mlpl.banks.checks import feature_error
+from dist_mlpl.banks.nearest import edges
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 
 SMALLEST_NORM: Final = 1e-9  # a feature shorter than this is divided by it
 _ONE: Final = 2.0**40  # unit vectors are summed as whole numbers of 2**-40, so that sums never drift
 _NOTED: Final = 8  # bytes of the number with which a note begins
-_BLOCK_NUMBERS: Final = 1 << 15  # of features in float64 at once: a quarter of a megabyte, which caches hold
-_MOST_ROWS: Final = 1 << 11  # of which whole numbers up to 2**40 are summed in float64, which holds them up to 2**53
+_BLOCK_NUMBERS: Final = 1 << 14  # of features in float64 at once: an eighth of a megabyte, which caches hold
+_MOST_ROWS: Final = 1 << 11  # of a block: sums of whole numbers up to 2**40 must stay below the 2**53 of float64
 
 
 class Ring(Bank):
@@ -73,6 +74,8 @@ class Ring(Bank):
         self._is_foretold = np.zeros(num_classes, dtype=np.bool_)  # classes of which the next push brings features
         self._is_touched = np.zeros(num_classes, dtype=np.bool_)  # those that were pushed since means were shared
         self._coming: comm.Room | None = None  # features of the next push
+        self._block_rows = min(_MOST_ROWS, max(1, _BLOCK_NUMBERS // width))
+        self._scratch: list[Tensor] | None = None
 
     @property
     def note_bytes(self) -> int:
@@ -140,7 +143,10 @@ class Ring(Bank):
         places = self._places(index)
         records, made = self._means.records(index)
         made["counts"][:] = filled = memory["num_pushed"][places].clip(max=self._capacity)
-        made["means"][:] = memory["sums"][places] / (filled.clip(min=1) * _ONE)[:, None]
+        divisors = (filled.clip(min=1) * _ONE)[:, None]
+        for first in range(0, len(places), self._block_rows):
+            rows = slice(first, first + self._block_rows)
+            made["means"][rows] = memory["sums"][places[rows]] / divisors[rows]
         touched = np.bincount(self._owners(np.flatnonzero(self._is_touched)), minlength=self._num_ranks)
         told = self._means.share(records, notes=notes, expected=touched.tolist(), error=error)
         self._coming = comm.Room(to_ranks, [int(note[:_NOTED].view(np.int64)[0]) for note in told])
@@ -171,8 +177,8 @@ class Ring(Bank):
         if len(class_id) == 0:
             return
         by_class = np.lexsort((position, class_id))  # of each the oldest first
-        edges = np.flatnonzero(np.diff(class_id[by_class], prepend=-1, append=-1))
-        classes, sizes = class_id[by_class][edges[:-1]], np.diff(edges)  # (u,)
+        runs = edges(class_id[by_class])
+        classes, sizes = class_id[by_class][runs[:-1]], np.diff(runs)  # (u,)
         places, memory = self._places(classes), self._columns_here()
         # Of more than K features of a class the oldest are gone at once.
         from_first = _from_first(sizes)
@@ -182,45 +188,38 @@ class Ring(Bank):
         slots = (memory["num_pushed"][places][number] + from_first[is_kept]) % self._capacity
         entries = places[number] * self._capacity + slots
         features = np.concatenate([part["features"] for part in parts])
-        for first in range(0, len(order), _MOST_ROWS):
-            rows = slice(first, first + _MOST_ROWS)
-            self._replace_entries(entries[rows], features, order[rows], number[rows], places)
+        for first in range(0, len(order), self._block_rows):
+            rows = slice(first, first + self._block_rows)
+            self._replace_entries(entries[rows], features[order[rows]], number[rows], places)
         memory["stamps"].reshape(-1)[entries] = position[order]
         memory["num_pushed"][places] += sizes
         self._mark(classes)
         self._is_stale[classes] = True
 
     def _replace_entries(
-        self, entries: Integers, features: npt.NDArray[Any], order: Integers, number: Integers, places: Integers
+        self, entries: Integers, features: npt.NDArray[Any], number: Integers, places: Integers
     ) -> None:
-        """Store features, and let the sums of their classes follow; a block at a time, which caches hold.
+        """Store a block of features, and let the sums of their classes follow.
 
         Args:
-            entries: (n,) where to, no two alike; n at most _MOST_ROWS.
-            features: (m, D).
-            order: (n,) the rows of them.
-            number: (n,) the class of each, as a place in the next.
+            entries: (n,) where to, no two alike.
+            features: (n, D).
+            number: (n,) the class of each, as a place in the next; rising.
             places: (u,) local rows of classes.
         """
-        memory, size = self._columns_here(), max(1, _BLOCK_NUMBERS // self._width)
+        memory, n = self._columns_here(), len(entries)
         stored, scales = memory["features"].reshape(-1, self._width), memory["scales"].reshape(-1)
-        change = torch.zeros(len(places), self._width, dtype=torch.float64)  # of whole numbers, exact
-        block = np.empty((min(size, len(order)), self._width), dtype=stored.dtype)
-        exact, gone = (torch.empty(block.shape, dtype=torch.float64) for _ in range(2))
-        for first in range(0, len(order), size):
-            rows = slice(first, first + size)
-            at, n = entries[rows], len(entries[rows])
-            leaving, arriving = gone[:n], exact[:n]
-            np.take(stored, at, axis=0, out=block[:n], mode="clip")  # clip: the mode that writes to `out` at once
-            leaving.numpy()[:] = block[:n]
-            _to_whole(leaving.numpy(), scales[at])  # an empty entry is zeros
-            np.take(features, order[rows], axis=0, out=block[:n], mode="clip")
-            arriving.numpy()[:] = block[:n]
-            scales[at] = 1.0 / arriving.norm(dim=1).clamp(min=SMALLEST_NORM).numpy()
-            _to_whole(arriving.numpy(), scales[at])
-            stored[at] = block[:n]
-            change.index_add_(0, torch.from_numpy(number[rows]), arriving.sub_(leaving))
-        memory["sums"][places] += change.numpy().astype(np.int64)
+        if self._scratch is None:
+            self._scratch = [torch.empty(self._block_rows, self._width, dtype=torch.float64) for _ in range(3)]
+        arriving, leaving, change = (scratch[:n] for scratch in self._scratch)
+        leaving.numpy()[:] = stored[entries]
+        _to_whole(leaving.numpy(), scales[entries])  # an empty entry is zeros
+        arriving.numpy()[:] = stored[entries] = features
+        scales[entries] = 1.0 / arriving.norm(dim=1).clamp(min=SMALLEST_NORM).numpy()
+        _to_whole(arriving.numpy(), scales[entries])
+        touched = change[: int(number[-1] - number[0]) + 1].zero_()  # a class each
+        touched.index_add_(0, torch.from_numpy(number - number[0]), arriving.sub_(leaving))
+        memory["sums"][places[number[0] : number[-1] + 1]] += touched.numpy().astype(np.int64)
 
 
 def _from_first(sizes: Integers) -> Integers:

@@ -1,0 +1,96 @@
+"""Owns which of the centres of its class is nearest to a feature: in float32 beyond doubt, or in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dist_mlpl.banks.rows import Integers
+
+SMALLEST_NORM: Final = 1e-9  # a vector shorter than this is divided by it
+
+_OFF: Final = 2.0**-23  # by which float32 may be off in a product, whatever it is summed in
+
+
+class Centres(NamedTuple):
+    """P centres of each class, and what is known of them beforehand."""
+
+    vectors: npt.NDArray[np.float32]  # (C, P, D)
+    squares: npt.NDArray[np.float64]  # (C, P) their squared lengths
+    is_repeated: npt.NDArray[np.bool_]  # (C, P) where an earlier one of the class is the same: never the first nearest
+
+    @classmethod
+    def of(cls, vectors: npt.NDArray[np.float32]) -> Centres:
+        """Look at centres (C, P, D) once, for many features."""
+        squares = np.einsum("cpd,cpd->cp", vectors, vectors, dtype=np.float64)
+        is_repeated = np.zeros(squares.shape, dtype=np.bool_)
+        for number in range(1, squares.shape[1]):  # a class with few features fills slots with its mean
+            first = (squares[:, :number] == squares[:, number, None]).argmax(axis=1)
+            alike = np.flatnonzero(squares[np.arange(len(squares)), first] == squares[:, number])
+            is_repeated[alike, number] = (vectors[alike, number] == vectors[alike, first[alike]]).all(axis=1)
+        return cls(vectors, squares, is_repeated)
+
+
+def roughly_nearest(
+    features: npt.NDArray[np.float32], places: Integers, centres: Centres, *, is_cosine: bool
+) -> tuple[Integers, npt.NDArray[np.bool_]]:
+    """The nearest centre by products in float32.
+
+    Args:
+        features: (n, D), unit vectors under the cosine.
+        places: (n,) rows of centres, equal ones side by side.
+        centres: of all classes.
+        is_cosine: nearest is the largest cosine, not the least distance.
+
+    Returns:
+        (n,) number of the nearest in [0, P), and (n,) where it is that beyond doubt, in whatever order one sums.
+    """
+    num_centres, width = centres.vectors.shape[1:]
+    products = np.empty((len(places), num_centres), dtype=np.float32)
+    squares, is_repeated = centres.squares[places], centres.is_repeated[places]
+    reach = np.sqrt(squares)
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold leaves doubt
+        for first, stop in pairwise(edges(places).tolist()):  # the features of one class
+            np.matmul(features[first:stop], centres.vectors[places[first]].T, out=products[first:stop])
+        # Not shorter than they are: squares that float32 takes for zero are below 1e-37.
+        lengths = 1.01 * np.sqrt(np.einsum("nd,nd->n", features, features))[:, None] + 1e-18 * width
+        off = (width + 8) * _OFF * lengths * reach
+        if is_cosine:
+            reach = reach.clip(min=SMALLEST_NORM)
+            distances, off = -products / reach, off / reach
+        else:
+            distances, off = squares - 2.0 * products, 2.0 * off
+        is_held = np.isfinite(distances).all(axis=1)
+        distances[is_repeated] = np.inf
+        two = np.partition(distances, min(1, num_centres - 1), axis=1)[:, :2]
+        is_sure = two[:, -1] - two[:, 0] > 2.0 * off.max(axis=1)
+    return distances.argmin(axis=1), is_sure & is_held
+
+
+def nearest(vectors: Tensor, centres: Tensor, exists: Tensor, *, is_cosine: bool) -> Tensor:
+    """The nearest centre in float64; of equally near ones the first.
+
+    Args:
+        vectors: (n, D) float64.
+        centres: (n, P, D) float64, of each.
+        exists: (n, P) bool, which may be chosen.
+        is_cosine: see `roughly_nearest`.
+
+    Returns:
+        (n,) int64 in [0, P).
+    """
+    if is_cosine:
+        distances = -(centres * vectors[:, None]).sum(dim=2) / centres.norm(dim=2).clamp(min=SMALLEST_NORM)
+    else:
+        distances = (centres - vectors[:, None]).square().sum(dim=2)
+    return distances.masked_fill(~exists, torch.inf).argmin(dim=1)
+
+
+def edges(places: Integers) -> Integers:
+    """Where runs of equal numbers from 0 on begin, and the end of the last."""
+    return np.flatnonzero(np.diff(places, prepend=-1, append=-1))
