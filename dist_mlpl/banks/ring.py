@@ -214,7 +214,8 @@ class Ring(Bank):
         arriving, leaving, change = (scratch[:n] for scratch in self._scratch)
         leaving.numpy()[:] = stored[entries]
         _to_whole(leaving.numpy(), scales[entries])  # an empty entry is zeros
-        arriving.numpy()[:] = stored[entries] = features
+        arriving.numpy()[:] = features
+        stored[entries] = features
         scales[entries] = 1.0 / arriving.norm(dim=1).clamp(min=SMALLEST_NORM).numpy()
         _to_whole(arriving.numpy(), scales[entries])
         touched = change[: int(number[-1] - number[0]) + 1].zero_()  # a class each
