@@ -8,7 +8,8 @@ from typing import Final
 import safetensors.torch
 
 from dist_mlpl import comm, storage
-from dist_mlpl.banks.base import Bank, BankSpec
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import BankSpec
 from dist_mlpl.chain import BankPart, BankRecord, Commit, CommitFile, read_file
 from dist_mlpl.errors import BankError, MlplError
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from dist_mlpl import storage
-from dist_mlpl.banks.base import BankSpec
+from dist_mlpl.banks.held import BankSpec
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.settings import Settings
 

@@ -11,30 +11,12 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.banks.checks import index_error, value_error
 from dist_mlpl.banks.held import (
-    DTYPES,
-    INTEGER,
-    NUM_SHARDS,
     NUMBER_BYTES,
-    BankSpec,
-    Column,
-    Dtype,
     HeldRows,
     Staged,
 )
 from dist_mlpl.banks.rows import ByOwner, Integers, Records, by_owner, exchange_records
 from dist_mlpl.errors import BankError, MlplError
-
-__all__ = [
-    "DTYPES",
-    "INTEGER",
-    "NUMBER_BYTES",
-    "NUM_SHARDS",
-    "Bank",
-    "BankSpec",
-    "Column",
-    "Dtype",
-    "Staged",
-]
 
 
 class Bank(HeldRows):

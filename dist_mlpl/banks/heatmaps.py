@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import keyed
-from dist_mlpl.banks.base import Bank, Column
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import Column
 from dist_mlpl.errors import BankError
 
 EMPTY: Final = -1  # the class of a slot that holds none

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dist_mlpl.banks.base import Bank, Column, Dtype
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import Column, Dtype
 
 
 class KeyedBank(Bank):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm, keyed
-from dist_mlpl.banks.base import INTEGER, NUM_SHARDS, Bank, Column, Staged
+from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.checks import feature_error
+from dist_mlpl.banks.held import INTEGER, NUM_SHARDS, Column, Staged
 from dist_mlpl.banks.nearest import SMALLEST_NORM, Centres, edges, nearest, roughly_nearest
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.base import DTYPES, INTEGER, NUM_SHARDS, Bank, Column
+from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.checks import feature_error
+from dist_mlpl.banks.held import DTYPES, INTEGER, NUM_SHARDS, Column
 from dist_mlpl.banks.nearest import edges
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_mlpl.banks.base import Bank, Column
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import Column
 
 
 class TableBank(Bank):

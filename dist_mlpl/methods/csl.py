@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.base import Bank, Column
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import Column
 from dist_mlpl.banks.table import TableBank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError

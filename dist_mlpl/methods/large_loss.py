@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.base import Bank, Column
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.held import Column
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.table import TableBank
 from dist_mlpl.batch import Batch, Progress

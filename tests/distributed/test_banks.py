@@ -10,7 +10,7 @@ import torch
 
 from dist_mlpl import storage
 from dist_mlpl.bank_files import load_banks, save_banks
-from dist_mlpl.banks.base import NUM_SHARDS
+from dist_mlpl.banks.held import NUM_SHARDS
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.chain import Commit
 from dist_mlpl.errors import BankError, CheckpointError, StorageError

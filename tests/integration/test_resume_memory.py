@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_mlpl.banks.base import Column
+from dist_mlpl.banks.held import Column
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.table import TableBank
 from dist_mlpl.batch import RunLength

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.bank_files import load_banks, save_banks
-from dist_mlpl.banks.base import DTYPES, Bank, Column
+from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.heatmaps import HeatmapBank
+from dist_mlpl.banks.held import DTYPES, Column
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.neighbours import Neighbours
 from dist_mlpl.banks.table import TableBank
