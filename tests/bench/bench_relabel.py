@@ -1,6 +1,6 @@
 """A round of labels against plain inference over the same images, in one run; and against S passes for S-pass rounds.
 
-python -m tests.bench.bench_relabel [--repeats N] [--only resnet_small resnet18 resnet18-9605]
+python -m tests.bench.bench_relabel [--repeats N] [--only resnet_small resnet18 resnet18-9605] [--rounds NAME ...]
 
 Plain inference reads the same split with the same transform in blocks of 32 and throws the logits away. Rounds and
 inference take turns in one process, so that what else the machine does meets all of them; a round's ratio is the
@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,15 +133,16 @@ def seconds(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - began_cpu
 
 
-def measure(case: Case, repeats: int) -> tuple[float, dict[str, tuple[float, float, float]]]:
-    """Seconds of plain inference; of every round seconds, wall ratio and processor ratio."""
+def measure(case: Case, repeats: int, names: Sequence[str]) -> tuple[float, dict[str, tuple[float, float, float]]]:
+    """Seconds of plain inference; of every round named seconds, wall ratio and processor ratio."""
     with tempfile.TemporaryDirectory() as folder:
         one = Pass(case, Path(folder))
         one.infer()  # pages, allocator, threads
         plain = [seconds(one.infer)]
-        rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ROUNDS}
+        rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         for _ in range(repeats):
-            for name, (_, num_passes) in ROUNDS.items():
+            for name in names:
+                num_passes = ROUNDS[name][1]
                 wall, cpu = seconds(lambda name=name: one.round(name))  # type: ignore[misc]
                 plain.append(seconds(one.infer))
                 beside = [num_passes * (a + b) / 2 for a, b in zip(plain[-2], plain[-1], strict=True)]
@@ -156,12 +157,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", nargs="+", choices=ROUNDS, default=list(ROUNDS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
     for name in asked.only:
         case = CASES[name]
-        plain, rounds = measure(case, asked.repeats)
+        plain, rounds = measure(case, asked.repeats, asked.rounds)
         title = f"{case.num_images} images, {case.backbone} at {case.size} px, {case.num_classes} classes"
         table = Table(title=f"{title}; plain inference {plain:.2f} s", title_justify="left")
         for word in ("round", "S", "seconds", "time / S inferences", "processor", f"<= {BAR}"):
