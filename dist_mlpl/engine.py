@@ -18,8 +18,14 @@ from dist_mlpl.engines.averages import WeightAverage
 from dist_mlpl.engines.batch_norm import average_over_ranks, batch_norms, running_statistics
 from dist_mlpl.engines.faults import not_finite, watched_gradients
 from dist_mlpl.engines.plain import PlainEngine
-from dist_mlpl.engines.state import EngineState as EngineState  # what callers save and load
-from dist_mlpl.engines.state import read_state, tensor_shapes, write_model, write_state, write_tensors
+from dist_mlpl.engines.state import (
+    EngineState,
+    read_state,
+    tensor_shapes,
+    write_model,
+    write_state,
+    write_tensors,
+)
 from dist_mlpl.engines.zero import ZeroEngine, derive_config
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.methods.base import Method
@@ -261,9 +267,10 @@ class Engine:
         if self.settings.batch_norm != "averaged":
             return
         self._show_average(False)
-        average_over_ranks(running_statistics(self.method))
+        statistics = running_statistics(self.method)
+        average_over_ranks(list(statistics.values()))
         if self._average is not None:
-            average_over_ranks(list(self._average.buffers.values()))
+            average_over_ranks([self._average.buffers[name] for name in statistics])
 
     def state(self) -> EngineState | None:
         """Everything that training changes, whole, on rank 0; None elsewhere.

@@ -16,13 +16,14 @@ def batch_norms(method: nn.Module) -> Iterator[_BatchNorm]:
     return (module for module in method.modules() if isinstance(module, _BatchNorm))
 
 
-def running_statistics(method: nn.Module) -> list[Tensor]:
-    """Running means and variances, the buffers themselves."""
-    return [b for layer in batch_norms(method) for b in (layer.running_mean, layer.running_var) if b is not None]
+def running_statistics(method: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances by name, the buffers themselves."""
+    own = {id(b) for layer in batch_norms(method) for b in (layer.running_mean, layer.running_var)}
+    return {name: buffer for name, buffer in method.named_buffers() if id(buffer) in own}
 
 
 def average_over_ranks(buffers: list[Tensor]) -> None:
-    """Make floating buffers the mean over ranks, in place.
+    """Make buffers (n,) of floating numbers the mean over ranks, in place.
 
     Summed in float64, so that those which are equal already, frozen statistics say, keep their bits.
 

@@ -34,6 +34,7 @@ KEYS: dict[str, Any] = {
     "weight_average": DECAY,
     "micro_batch": 4,
 }
+HEAD = {"embedding_width": 8, "attention_width": 16}
 IMAGES = random_batch(8, seed=99)
 
 
@@ -134,6 +135,25 @@ def resume_with_an_average(rank: int, world_size: int) -> dict[str | int, bool]:
 def test_a_resumed_average_goes_on_to_the_bit():
     for found in run_ranks(resume_with_an_average, 2):
         assert found == dict.fromkeys(KINDS, True)
+
+
+def average_beside_tables(rank: int, world_size: int) -> dict[str, Tensor]:
+    engine = make_engine(
+        "plain", method=tiny_method("sst", backbone=BATCH_NORM, head=HEAD), optimizer=SGD, weight_average=DECAY
+    )
+    train(engine, 2)
+    engine.average_buffers()
+    engine.predict(IMAGES)  # shows the average
+    return {name: buffer.clone() for name, buffer in engine.method.named_buffers()}
+
+
+def test_statistics_are_averaged_over_ranks_and_tables_of_other_shapes_stay():
+    one, other = run_ranks(average_beside_tables, 2)
+    assert any(table.dim() == 2 for table in one.values())  # the label graph's
+    begun = dict(tiny_method("sst", backbone=BATCH_NORM, head=HEAD).named_buffers())
+    for name, buffer in one.items():
+        assert torch.equal(buffer, other[name])
+        assert torch.equal(buffer, begun[name]) == (buffer.dim() == 2), name
 
 
 def save_or_load(rank: int, world_size: int, states: dict[str | int, Any]) -> dict[Any, Any]:
