@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,11 +11,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.checks import index_error, value_error
-from dist_mlpl.banks.held import (
-    NUMBER_BYTES,
-    HeldRows,
-    Staged,
-)
+from dist_mlpl.banks.held import NUMBER_BYTES, HeldRows, Staged
 from dist_mlpl.banks.rows import ByOwner, Integers, Records, by_owner, exchange_records
 from dist_mlpl.errors import BankError, MlplError
 
@@ -32,6 +29,8 @@ class Bank(HeldRows):
     See `HeldRows` for what it is made of.
     """
 
+    is_by_sample: ClassVar[bool] = False  # a row is a sample's, by its index in the split
+
     _room: comm.Room | None = None  # of the rows that are written next, if they are those read last
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
@@ -44,7 +43,8 @@ class Bank(HeldRows):
             (n, *shape) by column, on the CPU, in the order asked for.
 
         Raises:
-            BankError: an index outside the bank, or what `write` says of the rows that waited; on all ranks.
+            BankError: an index outside the bank, or what `WritableBank.write` says of the rows that waited; on all
+                ranks, of a replicated bank on the one that asked.
 
         Collective: all ranks; the indices with what was written since the last read, then the rows, one
         `comm.exchange_messages` each. Nothing moves if replicated.
@@ -58,30 +58,10 @@ class Bank(HeldRows):
             return {name: column.index_select(0, places) for name, column in self._memory().items()}
         return self._fetch(asked, error)
 
-    def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
-        """Replace rows; of several writes of one row the one with the highest position stays.
-
-        Args:
-            index: (n,) int64 in [0, num_rows), n free on each rank.
-            values: (n, *shape) for every column; floating ones are cast to the column's type. They are copied.
-            position: (n,) int64, the order of writes over all ranks, a sample's place in the epoch say. None where no
-                row is written twice; of equal positions the later row of the higher rank stays.
-
-        Raises:
-            BankError: an index outside the bank, values that do not fit or are not finite; on all ranks, and nothing
-                of this write is ever stored. On several ranks it is raised by the call that would deliver the rows,
-                the next `read`, `write` or `flush`: the ranks do not meet before. On the owner alone: a row that is
-                not its own.
-
-        Collective: all ranks; nothing moves before the next `read`, or `flush`, unless rows of an earlier call still
-        wait: they are delivered first.
-        """
-        self._replace(index, values, position)
-
     def _replace(
         self, index: Tensor, values: Mapping[str, Tensor], position: Tensor | None, error: BankError | None = None
     ) -> None:
-        """As `write`; `error` is what else this rank found wrong."""
+        """As `WritableBank.write`; `error` is what else this rank found wrong."""
         self.flush()
         rows = index.cpu().numpy()
         cast = {name: self._cast(name, value.detach().cpu()) for name, value in values.items()}
@@ -107,7 +87,7 @@ class Bank(HeldRows):
         """Deliver what waits, if anything does; afterwards every rank holds what its rows were given.
 
         Raises:
-            BankError: see `write`; on all ranks.
+            BankError: see `WritableBank.write`; on all ranks.
 
         Collective: all ranks; one `comm.exchange_messages`, or nothing where nothing waits.
         """
@@ -215,3 +195,27 @@ class Bank(HeldRows):
         """Floating values in the column's floating type; anything else as it is, to be refused if it does not fit."""
         dtype, _ = self._kinds.get(name, (value.dtype, ()))
         return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() else value
+
+
+class WritableBank(Bank):
+    """A bank whose rows are replaced as they are; others take in features or maps, each by a verb of its own."""
+
+    def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
+        """Replace rows; of several writes of one row the one with the highest position stays.
+
+        Args:
+            index: (n,) int64 in [0, num_rows), n free on each rank.
+            values: (n, *shape) for every column; floating ones are cast to the column's type. They are copied.
+            position: (n,) int64, the order of writes over all ranks, a sample's place in the epoch say. None where no
+                row is written twice; of equal positions the later row of the higher rank stays.
+
+        Raises:
+            BankError: an index outside the bank, values that do not fit or are not finite; on all ranks, and nothing
+                of this write is ever stored. On several ranks it is raised by the call that would deliver the rows,
+                the next `read`, `write` or `flush`: the ranks do not meet before. On the owner alone: a row that is
+                not its own.
+
+        Collective: all ranks; nothing moves before the next `read`, or `flush`, unless rows of an earlier call still
+        wait: they are delivered first.
+        """
+        self._replace(index, values, position)

@@ -6,7 +6,7 @@ between cells, constants stay as they are, and a crop of the whole image is the 
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -148,6 +148,8 @@ class HeatmapBank(Bank):
         folder: see `Bank`.
     """
 
+    is_by_sample: ClassVar[bool] = True
+
     def __init__(
         self, name: str, num_samples: int, *, num_slots: int, map_size: int, seed: int, folder: str | None = None
     ) -> None:
@@ -177,9 +179,10 @@ class HeatmapBank(Bank):
         """Replace the slots of images (n,), none of them twice; `visits` is the count with this one.
 
         Raises:
-            BankError: a map outside [0, 1]; see `Bank.write`, also for scores; on all ranks, and nothing is written.
+            BankError: a map outside [0, 1]; see `WritableBank.write`, also for scores; on all ranks, and nothing
+                is written.
 
-        Collective: all ranks, see `Bank.write`.
+        Collective: all ranks, see `WritableBank.write`.
         """
         index, visits, heatmaps = index.cpu(), slots.visits.cpu(), slots.heatmaps.cpu()
         values = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dist_mlpl.banks.base import Bank
+from typing import ClassVar
+
+from dist_mlpl.banks.base import WritableBank
 from dist_mlpl.banks.held import Column, Dtype
 
 
-class KeyedBank(Bank):
+class KeyedBank(WritableBank):
     """Columns `rows` (n, *shape) and `stamps` (n,) int32, which is -1 where a row was never written.
 
     A stamp is the writer's own: number of visits, epoch, or 1. Rows hold zeros until they are written. Of u8 rows every
@@ -19,6 +21,8 @@ class KeyedBank(Bank):
         dtype: `f32`, `f16` or `u8`.
         folder: see `Bank`.
     """
+
+    is_by_sample: ClassVar[bool] = True
 
     def __init__(
         self, name: str, num_samples: int, shape: tuple[int, ...], dtype: Dtype, *, folder: str | None = None

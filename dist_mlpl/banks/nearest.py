@@ -51,6 +51,8 @@ def roughly_nearest(
         (n,) number of the nearest in [0, P), and (n,) where it is that beyond doubt, in whatever order one sums.
     """
     num_centres, width = centres.vectors.shape[1:]
+    if num_centres == 1:
+        return np.zeros(len(places), dtype=np.int64), np.ones(len(places), dtype=np.bool_)
     products = np.empty((len(places), num_centres), dtype=np.float32)
     squares, is_repeated = centres.squares[places], centres.is_repeated[places]
     reach = np.sqrt(squares)
@@ -67,12 +69,12 @@ def roughly_nearest(
             distances, off = squares - 2.0 * products, 2.0 * off
         is_held = np.isfinite(distances).all(axis=1)
         distances[is_repeated] = np.inf
-        two = np.partition(distances, min(1, num_centres - 1), axis=1)[:, :2]
+        two = np.partition(distances, 1, axis=1)[:, :2]
         is_sure = two[:, -1] - two[:, 0] > 2.0 * off.max(axis=1)
     return distances.argmin(axis=1), is_sure & is_held
 
 
-def nearest(vectors: Tensor, centres: Tensor, exists: Tensor, *, is_cosine: bool) -> Tensor:
+def nearest_centre(vectors: Tensor, centres: Tensor, exists: Tensor, *, is_cosine: bool) -> Tensor:
     """The nearest centre in float64; of equally near ones the first.
 
     Args:

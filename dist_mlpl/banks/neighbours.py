@@ -10,18 +10,18 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.keyed import KeyedBank
+from dist_mlpl.banks.nearest import SMALLEST_NORM
 from dist_mlpl.banks.rows import Integers, as_bytes, from_bytes
 from dist_mlpl.errors import MlplError
 
 NOBODY: Final = -1  # the index of a neighbour where there are fewer than were asked for
 
-_SMALLEST_NORM: Final = 1e-9
 _QUERIES: Final = 1024  # of all ranks, answered at once
 _BLOCK: Final = 8192  # embeddings that queries are multiplied with at once; 32 MB of cosines
 _TILE: Final = 16  # cosines that are looked at only if the largest of them counts
 _MORE: Final = 32  # found beyond k before cosines are computed exactly
 _EXACT_NUMBERS: Final = 1 << 16  # of embeddings in float64 at once: half a megabyte, which caches hold
-_UNSURE_NUMBERS: Final = 1 << 24
+_UNSURE_NUMBERS: Final = 1 << 24  # of cosines, or of embeddings in float64 on an accelerator
 
 
 class Neighbours(KeyedBank):
@@ -117,7 +117,7 @@ class Neighbours(KeyedBank):
     def _own_nearest(self, queries: Tensor, k: int, device: torch.device | None) -> list[Tensor]:
         """The nearest of the images that this rank holds."""
         units, index = self._units(device or torch.device("cpu"))
-        scores, places = nearest(units, queries.to(units.device), k)
+        scores, places = nearest_rows(units, queries.to(units.device), k)
         is_somebody = places >= 0
         found = torch.full_like(places, NOBODY)
         found[is_somebody] = index[places[is_somebody]]
@@ -140,13 +140,13 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     """(n, D) of length 1, float32, computed in float64; zero stays zero."""
     return torch.cat(
         [
-            (part.double() / part.double().norm(dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)).float()
+            (part.double() / part.double().norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM)).float()
             for part in vectors.split(_BLOCK)
         ]
     )
 
 
-def nearest(units: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_rows(units: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k rows with the largest cosine, exactly; of equal ones the lower rows first.
 
     Products in float32 find some more than k. Their cosines are then computed exactly; if the k-th is not larger than
@@ -224,7 +224,8 @@ def _hits(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosines(units: Tensor, queries: Tensor, places: Tensor) -> Tensor:
     """(q, m) cosines of each query with m rows, summed in float64."""
-    pairs = max(1, _EXACT_NUMBERS // units.shape[1])
+    at_once = _EXACT_NUMBERS if units.device.type == "cpu" else _UNSURE_NUMBERS  # elsewhere a launch costs more
+    pairs = max(1, at_once // units.shape[1])
     step, width = max(1, pairs // places.shape[1]), min(pairs, places.shape[1])
     cosines = torch.empty(places.shape, device=places.device)
     for first in range(0, len(places), step):

@@ -14,7 +14,7 @@ from dist_mlpl import comm, keyed
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.checks import feature_error
 from dist_mlpl.banks.held import INTEGER, NUM_SHARDS, Column, Staged
-from dist_mlpl.banks.nearest import SMALLEST_NORM, Centres, edges, nearest, roughly_nearest
+from dist_mlpl.banks.nearest import SMALLEST_NORM, Centres, edges, nearest_centre, roughly_nearest
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 from dist_mlpl.errors import BankError
@@ -230,7 +230,7 @@ class Prototypes(Bank):
         for first in range(0, len(doubtful), step):
             part = doubtful[first : first + step]
             centres, exists = self._centres(torch.from_numpy(places[part]))
-            found[part] = nearest(self._exact(features[part]), centres, exists, is_cosine=is_cosine).numpy()
+            found[part] = nearest_centre(self._exact(features[part]), centres, exists, is_cosine=is_cosine).numpy()
         return found
 
     def _centres(self, places: Tensor) -> tuple[Tensor, Tensor]:

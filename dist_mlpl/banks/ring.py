@@ -13,14 +13,12 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.checks import feature_error
-from dist_mlpl.banks.held import DTYPES, INTEGER, NUM_SHARDS, Column
-from dist_mlpl.banks.nearest import edges
+from dist_mlpl.banks.held import DTYPES, INTEGER, NUM_SHARDS, NUMBER_BYTES, Column
+from dist_mlpl.banks.nearest import SMALLEST_NORM, edges
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
 
-SMALLEST_NORM: Final = 1e-9  # a feature shorter than this is divided by it
 _ONE: Final = 2.0**40  # unit vectors are summed as whole numbers of 2**-40, so that sums never drift
-_NOTED: Final = 8  # bytes of the number with which a note begins
 _BLOCK_NUMBERS: Final = 1 << 14  # of features in float64 at once: an eighth of a megabyte, which caches hold
 _MOST_ROWS: Final = 1 << 11  # of a block: sums of whole numbers up to 2**40 must stay below the 2**53 of float64
 
@@ -81,7 +79,7 @@ class Ring(Bank):
     @property
     def note_bytes(self) -> int:
         """What a rank tells each other one about the next push."""
-        return _NOTED + -(-self.spec.num_rows // 8)
+        return NUMBER_BYTES + -(-self.spec.num_rows // 8)
 
     @torch.no_grad()
     def push(self, class_id: Tensor, features: Tensor, position: Tensor) -> None:
@@ -150,8 +148,8 @@ class Ring(Bank):
             made["means"][rows] = memory["sums"][places[rows]] / divisors[rows]
         touched = np.bincount(self._owners(np.flatnonzero(self._is_touched)), minlength=self._num_ranks)
         told = self._means.share(records, notes=notes, expected=touched.tolist(), error=error)
-        self._coming = comm.Room(to_ranks, [int(note[:_NOTED].view(np.int64)[0]) for note in told])
-        bits = np.bitwise_or.reduce([note[_NOTED:] for note in told])
+        self._coming = comm.Room(to_ranks, [int(note[:NUMBER_BYTES].view(np.int64)[0]) for note in told])
+        bits = np.bitwise_or.reduce([note[NUMBER_BYTES:] for note in told])
         self._is_foretold[:] = np.unpackbits(bits, count=self.spec.num_rows)
         self._is_stale[:] = self._is_touched[:] = False
         shared, counts = self._means.columns
@@ -163,8 +161,8 @@ class Ring(Bank):
         is_coming = np.zeros(self.spec.num_rows, dtype=np.bool_)
         is_coming[class_id] = True
         notes = np.empty((len(numbers), self.note_bytes), dtype=np.uint8)
-        notes[:, :_NOTED] = numbers.astype(np.int64)[:, None].view(np.uint8)
-        notes[:, _NOTED:] = np.packbits(is_coming)
+        notes[:, :NUMBER_BYTES] = numbers.astype(np.int64)[:, None].view(np.uint8)
+        notes[:, NUMBER_BYTES:] = np.packbits(is_coming)
         return numbers.tolist(), notes
 
     def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:

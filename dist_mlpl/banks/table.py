@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.base import WritableBank
 from dist_mlpl.banks.held import Column
 
 
-class TableBank(Bank):
+class TableBank(WritableBank):
     """A replicated bank, read and written whole.
 
     What is written must be the same on every rank: made from reduced numbers, in an order that ranks do not change.
@@ -33,7 +33,7 @@ class TableBank(Bank):
         """Replace every row.
 
         Raises:
-            BankError: see `Bank.write`.
+            BankError: see `WritableBank.write`.
         """
         self.write(self._all, values)
 

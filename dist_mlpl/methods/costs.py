@@ -64,7 +64,7 @@ class Cost(NamedTuple):
 
 
 def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes: float = 1.0) -> Cost:
-    """What a bank holds, and what `Bank.read` and `Bank.write` send for so many rows an image.
+    """What a bank holds, and what `Bank.read` and `WritableBank.write` send for so many rows an image.
 
     What is written goes with the next request, with room for as many rows as were read. Of a replicated bank nothing
     moves.

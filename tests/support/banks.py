@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.bank_files import load_banks, save_banks
-from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.base import Bank, WritableBank
 from dist_mlpl.banks.heatmaps import HeatmapBank
 from dist_mlpl.banks.held import DTYPES, Column
 from dist_mlpl.banks.keyed import KeyedBank
@@ -101,7 +101,7 @@ def own_rows(num_rows: int) -> Tensor:
     return torch.tensor([row for row in range(num_rows) if row * row % 7 % comm.world_size() == comm.rank()]).long()
 
 
-def write(bank: Bank, seed: int, num_rows: int) -> None:
+def write(bank: WritableBank, seed: int, num_rows: int) -> None:
     """This rank's part of a write."""
     given = random_write(bank, num_rows, seed=seed)
     own = torch.arange(num_rows) if isinstance(bank, TableBank) else own_rows(num_rows)
@@ -127,7 +127,7 @@ class SlowBank:
                 column[int(given.index[row])] = given.values[name][row].double().numpy()
 
 
-def faulty_writes(bank: Bank) -> list[Callable[[bool], Any]]:
+def faulty_writes(bank: WritableBank) -> list[Callable[[bool], Any]]:
     """Rows that there are not, numbers that are not finite, a column too few, a row too few, another type."""
     index = torch.tensor([0, 1])
     values = random_values(bank, 2, torch.Generator().manual_seed(2))
@@ -191,7 +191,7 @@ BANKS: dict[str, Kind] = {
     "mapped": row_kind(lambda folder: KeyedBank("mapped", NUM_ROWS, (3,), "f32", folder=folder or None)),
     "few": row_kind(lambda folder: KeyedBank("few", 7, (2,), "f32")),
     "columns": row_kind(
-        lambda folder: Bank(
+        lambda folder: WritableBank(
             "columns", NUM_ROWS, {"a": Column(dtype="i64", shape=(2,), fill=5), "b": Column(dtype="f32")}
         )
     ),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_mlpl.banks import neighbours
-from dist_mlpl.banks.neighbours import Neighbours, nearest, unit_vectors
+from dist_mlpl.banks.neighbours import Neighbours, nearest_rows, unit_vectors
 from dist_mlpl.curriculum.votes import (
     EmbeddedMaker,
     Known,
@@ -37,7 +37,7 @@ def test_the_nearest_are_those_of_a_loop_even_where_rounding_hides_them(
         monkeypatch.setattr(neighbours, name, value)
     rows = crowded(num_rows, 6, seed=k) if num_rows > 5 else torch.empty(num_rows, 6)
     queries = torch.cat([rows[:12], rows[-12:], torch.randn(6, 6, generator=torch.Generator().manual_seed(3))])
-    found = nearest(unit_vectors(rows), unit_vectors(queries), k)
+    found = nearest_rows(unit_vectors(rows), unit_vectors(queries), k)
     expected = slow_nearest(rows, torch.arange(num_rows), queries, k)
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[0], expected[0])
