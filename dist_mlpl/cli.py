@@ -58,7 +58,10 @@ def train(
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Commit and return after so many steps.")] = None,
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="Resume under a changed batch, schedule or length.")
+        bool,
+        typer.Option(
+            "--allow-change", help="Resume under a changed batch, schedule, length or other setting that may change."
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps now and then, into RUN/profile; says where time goes.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shards.processes import Mapper
     from shards.sources.base import Source
 
-shards_app = typer.Typer(help="Build and check WebDataset shards.", no_args_is_help=True)
+shards_app = typer.Typer(help="Build, check and look at WebDataset shards.", no_args_is_help=True)
 
 ShardsUrl = Annotated[str, typer.Argument(metavar="URL", help="Folder or URL of the shards.")]
 SourceName = Annotated[str, typer.Option("--source", help="Kind of the data set; `shards sources` lists them.")]

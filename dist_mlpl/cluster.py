@@ -31,7 +31,6 @@ from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded
 from dist_mlpl.data.order import check_global_batch
-from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.data.tars import TarSet, check_num_tars
 from dist_mlpl.data.views import check_size
 from dist_mlpl.display import Display, work_bar
@@ -39,6 +38,7 @@ from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
+from dist_mlpl.settings import with_locations
 from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
@@ -271,30 +271,12 @@ def _waiting(config: Config) -> str:
 
 def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: workers start in folders of their own."""
-    method = config.method
-    if method.init_from is not None:
-        method = method.model_copy(update={"init_from": storage.absolute(method.init_from)})
-    weights = method.backbone.weights
-    if weights is not None and "/" in weights:  # a file; names of torchvision's tables have no slash
-        backbone = method.backbone.model_copy(update={"weights": storage.absolute(weights)})
-        method = method.model_copy(update={"backbone": backbone})
-    curriculum = config.curriculum
-    if curriculum is not None:
-        curriculum = curriculum.model_copy(update={"runs": tuple(map(storage.absolute, curriculum.runs))})
-    changes = {"out": storage.absolute(config.run_folder), "data": _with_absolute_paths(config.data), "method": method,
-               "curriculum": curriculum}  # fmt: skip
-    return config.model_copy(update=changes)
-
-
-def _with_absolute_paths(data: DataSettings) -> DataSettings:
-    if data.unindexed is None:
-        if isinstance(data.manifest, str):
-            return data.model_copy(update={"manifest": storage.absolute(data.manifest)})
-        sets = tuple(one.model_copy(update={"manifest": storage.absolute(one.manifest)}) for one in data.manifest)
-        return data.model_copy(update={"manifest": sets})
-    tars = {split: storage.absolute(pattern) for split, pattern in data.unindexed.tars.items()}
-    changes = {"tars": tars, "classes": storage.absolute(data.unindexed.classes)}
-    return data.model_copy(update={"unindexed": data.unindexed.model_copy(update=changes)})
+    config = with_locations(config, storage.absolute)
+    backbone = config.method.backbone
+    if backbone.weights is not None and "/" in backbone.weights:  # a file; names of torchvision's tables have no slash
+        backbone = backbone.model_copy(update={"weights": storage.absolute(backbone.weights)})
+    method = config.method.model_copy(update={"backbone": backbone})
+    return config.model_copy(update={"out": storage.absolute(config.run_folder), "method": method})
 
 
 def check_before_start(config: Config, *, allow_change: bool) -> None:

@@ -19,7 +19,7 @@ from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
 from dist_mlpl.evaluate import EvaluationSettings
 from dist_mlpl.methods.table import METHODS, AnyMethodSettings
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 
 class ClusterSettings(Settings):
@@ -45,7 +45,7 @@ class Config(Settings):
     """One run."""
 
     seed: int = 0
-    out: str | None = None  # the run folder, a path or URL; `--out` on the command line
+    out: Location | None = None  # the run folder, a path or URL; `--out` on the command line
     num_epochs: int = Field(gt=0)
     global_batch: int = Field(gt=0)  # samples of one update over all ranks
     save_every_steps: int | None = Field(None, gt=0)  # beside the save at each epoch's end

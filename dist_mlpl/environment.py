@@ -1,4 +1,4 @@
-"""Owns what must stand in the environment before torch and Ray load: threads, and silence.
+"""Owns what a process finds installed, and what must stand in its environment before torch and Ray load.
 
 Two ranks whose OpenMP threads spin on one another's cores run ten times slower, so waiting threads sleep, and the
 ranks of a node share its cores.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+from importlib.metadata import PackageNotFoundError, version
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, num_ranks: int) -> None:
@@ -22,3 +23,11 @@ def prepare_environment(environment: MutableMapping[str, str], *, num_ranks: int
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // max(1, num_ranks))))
     # Ray prints a paragraph for a lost worker; the run's own line says it.
     environment.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+
+
+def installed_version(package: str) -> str:
+    """Of an installed package; `absent` where it is not, as DeepSpeed for the plain engine, or this one in a job."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

@@ -1,8 +1,14 @@
-"""Owns how every settings class behaves: frozen, closed to unknown keys, defaults checked."""
+"""Owns how every settings class behaves: frozen, closed to unknown keys, defaults checked; which keys are paths."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, TypeVar, get_args
+
 from pydantic import BaseModel, ConfigDict
+
+_LOCATION: Final = object()
+Location = Annotated[str, _LOCATION]  # a path or URL; a relative path is relative to where the command was given
 
 
 class Settings(BaseModel):
@@ -12,3 +18,31 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def with_locations(settings: S, change: Callable[[str], str]) -> S:
+    """A copy in which every `Location`, here and in the settings below, is changed; empty ones stay."""
+    changes = {}
+    for name, field in type(settings).model_fields.items():
+        is_location = _LOCATION in field.metadata or _is_location(field.annotation)
+        changes[name] = _changed(getattr(settings, name), change, is_location=is_location)
+    return settings.model_copy(update=changes)
+
+
+def _is_location(annotation: Any) -> bool:
+    """Whether a type is or holds a `Location`."""
+    is_one = _LOCATION in getattr(annotation, "__metadata__", ())
+    return is_one or any(_is_location(part) for part in get_args(annotation))
+
+
+def _changed(value: Any, change: Callable[[str], str], *, is_location: bool) -> Any:
+    if isinstance(value, Settings):
+        return with_locations(value, change)
+    if isinstance(value, tuple):
+        return tuple(_changed(part, change, is_location=is_location) for part in value)
+    if isinstance(value, Mapping):
+        return {key: _changed(part, change, is_location=is_location) for key, part in value.items()}
+    return change(value) if is_location and isinstance(value, str) and value else value

@@ -78,7 +78,7 @@ def remote(url: str, *, in_parts: bool = False) -> tuple[Any, str]:
         f"no way to open {shown(url)!r}: {scrubbed(str(fault), url)}",
         expected="a local path, s3://, https://, or gs:// and abfs:// with their package installed",
         where="URL",
-        next_step=f"pip install 'dist-mlpl[{extra}]'" if extra else "check the scheme",
+        next_step=f"pip install -e '.[{extra}]' in the checkout" if extra else "check the scheme",
     ) from printable(fault, url)
 
 

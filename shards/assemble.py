@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest, write_manifest
+from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import ConfigError, DataError, StorageError
 from shards.ledger import Ledger
 from shards.pack import OnProgress, PackedShard, Skipped
@@ -49,8 +49,8 @@ def plan_document(plan: Plan, *, base: str = "") -> dict[str, Any]:
         "digest": plan.digest,
         "packing": plan.packing.model_dump(),
         "base": base,
-        "version": version("dist-mlpl"),
-        "pillow": version("pillow") if makes_images else "",
+        "version": installed_version("dist-mlpl"),
+        "pillow": installed_version("pillow") if makes_images else "",
     }
 
 

@@ -8,7 +8,6 @@ import io
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Extension, Manifest, ShardEntry, Split, classes_digest, load_manifest
 from dist_mlpl.data.shard_index import ShardIndex, read_index
+from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import DataError, ManifestError
 from shards.assemble import (
     SKIPPED_FILE,
@@ -214,7 +214,7 @@ def _extended(
         name=source.name,
         arguments=source.arguments,
         digest=plan.digest,
-        version=version("dist-mlpl"),
+        version=installed_version("dist-mlpl"),
         num_samples=sum(entry.num_samples for part in entries.values() for entry in part),
         first_source_row=added.first_row,
         first_shards={name: len(shards) for name, shards in old.items()},

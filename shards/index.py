@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
@@ -35,6 +34,7 @@ from dist_mlpl.data.manifest import (
 )
 from dist_mlpl.data.shard_index import ClassLists, ShardIndex, encode_index
 from dist_mlpl.data.tar_members import check_num_classes, expand_tars, read_classes
+from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import ConfigError, ManifestError, nearest_names
 from dist_mlpl.labels import Unlisted
 from shards.pack import OnProgress
@@ -133,7 +133,7 @@ def index_tars(
     ignored = dict(sorted(sum((Counter(tar.ignored) for tar in scanned), Counter()).items()))
     entry_classes = tuple(ClassEntry(id=name, name=name) for name in ids)
     manifest = Manifest(
-        version=version("dist-mlpl"),
+        version=installed_version("dist-mlpl"),
         classes=entry_classes,
         classes_sha256=classes_digest(entry_classes),
         unlisted=cast(Unlisted, unlisted),

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, model_validator
 
 from dist_mlpl.errors import ConfigError
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 Strategy = Literal[
     "score_threshold", "score_fraction", "positive_only", "ensemble", "uncertainty", "class_precision", "neighbours"
@@ -64,7 +64,7 @@ class CurriculumSettings(Settings):
     threshold: float | None = Field(None, ge=0.0, le=MAX_SCORE)  # in logits; null: 2, for positive_only 5
     fraction: float = Field(0.8, gt=0.0, le=1.0)
     checkpoints: int = Field(3, ge=1)  # of this run, the newest ones, the present model among them
-    runs: tuple[str, ...] = ()  # further members: RUN for its newest commit, RUN@STEP for that of a step
+    runs: tuple[Location, ...] = ()  # further members: RUN for its newest commit, RUN@STEP for that of a step
     max_variance: float = Field(0.3, gt=0.0, le=MAX_SCORE)  # in squared logits
     num_passes: int = Field(20, ge=2)
     precision: float = Field(0.95, gt=0.5, le=1.0)

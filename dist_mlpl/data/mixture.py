@@ -9,13 +9,13 @@ from pydantic import Field
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, Split, load_manifest
 from dist_mlpl.errors import ManifestError
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 
 class MixedSet(Settings):
     """One set of a mixture."""
 
-    manifest: str  # folder or URL of its shards
+    manifest: Location  # folder or URL of its shards
     weight: float = Field(1.0, gt=0.0)  # how often an epoch gives each of its samples; see `order.epoch_length`
 
 
@@ -45,7 +45,7 @@ def load_mixture(sets: Sequence[MixedSet]) -> Manifest:
                     f"{name} {getattr(other, name)}",
                     expected=f"{getattr(first, name)}, as in {first.url}",
                     where=other.url,
-                    next_step="pack the sets with one class list (`--mapping` renames, `--class-order` orders), or "
+                    next_step="pack the sets with one class list (`--mapping` renames, `--order` orders), or "
                     "train on one of them",
                 )
     splits: dict[str, Split] = {}

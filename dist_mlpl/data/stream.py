@@ -39,7 +39,7 @@ from dist_mlpl.data.tars import TarSettings
 from dist_mlpl.data.transform import Transform, use_one_thread_here
 from dist_mlpl.data.views import check_rule
 from dist_mlpl.errors import DataError, ShardError
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
@@ -57,7 +57,7 @@ class DataSettings(Settings):
     """What is read, and which of its labels a run may see."""
 
     # Folder or URL of the shards; or a list of such, or of {manifest, weight}, that are mixed in training.
-    manifest: str | tuple[MixedSet, ...] = ""
+    manifest: Location | tuple[MixedSet, ...] = ""
     unindexed: TarSettings | None = None  # tars to read as they are, in place of a manifest
     train_split: str = "train"
     eval_split: str = "test"

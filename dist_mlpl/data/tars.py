@@ -12,7 +12,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Final, NamedTuple, cast
 
 import numpy as np
@@ -36,9 +35,10 @@ from dist_mlpl.data.tar_members import (
     refuse_compressed,
     split_name,
 )
+from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import ConfigError, DataError, MlplError, ShardError, nearest_names
 from dist_mlpl.labels import Unlisted, dense_targets
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 LIMITS: Final = (
     "tars without an index: `dist-mlpl shards index` lifts all that follows",
@@ -54,8 +54,8 @@ LIMITS: Final = (
 class TarSettings(Settings):
     """Tars that are read without an index."""
 
-    tars: dict[str, str]  # of each split, a folder or a pattern like s3://b/train-{000000..000099}.tar
-    classes: str  # CSV whose first column lists the class ids in order
+    tars: dict[str, Location]  # of each split, a folder or a pattern like s3://b/train-{000000..000099}.tar
+    classes: Location  # CSV whose first column lists the class ids in order
     epoch_samples: int = Field(ge=1)  # images that make an epoch, over all ranks
     shuffle_buffer: int = Field(1000, ge=1)  # encoded images of each rank that are mixed
     unlisted: Unlisted | None = None  # what a class that a sample does not list means; null: absent, negatives refused
@@ -129,7 +129,7 @@ def open_tars(settings: TarSettings, split: str) -> TarSet:
     urls = tuple(expand_tars(settings.tars[split]))
     classes = tuple(ClassEntry(id=name, name=name) for name in read_classes(settings.classes))
     manifest = Manifest(
-        version=version("dist-mlpl"),
+        version=installed_version("dist-mlpl"),
         classes=classes,
         classes_sha256=classes_digest(classes),
         unlisted=settings.unlisted or "absent",

@@ -18,7 +18,7 @@ from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.methods.costs import Cost, Scale, bank_cost
 from dist_mlpl.models.backbone import BackboneSettings, build_backbone
 from dist_mlpl.models.classifier import Pooling
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 HEATMAPS = "heatmaps"
 
@@ -40,7 +40,7 @@ class MethodSettings(Settings):
     backbone: BackboneSettings
     pooling: Pooling = "average"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    init_from: str | None = None
+    init_from: Location | None = None
 
     def build(self, *, num_classes: int, image_size: int) -> Method:
         """The method, with random weights or the backbone's own; `weights_report` tells which.

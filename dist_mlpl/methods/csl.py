@@ -17,6 +17,7 @@ from dist_mlpl.errors import BankError
 from dist_mlpl.losses.selective import Mode, selective_loss
 from dist_mlpl.methods.base import MethodSettings, training_targets
 from dist_mlpl.methods.pooled import PooledMethod
+from dist_mlpl.settings import Location
 
 PRIOR = "prior"
 _ONE: Final = (
@@ -46,7 +47,7 @@ class CslSettings(MethodSettings):
     clip: float = Field(0.0, ge=0.0, lt=1.0)
     top_k: int = Field(5, ge=0)
     prior_threshold: float | None = Field(None, gt=0.0, lt=1.0)
-    prior_from: str | None = None
+    prior_from: Location | None = None
     ignore_epochs: int = Field(0, ge=0)
 
     @model_validator(mode="after")

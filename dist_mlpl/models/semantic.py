@@ -14,7 +14,7 @@ from dist_mlpl.models.class_embeddings import check_order, read_embeddings, unch
 from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
 from dist_mlpl.models.label_counts import LabelCounts
 from dist_mlpl.models.recompute import linear
-from dist_mlpl.settings import Settings
+from dist_mlpl.settings import Location, Settings
 
 
 class SemanticSettings(Settings):
@@ -33,7 +33,7 @@ class SemanticSettings(Settings):
             added, and to its logit a linear function of that feature, 0 at first. null: neither, as published.
     """
 
-    embeddings: str | None = None
+    embeddings: Location | None = None
     embedding_width: int | None = Field(None, ge=1)
     attention_width: int = Field(512, ge=1)
     feature_width: int | None = Field(None, ge=1)

@@ -56,7 +56,7 @@ class EmbeddedS3:
                 "moto is not installed",
                 expected="the embedded S3 server",
                 where=sys.executable,
-                next_step="pip install 'dist-mlpl[demo]'",
+                next_step="pip install -e '.[demo]' in the checkout",
             )
         port = _free_port()
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -129,7 +129,7 @@ class EmbeddedS3:
             f"the embedded S3 server {found}: {self._last_words()}",
             expected="a moto server that answers",
             where=self.endpoint,
-            next_step="run `python -m moto.server` by hand to see why; `pip install 'dist-mlpl[demo]'`",
+            next_step="run `python -m moto.server` by hand to see why; `pip install -e '.[demo]' in the checkout`",
         )
 
     def _last_words(self) -> str:

@@ -132,7 +132,7 @@ def load_digits() -> Digits:
             f"scikit-learn cannot be imported: {error}",
             expected="the digits it carries, which the demo's images are made of",
             where="the demo's images",
-            next_step="pip install 'dist-mlpl[demo]'",
+            next_step="pip install -e '.[demo]' in the checkout",
         ) from error
     bunch = datasets.load_digits()
     return Digits(np.rint(bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.int64))

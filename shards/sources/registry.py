@@ -114,7 +114,7 @@ SOURCES: dict[str, SourceKind] = {
     "coco": SourceKind(_coco, "COCO and its like: instances JSON files"),
     "imagenet": SourceKind(_imagenet, "ImageNet and its like: a folder for each class; ReaL labels for validation"),
     "nuswide": SourceKind(_nuswide, "NUS-WIDE, 81 concepts: the official lists, or a CSV"),
-    "openimages": SourceKind(_openimages, "Open Images V3 to V7: CSV files of verified and machine labels"),
+    "openimages": SourceKind(_openimages, "Open Images V2 to V7: CSV files of verified and machine labels"),
     "table": SourceKind(_table, "CSV tables: an image's name, the names of its classes, its split"),
     "vg": SourceKind(_vg, "VG-200 and VG-500: lists of Visual Genome images and a JSON of class numbers"),
     "voc": SourceKind(_voc, "PASCAL VOC and its like: lists of images and an XML file for each"),

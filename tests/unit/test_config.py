@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from dist_mlpl.config import Config, check_config, check_resume, compare_configs, load_config, parse_yaml
+from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.errors import CheckpointError, ConfigError
+from dist_mlpl.models.semantic import SemanticSettings
+from dist_mlpl.settings import with_locations
 
 pytestmark = pytest.mark.unit
 
@@ -345,3 +348,32 @@ def test_every_config_that_ships_is_good() -> None:
     assert paths
     for path in paths:
         load_config(str(path))
+
+
+def test_every_path_of_a_config_is_made_absolute_and_nothing_else() -> None:
+    document = {
+        "out": "run", "num_epochs": 4, "global_batch": 8, "keep_checkpoints": 1,
+        "data": {"manifest": [{"manifest": "one"}, {"manifest": "s3://two"}]},
+        "method": {
+            "name": "csl", "prior_from": "prior", "prior_threshold": 0.5, "init_from": "begun",
+            "backbone": {"name": "resnet_small"},
+        },
+        "curriculum": {"strategy": "ensemble", "checkpoints": 1, "runs": ["member@4"], "threshold": 1.0},
+    }  # fmt: skip
+    config = with_locations(check_config(document, where="test"), lambda text: f"<{text}>")
+    changed = {
+        "method": {"prior_from": "<prior>", "init_from": "<begun>"},
+        "curriculum": {"runs": ["<member@4>"]},
+    }
+    found, before = config.model_dump(mode="json"), check_config(document, where="test").model_dump(mode="json")
+    assert [one["manifest"] for one in found["data"]["manifest"]] == ["<one>", "<s3://two>"]
+    for section in ("method", "curriculum"):
+        assert found[section] == before[section] | changed[section]
+    assert found["out"] == "<run>"
+    assert str(found).count("<") == 6
+    tars = {"tars": {"train": "a/{0..1}.tar"}, "classes": "c.csv", "epoch_samples": 8}
+    data = with_locations(DataSettings(unindexed=tars), lambda text: f"<{text}>")
+    assert data.unindexed is not None
+    assert (data.unindexed.tars, data.unindexed.classes) == ({"train": "<a/{0..1}.tar>"}, "<c.csv>")
+    assert data.manifest == ""
+    assert with_locations(SemanticSettings(embeddings="e.npy"), str.upper).embeddings == "E.NPY"

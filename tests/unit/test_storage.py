@@ -538,7 +538,7 @@ def test_a_scheme_whose_package_is_not_installed_names_its_extra(
     monkeypatch.setattr(fsspec.core, "url_to_fs", not_installed)
     with pytest.raises(ConfigError) as caught:
         storage.read_bytes(url)
-    assert caught.value.next_step == f"pip install 'dist-mlpl[{extra}]'"
+    assert caught.value.next_step == f"pip install -e '.[{extra}]' in the checkout"
 
 
 def test_options_of_one_scheme_reach_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
