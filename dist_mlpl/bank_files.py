@@ -31,7 +31,8 @@ def save_banks(
         Every bank's record and all files that they need, the same on every rank.
 
     Raises:
-        BankError: rows that waited for their owners are refused, see `Bank.write`; on all ranks, and nothing is saved.
+        BankError: rows that waited for their owners are refused, see `WritableBank.write`; on all ranks, and nothing
+            is saved.
         MlplError: a rank that cannot write; on all ranks.
 
     Collective: all ranks, `Bank.flush` of every bank and one gather of records.
@@ -75,9 +76,9 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
 
     Raises:
         BankError: the commit lacks one, or holds one of another make.
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged; on all ranks, whoever read it.
 
-    Collective: all ranks, see `Bank.flush` and `Bank.mark_loaded`.
+    Collective: all ranks, one gather of errors; see `Bank.flush` and `Bank.mark_loaded`.
     """
     for name, bank in banks.items():
         record = commit.banks.get(name)
@@ -88,18 +89,27 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
                 where=storage.join(out, "commits", f"{commit.name}.json"),
                 next_step="use the method settings and the data set of that run, or start a new run folder",
             )
+    for bank in banks.values():
         bank.flush()
-        held = set(bank.held_shards)
-        for part in record.parts:
-            wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))
-            if wanted:
-                bank.unpack(safetensors.torch.load(read_file(out, commit, part.path)), wanted)
+    error: MlplError | None = None
+    try:
+        for name, bank in banks.items():
+            held = set(bank.held_shards)
+            for part in commit.banks[name].parts:
+                wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))
+                if wanted:
+                    bank.unpack(safetensors.torch.load(read_file(out, commit, part.path)), wanted)
+    except MlplError as fault:
+        error = fault
+    for failure in comm.gather_objects(error):
+        if failure is not None:
+            raise failure
     for bank in banks.values():
         bank.mark_loaded()
 
 
 def _cut(bank: Bank, shards: Iterable[int]) -> list[list[int]]:
-    """Shards with rows, in files of at most _FILE_BYTES or one shard."""
+    """Shards, in files of at most _FILE_BYTES or one shard."""
     files: list[list[int]] = []
     room = 0
     for shard in shards:

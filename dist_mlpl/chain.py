@@ -6,7 +6,6 @@ The chain alone says where a run stands: the record of the highest step, and its
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import safetensors.torch
 from pydantic import Field, ValidationError
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dist_mlpl import storage
 from dist_mlpl.banks.held import BankSpec
+from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.settings import Settings
 
@@ -44,7 +44,7 @@ class BankRecord(Settings):
 
 
 class RunIdentity(Settings):
-    """What a resumed run must share with the run that it continues."""
+    """What a commit records of how its run was set up; `check_identity` compares all but the batch and the config."""
 
     global_batch: int
     num_lanes: int
@@ -121,11 +121,11 @@ def _unreadable(why: str, url: str) -> CheckpointError:
     )
 
 
-def read_chain(out: str) -> list[Commit]:
-    """The commits that led to the head, first to last.
+def read_newest(out: str) -> Commit:
+    """The commit of the highest step of a run that has one.
 
     Raises:
-        CheckpointError: no commit at all, or a parent is missing.
+        CheckpointError: no commit at all, or it cannot be read.
     """
     commit = read_head(out)
     if commit is None:
@@ -135,7 +135,16 @@ def read_chain(out: str) -> list[Commit]:
             where=storage.join(out, "commits"),
             next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
         )
-    chain = [commit]
+    return commit
+
+
+def read_chain(out: str) -> list[Commit]:
+    """The commits that led to the head, first to last.
+
+    Raises:
+        CheckpointError: no commit at all, or a parent is missing.
+    """
+    chain = [read_newest(out)]
     while chain[-1].parent is not None:
         chain.append(read_commit(out, chain[-1].parent))
     return chain[::-1]
@@ -204,11 +213,4 @@ def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
 def versions() -> dict[str, str]:
     """What the run is made with."""
     names = ("dist-mlpl", "torch", "torchvision", "deepspeed", "ray", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except ModuleNotFoundError:  # a machine that runs the plain engine alone
-        return "absent"
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in names}

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import re
 import secrets
 import socket
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +26,6 @@ import safetensors.torch
 
 from dist_mlpl import comm, storage
 from dist_mlpl.bank_files import load_banks, save_banks
-from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.chain import (
     FORMAT,
@@ -43,8 +45,13 @@ from dist_mlpl.data.collate import BadSample
 from dist_mlpl.data.order import PADDING, last_position
 from dist_mlpl.data.stream import Consumed
 from dist_mlpl.data.tar_stream import AnyStream, TarStream
-from dist_mlpl.engine import Engine, EngineState
-from dist_mlpl.errors import BankError, CheckpointError, OvertakenError, RankMismatchError
+from dist_mlpl.engine import Engine
+from dist_mlpl.engines.state import EngineState
+from dist_mlpl.errors import BankError, CheckpointError, OvertakenError, RankMismatchError, StorageError
+
+log = logging.getLogger(__name__)
+
+Positions = npt.NDArray[np.int64]
 
 
 class Attempt(NamedTuple):
@@ -67,23 +74,25 @@ def begin_attempt(out: str, config_digest: str) -> Attempt:
 
     Collective: all ranks, one broadcast.
     """
-    if comm.rank() != 0:
-        return Attempt(*comm.broadcast_object(("", None)))
-    storage.check_exclusive_create(out)
-    started = {
-        "config": config_digest,
-        "world_size": comm.world_size(),
-        "host": socket.gethostname(),
-        "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
-    }
-    number = max(_attempt_numbers(out), default=0) + 1
-    while not storage.create_exclusive(
-        storage.join(out, "attempts", f"{number:04d}.json"),
-        json.dumps(started).encode(),
-    ):
-        number += 1
-    # The record first, then the head: whoever commits after this sees the record and gives way.
-    return Attempt(*comm.broadcast_object((f"{number:04d}", read_head(out))))
+
+    def begin() -> Attempt:
+        storage.check_exclusive_create(out)
+        started = {
+            "config": config_digest,
+            "world_size": comm.world_size(),
+            "host": socket.gethostname(),
+            "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
+        }
+        number = max(_attempt_numbers(out), default=0) + 1
+        while not storage.create_exclusive(
+            storage.join(out, "attempts", f"{number:04d}.json"),
+            json.dumps(started).encode(),
+        ):
+            number += 1
+        # The record first, then the head: whoever commits after this sees the record and gives way.
+        return Attempt(f"{number:04d}", read_head(out))
+
+    return comm.on_first_rank(begin)
 
 
 def _attempt_numbers(out: str) -> list[int]:
@@ -120,7 +129,7 @@ class Checkpoint:
         keep_checkpoints: int,
     ) -> None:
         self._banks = engine.method.banks()
-        by_sample = sorted(name for name, bank in self._banks.items() if isinstance(bank, KeyedBank))
+        by_sample = sorted(name for name, bank in self._banks.items() if bank.is_by_sample)
         if by_sample and isinstance(stream, TarStream):
             raise BankError(
                 f"banks by sample {by_sample} over tars without an index",
@@ -132,7 +141,12 @@ class Checkpoint:
         self._identity, self._attempt, self._length = identity, attempt, length
         self._head = attempt.parent
         self._keep_checkpoints = keep_checkpoints
-        self._kept = _newest(out, attempt.parent, keep_checkpoints) if comm.rank() == 0 else []
+        self._kept: list[Commit] | None = None  # whose files stay, on rank 0; read at the first save
+
+    @property
+    def head(self) -> Commit | None:
+        """The newest commit of the chain."""
+        return self._head
 
     def restore(self) -> Progress:
         """Take over the head of the chain, if there is one; a new run takes over what its method asks of other runs.
@@ -170,31 +184,33 @@ class Checkpoint:
             OvertakenError: another attempt has begun or committed since; this one must stop.
             RankMismatchError: the ranks did not consume the positions that this commit covers.
 
-        Collective: all ranks; parameters and moments as the engine gathers them, consumed indices to all.
+        Collective: all ranks; parameters and moments as the engine gathers them, what was consumed to rank 0.
         """
         if self._head is not None and self._head.step == progress.step:
             return progress  # nothing moved since: an epoch's rest too short for one step of a larger global batch
         state = self._engine.state()
         folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
         banks, bank_files = save_banks(self._out, folder, self._banks, self._head)
-        consumed = self._stream.take_consumed()
-        positions, indices = _merge_consumed(consumed)
-        bad = sorted({bad for part in comm.gather_objects(consumed.bad) for bad in part})
-        self._check_consumed(positions, progress)
-        if state is not None:
+        parts = comm.gather_on_first_rank(_flat(self._stream.take_consumed()))
+
+        def write() -> Commit:
+            assert state is not None
+            positions, indices = _merged([part[:2] for part in parts])
+            self._check_consumed(positions, progress)
+            bad = sorted({bad for part in parts for bad in part[2]})
             contents = _state_files(state) | {"consumed.npy": _npy(indices)}
             commit = self._write(folder, contents, banks, bank_files, progress, bad, metrics or {})
             self._prune(commit)
-        else:
-            commit = None
-        self._head = comm.broadcast_object(commit)
+            return commit
+
+        self._head = comm.on_first_rank(write)
         for bank in self._banks.values():
             bank.mark_saved()
         return progress
 
     def _take_over(self, name: str, run: str) -> None:
         """One bank from the newest commit of another run over the same classes."""
-        source = read_head(run)
+        source = comm.on_first_rank(lambda: read_head(run))  # one for all ranks: it may still train
         if source is None or source.digests.get("classes") != self._identity.digests["classes"]:
             raise CheckpointError(
                 "no commit" if source is None else "a run over other classes",
@@ -205,7 +221,7 @@ class Checkpoint:
         load_banks(run, source, {name: self._banks[name]})
         self._banks[name].mark_changed()  # the first commit of this run saves it
 
-    def _check_consumed(self, positions: npt.NDArray[np.int64], progress: Progress) -> None:
+    def _check_consumed(self, positions: Positions, progress: Progress) -> None:
         """Every position between the last commit and this one, once, to the end of an epoch that ends."""
         is_end = progress.samples_consumed == 0 and len(positions) > 0
         epoch = progress.epoch - 1 if is_end else progress.epoch
@@ -271,14 +287,26 @@ class Checkpoint:
             raise _overtaken(self._attempt.name)
 
     def _prune(self, commit: Commit) -> None:
-        """Delete model, optimiser and banks of the commits that are no longer among the newest."""
-        self._kept.append(commit)
-        while len(self._kept) > self._keep_checkpoints:
-            old = self._kept.pop(0)
-            needed = {file.path for newer in self._kept for file in newer.files}  # banks reach back
-            for file in old.files:
-                if file.path not in needed and not file.path.endswith("/consumed.npy"):
-                    storage.remove(storage.join(self._out, file.path))
+        """Delete what no commit needs that stays. The commit stands, so that nothing here may end the run.
+
+        At the first save, also what earlier attempts left behind when they were killed.
+        """
+        folder = "checkpoints"
+        try:
+            if self._kept is None:
+                self._kept = [*_newest(self._out, self._head, self._keep_checkpoints), commit]
+                found = [f"{folder}/{path}" for path in storage.list_files(storage.join(self._out, folder))]
+                there = [path for path in found if 0 < _attempt_of(path) <= int(self._attempt.name)]
+            else:
+                self._kept.append(commit)
+                there = [file.path for old in self._kept[: -self._keep_checkpoints] for file in old.files]
+            self._kept = self._kept[-self._keep_checkpoints :]
+            needed = {file.path for kept in self._kept for file in kept.files}  # banks reach back
+            for path in there:
+                if path not in needed and not path.endswith("/consumed.npy"):  # which `audit` reads
+                    storage.remove(storage.join(self._out, path))
+        except (CheckpointError, StorageError) as error:
+            log.warning("old checkpoints could not be deleted: %s", error)
 
 
 def _state_files(state: EngineState) -> dict[str, bytes]:
@@ -290,10 +318,16 @@ def _state_files(state: EngineState) -> dict[str, bytes]:
     }
 
 
-def _npy(array: npt.NDArray[np.int64]) -> bytes:
+def _npy(array: Positions) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def _attempt_of(path: str) -> int:
+    """The attempt that wrote a file of checkpoints/STEP-ATTEMPT; 0 if none did."""
+    match = re.match(r"checkpoints/\d+-(\d+)/", path)
+    return int(match[1]) if match else 0
 
 
 def _newest(out: str, head: Commit | None, count: int) -> list[Commit]:
@@ -318,19 +352,19 @@ def _num_bad_in_epoch(out: str, head: Commit) -> int:
     return count
 
 
-def _merge_consumed(consumed: Consumed) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Positions and sample indices of all ranks since the last commit, in position order, padding dropped.
-
-    Collective: all ranks.
-    """
+def _flat(consumed: Consumed) -> tuple[Positions, Positions, list[BadSample]]:
+    """Positions, their sample indices and undecodable samples of this rank since the last commit, padding dropped."""
     empty = np.empty(0, dtype=np.int64)
-    own = np.concatenate([empty, *consumed.positions]), np.concatenate([empty, *consumed.indices])
-    gathered = comm.gather_objects(own)
-    positions = np.concatenate([part[0] for part in gathered])
-    indices = np.concatenate([part[1] for part in gathered])
-    real = positions != PADDING
-    order = np.argsort(positions[real], kind="stable")
-    return positions[real][order], indices[real][order]
+    positions, indices = (np.concatenate([empty, *parts]) for parts in (consumed.positions, consumed.indices))
+    is_real = positions != PADDING
+    return positions[is_real], indices[is_real], consumed.bad
+
+
+def _merged(parts: Sequence[tuple[Positions, Positions]]) -> tuple[Positions, Positions]:
+    """All ranks' positions, rising, and their sample indices."""
+    positions, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(positions, kind="stable")
+    return positions[order], indices[order]
 
 
 def _overtaken(attempt: str) -> OvertakenError:

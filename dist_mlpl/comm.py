@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +103,18 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_on_first_rank(value: T) -> list[T]:
+    """Every rank's picklable value, in rank order, on rank 0; nothing elsewhere.
+
+    Collective: all ranks, one gather of pickles.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate rows of different number from every rank, in rank order, on every rank.
 
@@ -137,6 +149,29 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_first_rank(make: Callable[[], T]) -> T:
+    """What rank 0 makes, or the error that stopped it, on all ranks: none waits for a rank that gave up.
+
+    Collective: all ranks, one broadcast of a pickle.
+
+    Args:
+        make: is called on rank 0 alone; what it returns is picklable, and it has no collective in it.
+
+    Raises:
+        MlplError: rank 0's, on all ranks.
+    """
+    made: T | MlplError | None = None
+    if rank() == 0:
+        try:
+            made = make()
+        except MlplError as error:
+            made = error
+    made = broadcast_object(made)
+    if isinstance(made, MlplError):
+        raise made
+    return cast(T, made)
 
 
 def exchange(

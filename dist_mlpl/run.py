@@ -7,13 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.build import build_cache, build_method, build_stream, build_view, check_cache, open_samples
-from dist_mlpl.chain import RunIdentity, read_chain, read_head, read_model
+from dist_mlpl.chain import Commit, RunIdentity, read_head, read_model, read_newest
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded, is_due
@@ -30,7 +30,6 @@ from dist_mlpl.errors import CheckpointError, StorageError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
 from dist_mlpl.progress import LogFile, Report, without_nan
-from dist_mlpl.rounds.commit import on_first_rank
 from dist_mlpl.rounds.relabel import relabel
 from dist_mlpl.rounds.truth import measure, summary
 from dist_mlpl.world import World
@@ -64,8 +63,8 @@ class Run:
         Collective: all ranks.
         """
         progress = self.saved.restore()
-        if comm.rank() == 0:
-            storage.write_bytes(run_config_url(self.config.run_folder), self.config.to_yaml().encode())
+        url, text = run_config_url(self.config.run_folder), self.config.to_yaml()
+        comm.on_first_rank(lambda: storage.write_bytes(url, text.encode()))
         return progress
 
     def introduce(self, report: Report, progress: Progress) -> None:
@@ -111,7 +110,7 @@ class Run:
         """
         config, curriculum, out = self.config, self.config.curriculum, self.config.run_folder
         if curriculum is not None and is_due(curriculum, progress.epoch):
-            head = on_first_rank(lambda: read_head(out))
+            head = comm.on_first_rank(lambda: read_head(out))
             assert head is not None  # no round is due before the first epoch, which ends in a commit
             made = relabel(
                 out, head, curriculum, self.engine, self.store.at(0),
@@ -124,7 +123,7 @@ class Run:
             )  # fmt: skip
             if made is None:
                 return None
-        newest = on_first_rank(lambda: newest_round(out))
+        newest = comm.on_first_rank(lambda: newest_round(out))
         if newest == progress.round:
             return progress
         labels, progress = self.store.at(newest), progress._replace(round=newest)
@@ -144,34 +143,23 @@ class Run:
         is_due = epoch % config.evaluation.every_epochs == 0 or epoch == config.num_epochs
         if progress.samples_consumed > 0 or epoch == 0 or not is_due:
             return
-        url = storage.join(config.run_folder, "evaluations", f"{progress.step:08d}.json")
-        if comm.broadcast_object(comm.rank() == 0 and storage.exists(url)):
+        head = self.saved.head
+        assert head is not None  # it ended this epoch
+        url = storage.join(config.run_folder, "evaluations", f"{head.name}.json")
+        about = {"step": head.step, "attempt": head.attempt, "epoch": epoch, "split": config.data.eval_split}
+        if comm.on_first_rank(lambda: _is_about(url, head)):
             return
         metrics = evaluate(self.engine, self.judged, self.judged_labels, config.evaluation).metrics
-        if comm.rank() == 0:
-            record = {"step": progress.step, "epoch": epoch, "split": config.data.eval_split, **without_nan(metrics)}
-            storage.write_bytes(url, json.dumps(record, indent=1).encode())
+        record = json.dumps({**about, **without_nan(metrics)}, indent=1)
+        comm.on_first_rank(lambda: storage.write_bytes(url, record.encode()))
         report.epoch(progress, metrics)
 
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Log what ends the run; stop the threads and close the log with it."""
-        try:
-            yield
-        except Exception:
-            log.exception("the run stops")
-            raise
-        finally:
-            self.stream.close()
-            self.judged.close()
-            try:
-                self.log_file.close()
-            except StorageError as error:  # the log's last lines must not hide what ended the run
-                log.warning("the log could not be copied: %s", error)
 
-
-def open_run(config: Config, world: World, *, allow_change: bool, is_output_logged: bool) -> Run:
+@contextmanager
+def open_run(config: Config, world: World, *, allow_change: bool, is_output_logged: bool) -> Iterator[Run]:
     """Check what can be checked, then build everything from the manifest to the checkpoint.
+
+    Whatever ends the run goes into its log; its threads stop, and the log is closed, with the context.
 
     Raises:
         MlplError: before any work is lost.
@@ -188,56 +176,75 @@ def open_run(config: Config, world: World, *, allow_change: bool, is_output_logg
     )
     notes = compare_with_run(config, allow_change=allow_change)
     attempt = begin_attempt(out, config.digest)
-    log_file = LogFile(out, attempt.name, world.rank, has_output=is_output_logged)
-
-    method = build_method(config, manifest)
-    store = LabelStore(samples, build_view(data, samples), run=out)
-    if attempt.parent is None:
-        method.read_labels(store.at(0))
-    engine = Engine(
-        method, config.engine, config.optimizer, config.schedule,
-        length=length, world=world, global_batch=config.global_batch, group_size=config.group_size, seed=config.seed,
-    )  # fmt: skip
-    if config.curriculum is not None:
-        check_bounded(config.curriculum, num_samples=length.num_samples, num_classes=manifest.num_classes)
-        if config.curriculum.strategy == "uncertainty":
-            check_dropout(method)
-    if attempt.parent is None and config.method.init_from:
-        notes.append(start_from(config.method.init_from, engine))
-    notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
-    cache = build_cache(data, samples, world)
-    stream = build_stream(config, samples, cache, world, engine, train=True)
-    identity = RunIdentity(
-        global_batch=config.global_batch, num_lanes=data.num_lanes, window_samples=data.window_samples,
-        group_size=config.group_size,
-        digests={"config": config.digest, "classes": manifest.classes_sha256, "manifest": manifest.digest,
-                 "view": store.view_digest},
-    )  # fmt: skip
-    return Run(
-        config=config,
-        manifest=manifest,
-        samples=samples,
-        length=length,
-        method=method,
-        engine=engine,
-        store=store,
-        cache=cache,
-        stream=stream,
-        judged=build_stream(config, judged_samples, cache, world, engine, train=False),
-        judged_labels=LabelStore(judged_samples).at(0),
-        saved=Checkpoint(
-            out,
-            engine,
-            stream,
-            identity=identity,
-            attempt=attempt,
+    with ExitStack() as opened:
+        log_file = opened.enter_context(_logged(out, attempt, world, has_output=is_output_logged))
+        method = build_method(config, manifest)
+        store = LabelStore(samples, build_view(data, samples), run=out)
+        if attempt.parent is None:
+            method.read_labels(store.at(0))
+        engine = Engine(
+            method, config.engine, config.optimizer, config.schedule,
+            length=length, world=world, global_batch=config.global_batch, group_size=config.group_size,
+            seed=config.seed,
+        )  # fmt: skip
+        if config.curriculum is not None:
+            check_bounded(config.curriculum, num_samples=length.num_samples, num_classes=manifest.num_classes)
+            if config.curriculum.strategy == "uncertainty":
+                check_dropout(method)
+        if attempt.parent is None and config.method.init_from:
+            notes.append(start_from(config.method.init_from, engine))
+        notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
+        cache = build_cache(data, samples, world)
+        stream = opened.enter_context(closing(build_stream(config, samples, cache, world, engine, train=True)))
+        judged = opened.enter_context(closing(build_stream(config, judged_samples, cache, world, engine, train=False)))
+        identity = RunIdentity(
+            global_batch=config.global_batch, num_lanes=data.num_lanes, window_samples=data.window_samples,
+            group_size=config.group_size,
+            digests={"config": config.digest, "classes": manifest.classes_sha256, "manifest": manifest.digest,
+                     "view": store.view_digest},
+        )  # fmt: skip
+        saved = Checkpoint(
+            out, engine, stream,
+            identity=identity, attempt=attempt, length=length, keep_checkpoints=config.keep_checkpoints,
+        )  # fmt: skip
+        yield Run(
+            config=config,
+            manifest=manifest,
+            samples=samples,
             length=length,
-            keep_checkpoints=config.keep_checkpoints,
-        ),
-        attempt=attempt,
-        notes=[str(method.weights_report), *method.notes, *notes],
-        log_file=log_file,
-    )
+            method=method,
+            engine=engine,
+            store=store,
+            cache=cache,
+            stream=stream,
+            judged=judged,
+            judged_labels=LabelStore(judged_samples).at(0),
+            saved=saved,
+            attempt=attempt,
+            notes=[str(method.weights_report), *method.notes, *notes],
+            log_file=log_file,
+        )
+
+
+@contextmanager
+def _logged(out: str, attempt: Attempt, world: World, *, has_output: bool) -> Iterator[LogFile]:
+    """This rank's log, whose last lines say what ended the run."""
+    log_file = LogFile(out, attempt.name, world.rank, has_output=has_output)
+    try:
+        yield log_file
+    except Exception:
+        log.exception("the run stops")
+        raise
+    finally:
+        try:
+            log_file.close()
+        except StorageError as error:  # the log's last lines must not hide what ended the run
+            log.warning("the log could not be copied: %s", error)
+
+
+def _is_about(url: str, commit: Commit) -> bool:
+    """Whether an evaluation is of this commit, and not of one at the same step that was moved away."""
+    return storage.exists(url) and json.loads(storage.read_bytes(url)).get("attempt") == commit.attempt
 
 
 def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
@@ -251,10 +258,14 @@ def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
 
     Collective: all ranks, one broadcast.
     """
-    changes: list[str] = []
-    if comm.rank() == 0 and storage.exists(run_config_url(config.run_folder)):
+
+    def compare() -> list[str]:
+        if not storage.exists(run_config_url(config.run_folder)):
+            return []
         changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
-    return comm.broadcast_object([f"changed since the run was last started: {line}" for line in changes])
+        return [f"changed since the run was last started: {line}" for line in changes]
+
+    return comm.on_first_rank(compare)
 
 
 def start_from(url: str, engine: Engine) -> str:
@@ -265,8 +276,10 @@ def start_from(url: str, engine: Engine) -> str:
 
     Raises:
         CheckpointError: no such run, or not enough of it for the method.
+
+    Collective: all ranks, one broadcast of a commit.
     """
-    model = read_model(url, read_chain(url)[-1])
+    model = read_model(url, comm.on_first_rank(lambda: read_newest(url)))  # one for all ranks: it may still train
     taken = engine.load_matching(model)
     if not taken:
         raise CheckpointError(

@@ -41,9 +41,11 @@ def train(
     Collective: all ranks run this function with the same arguments.
     """
     world = start(config.engine)
-    run = open_run(config, world, allow_change=allow_change, is_output_logged=is_output_logged)
-    method, engine, stream, length = run.method, run.engine, run.stream, run.length
-    with run.closing(), StepProfile(config.run_folder, run.attempt.name, is_on=is_profiled) as profile:
+    with (
+        open_run(config, world, allow_change=allow_change, is_output_logged=is_output_logged) as run,
+        StepProfile(config.run_folder, run.attempt.name, is_on=is_profiled) as profile,
+    ):
+        method, engine, stream, length = run.method, run.engine, run.stream, run.length
         progress = run.restore()  # epoch, samples_consumed, step, round
         run.introduce(report, progress)
         run.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,28 +46,11 @@ from dist_mlpl.data.overlays import (
 )
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK
-from dist_mlpl.errors import CheckpointError, MlplError, OvertakenError
+from dist_mlpl.errors import CheckpointError, OvertakenError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 
 T = TypeVar("T")
 Array = TypeVar("Array", bound=np.ndarray)
-
-
-def on_first_rank(make: Callable[[], T]) -> T:
-    """What rank 0 makes, or the error that stopped it, on all ranks.
-
-    Collective: all ranks, one broadcast of a pickle.
-    """
-    made: T | MlplError | None = None
-    if comm.rank() == 0:
-        try:
-            made = make()
-        except MlplError as error:
-            made = error
-    made = comm.broadcast_object(made)
-    if isinstance(made, MlplError):
-        raise made
-    return cast(T, made)
 
 
 def deal(things: Sequence[T], sizes: Sequence[int], *, world_size: int) -> list[list[T]]:
@@ -208,7 +191,7 @@ class RoundCommitter:
         least = self._caps(found) if self._settings.has_class_caps else None
         written = [self._write(shard, state, least) for shard, state in self._shards(found)]
         gathered = [one for part in comm.gather_objects(written) for one in part]
-        return on_first_rank(lambda: self._publish(found, gathered))
+        return comm.on_first_rank(lambda: self._publish(found, gathered))
 
     # What all shards say together
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
 from dist_mlpl.chain import Commit, read_commit, read_head, read_model
 from dist_mlpl.curriculum.schedule import CurriculumSettings
@@ -64,6 +65,8 @@ def scoring_models(
 
     Raises:
         CheckpointError: a member is missing, pruned, of other classes or of another model; an ensemble of one.
+
+    Collective: all ranks, of an ensemble; one broadcast of commits.
     """
 
     def predict(batch: Batch) -> Tensor:
@@ -73,12 +76,16 @@ def scoring_models(
     models = [Model(model_record(head), predict)]
     if settings.strategy != "ensemble":
         return models
-    members: list[tuple[str, Commit]] = []
-    earlier = head
-    while len(members) < settings.checkpoints - 1 and earlier.parent is not None:
-        earlier = read_commit(run, earlier.parent)
-        members.append((run, earlier))
-    members += [_member(text) for text in settings.runs]
+
+    def find() -> list[tuple[str, Commit]]:
+        members: list[tuple[str, Commit]] = []
+        earlier = head
+        while len(members) < settings.checkpoints - 1 and earlier.parent is not None:
+            earlier = read_commit(run, earlier.parent)
+            members.append((run, earlier))
+        return members + [_member(text) for text in settings.runs]
+
+    members = comm.on_first_rank(find)  # one list for all ranks: a member may still train
     if not members:
         raise CheckpointError(
             f"an ensemble of one model: step {head.step} is the only commit of the run",

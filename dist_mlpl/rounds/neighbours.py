@@ -20,7 +20,7 @@ from dist_mlpl.curriculum.votes import Embedded, Known, Voters, decode_embedded,
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import MlplError
-from dist_mlpl.rounds.commit import Piece, deal, dropped, on_first_rank, pieces_of
+from dist_mlpl.rounds.commit import Piece, deal, dropped, pieces_of
 from dist_mlpl.rounds.parts import Place, missing
 
 _DENSE_ENTRIES = 4_000_000  # of scores at once
@@ -53,7 +53,7 @@ def vote(
 
     Collective: all ranks.
     """
-    todo = on_first_rank(lambda: missing(index, place.part))
+    todo = comm.on_first_rank(lambda: missing(index, place.part))
     if not todo:
         return True
     election = Election(place, settings, labels, index, device=device)
@@ -113,7 +113,7 @@ class Election:
         self._place, self._settings, self._labels, self._index = place, settings, labels, index
         self._device = device
         pieces = pieces_of(index)
-        width = on_first_rank(lambda: self._read(pieces[0]).embeddings.shape[1])
+        width = comm.on_first_rank(lambda: self._read(pieces[0]).embeddings.shape[1])
         self._bank = Neighbours("embeddings", index.num_samples, width, dtype="f16")
         self._voters = self._gather(pieces, width)
 

@@ -36,7 +36,7 @@ from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import Method
-from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal, on_first_rank
+from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal
 from dist_mlpl.rounds.models import Model, is_made, scoring_models
 from dist_mlpl.rounds.neighbours import vote
 from dist_mlpl.rounds.parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
@@ -81,7 +81,7 @@ def relabel(
 
     Collective: all ranks.
     """
-    if number := on_first_rank(lambda: is_made(run, settings, head, scored_with=scored_with)):
+    if number := comm.on_first_rank(lambda: is_made(run, settings, head, scored_with=scored_with)):
         return read_round(run, number)
     engine.average_buffers()
     models = scoring_models(run, head, settings, engine, build)
@@ -208,7 +208,7 @@ def plan_round(
         )
         return _take(run, plan)
 
-    return on_first_rank(take)
+    return comm.on_first_rank(take)
 
 
 def indexed(labels: Labels) -> SplitIndex:
@@ -283,7 +283,7 @@ def make_round(
     index = indexed(labels)
     place = Place(run, plan.round, storage.sha256_of_bytes(document_bytes(plan)))
     has_votes = settings.strategy == "neighbours"
-    todo = on_first_rank(lambda: missing(index, place.embedded if has_votes else place.part))
+    todo = comm.on_first_rank(lambda: missing(index, place.embedded if has_votes else place.part))
     dealt = deal(todo, [piece.num_samples for piece in todo], world_size=comm.world_size())
     writer: Writer = EmbeddingWriter(place, index) if has_votes else PartWriter(place, settings, index)
     with _clearing(place):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_mlpl import storage
+from dist_mlpl import comm, storage
 from dist_mlpl.batch import RunLength
 from dist_mlpl.build import build_cache, build_stream, open_samples
-from dist_mlpl.chain import Commit, read_chain, read_model
+from dist_mlpl.chain import Commit, read_model, read_newest
 from dist_mlpl.config import Config, read_run_config
 from dist_mlpl.data.held_out import HELD_OUT
 from dist_mlpl.data.label_store import LabelStore
@@ -45,7 +45,7 @@ def judge(
     storage.configure_storage(storage_options)
     config = read_run_config(run)
     world = start(inference_settings(config))
-    commit = read_chain(run)[-1]
+    commit = comm.on_first_rank(lambda: read_newest(run))  # one for all ranks: it may still train
     data = config.data
     if manifest_url is not None:
         held = data.held_out_fraction if (split or data.eval_split) in (data.train_split, HELD_OUT) else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_mlpl import storage
 from dist_mlpl.build import build_stream, build_view, open_samples
-from dist_mlpl.chain import Commit, read_chain
+from dist_mlpl.chain import Commit, read_newest
 from dist_mlpl.config import Config, read_run_config
 from dist_mlpl.data.fetch import Fetcher
 from dist_mlpl.data.label_store import LabelStore
@@ -80,7 +80,7 @@ def draw_pictures(
     if manifest_url is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"manifest": manifest_url})})
     world = start(inference_settings(config))
-    commit = read_chain(run)[-1]
+    commit = read_newest(run)
     train, judged = _opened(config, split or config.data.eval_split)
     engine = open_engine(run, config, commit, train.manifest, world)
     chosen = np.array(range(min(num_samples, judged.num_samples)) if samples is None else samples, dtype=np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dist_mlpl import storage
+from dist_mlpl import comm, storage
 from dist_mlpl.build import build_cache, build_stream, build_view, open_samples
 from dist_mlpl.chain import Commit, read_commit, read_head
 from dist_mlpl.config import Config, check_config, parse_yaml, read_run_config
@@ -14,7 +14,6 @@ from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.overlays import RoundCommit
 from dist_mlpl.engine import start
 from dist_mlpl.errors import CheckpointError, ConfigError
-from dist_mlpl.rounds.commit import on_first_rank
 from dist_mlpl.rounds.relabel import relabel
 from dist_mlpl.rounds.truth import measure, summary
 from dist_mlpl.tools.judge import empty_method, inference_settings, open_engine
@@ -101,7 +100,7 @@ def relabel_run(
     assert config.curriculum is not None
     run, curriculum = config.run_folder, config.curriculum
     world = start(inference_settings(config))
-    head = on_first_rank(lambda: _commit(run, step))
+    head = comm.on_first_rank(lambda: _commit(run, step))
     data = config.data if manifest_url is None else config.data.model_copy(update={"manifest": manifest_url})
     (samples,) = open_samples(data, data.train_split)
     store = LabelStore(samples, build_view(data, samples), run=run)

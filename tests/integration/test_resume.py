@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_mlpl import storage
 from dist_mlpl.chain import read_chain
+from dist_mlpl.errors import CheckpointError
 from dist_mlpl.progress import read_rows
 from tests.support.runs import (
     assert_same_end,
@@ -25,6 +27,7 @@ from tests.support.runs import (
     run_until,
     tiny_config,
     tiny_shards,
+    train_in_process,
     write_config,
 )  # fmt: skip
 
@@ -167,12 +170,63 @@ def test_only_the_newest_checkpoints_keep_their_models_and_the_audit_still_reads
     assert json.loads(run("audit", str(undisturbed), "--json").stdout)["is_exact"]
 
 
-def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(undisturbed: Path, shards: str, tmp_path: Path) -> None:
+def test_what_killed_attempts_and_a_lower_number_leave_behind_goes_with_the_next_save(
+    shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train_in_process(tiny_config(shards, keep_checkpoints=5), out, max_steps=7)
+    orphan, note = out / "checkpoints" / "00000099-0001" / "model.safetensors", out / "checkpoints" / "note.txt"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"written before a kill")
+    note.write_text("a person's")
+    steps = [commit.step for commit in read_chain(str(out))]
+    train_in_process(tiny_config(shards, keep_checkpoints=2), out, max_steps=1)
+    assert not orphan.exists()
+    assert note.exists()
+    steps.append(8)
+    kept = [commit.step for commit in read_chain(str(out)) if (out / commit.files[0].path).exists()]
+    assert [commit.step for commit in read_chain(str(out))] == steps
+    assert kept == steps[-2:]
+    assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = storage.remove
+
+    def refuse(url: str) -> None:
+        if "/checkpoints/" not in url:
+            return remove(url)
+        raise storage.missing(url, what="permission to delete", next_step="ask for it")
+
+    monkeypatch.setattr(storage, "remove", refuse)
+    train_in_process(tiny_config(shards, keep_checkpoints=1), tmp_path / "run", max_steps=4)
+    assert read_chain(str(tmp_path / "run"))[-1].step == 4
+    assert "could not be deleted" in caplog.text
+
+
+def test_what_stops_a_run_while_it_is_opened_stands_in_its_log(shards: str, tmp_path: Path) -> None:
+    method = {"init_from": str(tmp_path / "nowhere")}
+    with pytest.raises(CheckpointError, match="no commit"):
+        train_in_process(tiny_config(shards, method=method), tmp_path / "run")
+    log = (tmp_path / "run" / "logs" / "0001" / "rank-0.log").read_text()
+    assert "the run stops" in log
+    assert "nowhere" in log
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_an_evaluation_that_a_kill_cut_short_or_of_a_commit_moved_away_is_made_up_for(
+    is_left: bool, undisturbed: Path, shards: str, tmp_path: Path
+) -> None:
     out = tmp_path / "copy"
     shutil.copytree(undisturbed, out)
     record = out / "evaluations" / "00000012.json"
     before = json.loads(record.read_text())
-    record.unlink()
+    if is_left:
+        record.write_text(json.dumps(before | {"attempt": "0000", "mAP": 1.0}))
+    else:
+        record.unlink()
     run("train", write_config(tmp_path / "run.yaml", tiny_config(shards)), "--local", "--out", str(out))
     assert json.loads(record.read_text()) == before
 

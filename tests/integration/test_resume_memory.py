@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.heatmaps import HeatmapBank
 from dist_mlpl.banks.held import Column
 from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.table import TableBank
@@ -154,8 +156,12 @@ def test_a_commit_of_the_first_format_is_still_read(undisturbed: Path) -> None:
     assert Commit.model_validate(record | {"format": 1}).banks == {}
 
 
-def test_memory_of_single_samples_is_refused_over_tars_without_an_index() -> None:
-    bank = KeyedBank("estimates", 3, (2,), "f32")
+@pytest.mark.parametrize(
+    "bank",
+    [KeyedBank("estimates", 3, (2,), "f32"), HeatmapBank("estimates", 3, num_slots=1, map_size=2, seed=0)],
+    ids=["keyed", "heatmaps"],
+)
+def test_memory_of_single_samples_is_refused_over_tars_without_an_index(bank: Bank) -> None:
     engine: Any = SimpleNamespace(method=SimpleNamespace(banks=lambda: {"estimates": bank}))
     with pytest.raises(BankError, match=r"tars without an index"):
         Checkpoint(
