@@ -275,8 +275,11 @@ def with_absolute_paths(config: Config) -> Config:
     backbone = config.method.backbone
     if backbone.weights is not None and "/" in backbone.weights:  # a file; names of torchvision's tables have no slash
         backbone = backbone.model_copy(update={"weights": storage.absolute(backbone.weights)})
+    data = config.data
+    if data.view is not None and "/" in data.view:  # a folder; names of the set's own views have no slash
+        data = data.model_copy(update={"view": storage.absolute(data.view)})
     method = config.method.model_copy(update={"backbone": backbone})
-    return config.model_copy(update={"out": storage.absolute(config.run_folder), "method": method})
+    return config.model_copy(update={"out": storage.absolute(config.run_folder), "method": method, "data": data})
 
 
 def check_before_start(config: Config, *, allow_change: bool) -> None:

@@ -27,8 +27,8 @@ _deadline_seconds = DEADLINE_SECONDS
 _MAX_PAUSE_SECONDS = 5.0
 
 _TRANSIENT_ERRNO = {
-    errno.EIO, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
-    errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    errno.EIO, errno.ESTALE, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
 }  # fmt: skip
 _PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _HTTP_PACKAGES = ("botocore", "aiohttp", "aiobotocore", "urllib3", "requests", "azure")
@@ -248,7 +248,7 @@ def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float
         signed = "a signed URL may have expired: make a new one; or give data.storage_options what the server asks for"
         return said("is not allowed", "credentials that may do this", signed if url.startswith("http") else keys)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        step = "free some, or name a folder on another disk (MLPL_CACHE_DIR places the shard cache)"
+        step = "free some, or name another disk (MLPL_CACHE_DIR places the shard cache, TMPDIR temporary files)"
         return said("found no room", "free space", step)
     if is_tls_fault(error):
         step = "check https:// or http://, this machine's date, and its certificates (AWS_CA_BUNDLE, SSL_CERT_FILE)"

@@ -24,20 +24,21 @@ from dist_mlpl import retry, stores
 from dist_mlpl.errors import StorageError
 from dist_mlpl.retry import DEADLINE_SECONDS, Traffic, failure, http_status, is_transient, retried, traffic
 from dist_mlpl.stores import STALL_SECONDS
-from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name, shown
+from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name, parent, shown
 
 # The one door to storage: other rooms import this module alone.
 __all__ = [
     "DEADLINE_SECONDS", "STALL_SECONDS", "Traffic", "absolute", "arrow_filesystem", "check_exclusive_create",
     "configuration", "configure_storage", "create_exclusive", "create_file", "download", "exists", "is_http",
     "is_remote", "is_transient", "join", "list_files", "list_names", "list_sizes", "missing", "name", "open_read",
-    "read_bytes", "remove", "remove_folder", "retried", "sha256_of_bytes", "sha256_of_file", "shown", "size", "sync",
-    "traffic", "upload", "version", "write_bytes",
+    "parent", "read_bytes", "remove", "remove_folder", "retried", "sha256_of_bytes", "sha256_of_file", "shown", "size",
+    "sync", "traffic", "upload", "version", "write_bytes",
 ]  # fmt: skip
 
 _PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
 _STREAM_BYTES = 4 << 20
+_PARTS_FROM_BYTES = 64 << 20  # larger objects are sent in parts, of which one that fails is sent again
 _LISTERS = 16  # parts of an S3 folder that are listed at once
 _CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
 
@@ -320,7 +321,7 @@ def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str 
 
     def write() -> None:
         if is_remote(url):
-            filesystem, path = stores.remote(url)
+            filesystem, path = stores.remote(url, in_parts=len(content) >= _PARTS_FROM_BYTES)
             filesystem.pipe_file(path, content)
             return
         with _temporary_beside(local_path(url), scratch) as temporary:

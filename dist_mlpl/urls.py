@@ -56,6 +56,12 @@ def name(url: str) -> str:
     return _split_query(url)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
+def parent(url: str) -> str:
+    """A URL without its last part; the query of an http URL stays at its end."""
+    base, query = _split_query(url)
+    return base.rstrip("/").rpartition("/")[0] + query
+
+
 def _split_query(url: str) -> tuple[str, str]:
     base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
     return base, mark + query

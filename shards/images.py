@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_mlpl.data.manifest import Packing
 from dist_mlpl.errors import ShardError
 
-MAX_PIXELS: Final = 100_000_000  # as training has it (`dist_mlpl.data.transform`), without loading torch
+MAX_PIXELS: Final = 100_000_000  # as training has it (`dist_mlpl.data.jpeg`), without loading torch
 
 FORMATS: Final = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # that `convert` reads
 

@@ -38,13 +38,14 @@ from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import ConfigError, ManifestError, nearest_names
 from dist_mlpl.labels import Unlisted
 from shards.pack import OnProgress
-from shards.scan import NO_JPEG, encode_scan, read_scan, scan_tar
+from shards.scan import NO_JPEG, NOT_JPEG, encode_scan, read_scan, scan_tar
 
 T = TypeVar("T")
 
 SOURCE = "tars"  # in the manifest
 SPLIT_PATTERN = r"(.+)-[^-]*"  # train-000001 -> train
 _SCANS = "scans"
+_LEFT_OUT = (NO_JPEG, NOT_JPEG)  # samples, of which the manifest says how many
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")  # as the manifest allows
 
 
@@ -140,12 +141,12 @@ def index_tars(
         splits={name: _split(entries, splits, name) for name in dict.fromkeys(splits)},
         source=SourceEntry(
             name=SOURCE,
-            arguments={"ignored": {kind: count for kind, count in ignored.items() if kind != NO_JPEG}},
+            arguments={"ignored": {kind: count for kind, count in ignored.items() if kind not in _LEFT_OUT}},
             digest=_digest(ids, unlisted, entries),
         ),
         packing=None,
         tars="" if out == folder else folder,
-        skipped={NO_JPEG: ignored[NO_JPEG]} if NO_JPEG in ignored else {},
+        skipped={kind: ignored[kind] for kind in _LEFT_OUT if kind in ignored},
     )
     num_reused = sum(tar.is_reused for tar in scanned)
     if existing:

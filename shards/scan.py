@@ -13,6 +13,7 @@ import pyarrow as pa
 from dist_mlpl import storage
 from dist_mlpl.data.tar_members import (
     IMAGE_ENDINGS,
+    JPEG_START,
     LABEL_ENDINGS,
     MAX_LABEL_BYTES,
     MAX_PADDING_BYTES,
@@ -30,9 +31,10 @@ from dist_mlpl.errors import ShardError
 READ_AHEAD_BYTES = 8 << 10
 _MAX_READ_BYTES = 1 + max(MAX_LABEL_BYTES, MAX_PADDING_BYTES)  # no header needs so much
 _MAX_IMAGE_BYTES = (1 << 32) - 1  # the index stores lengths as uint32
-_FORMAT = 1
+_FORMAT = 2
 
 FOLDER, LINK, OTHER, NO_JPEG = "folder", "link or device", "other member", "labels without a JPEG"
+NOT_JPEG = "image that is no JPEG"
 
 
 class RangedFile:
@@ -105,7 +107,9 @@ class TarScan(NamedTuple):
 
 
 def scan_tar(url: str, num_bytes: int) -> TarScan:
-    """Read the headers and the label members of a plain tar, about one request of 8 KiB a sample; no JPEG.
+    """Read headers, label members and the first bytes of JPEGs of a plain tar, about one request of 8 KiB a sample.
+
+    What is called one and does not begin like one is left out and counted.
 
     The members of a sample may come in any order. GNU's and pax's long names are understood.
 
@@ -121,6 +125,7 @@ def scan_tar(url: str, num_bytes: int) -> TarScan:
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, SampleLabels | None]] = {}
     ignored: Counter[str] = Counter()
+    strangers: set[str] = set()  # keys whose image is no JPEG
     file, place = RangedFile(url, num_bytes, block_bytes=READ_AHEAD_BYTES), storage.shown(url)
     for member in _members(file):
         name = split_name(member.name)
@@ -131,8 +136,12 @@ def scan_tar(url: str, num_bytes: int) -> TarScan:
         where = f"{place}: {key}"
         _check_member(member, ending, where)
         if ending in IMAGE_ENDINGS:
-            if key in images:
+            if key in images or key in strangers:
                 raise _fault("two samples of one key", "every key once", where)
+            file.seek(member.offset_data)
+            if file.read(len(JPEG_START)) != JPEG_START:
+                strangers.add(key)
+                continue
             images[key] = member
             continue
         if ending in labels.setdefault(key, {}):
@@ -144,8 +153,10 @@ def scan_tar(url: str, num_bytes: int) -> TarScan:
         labels[key][ending] = read_labels(ending, content, where)
     if not images:
         raise _fault(f"no JPEG inside {num_bytes:,} bytes", "members KEY.jpg or KEY.jpeg", place)
-    if strangers := len(labels.keys() - images.keys()):
-        ignored[NO_JPEG] = strangers
+    if strangers:
+        ignored[NOT_JPEG] = len(strangers)
+    if without := len(labels.keys() - images.keys() - strangers):
+        ignored[NO_JPEG] = without
     return TarScan(
         keys=list(images),
         offsets=[member.offset_data for member in images.values()],

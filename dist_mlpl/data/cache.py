@@ -69,10 +69,15 @@ class ExtentCache:
 
     def read(self, key: str, start: int, num_bytes: int) -> bytes | None:
         """Bytes [start, start + num_bytes) of an extent, or None when it is not here."""
-        with contextlib.suppress(FileNotFoundError), open(self._path(key), "rb", buffering=0) as file:
-            os.utime(file.fileno())  # the least recently read makes room first
-            return os.pread(file.fileno(), num_bytes, start)
-        return None
+        try:
+            with open(self._path(key), "rb", buffering=0) as file:
+                os.utime(file.fileno())  # the least recently read makes room first
+                return os.pread(file.fileno(), num_bytes, start)
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # of this node's disk: the store has the bytes
+            log.warning("an extent of the cache cannot be read: %s", error)
+            return None
 
     def add(self, key: str, num_bytes: int, fetch: Callable[[], bytes]) -> bool:
         """Make sure that an extent is here; of several that ask at once, one fetches and the others wait.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -173,7 +174,7 @@ def to_device(
         for host in batches:
             yield finish(host._replace(batch=host.batch.to(device)))
         return
-    copies = torch.cuda.Stream(device)
+    copies = _copies(device)
     ahead: tuple[HostBatch, torch.cuda.Event] | None = None
     for host in batches:
         with torch.cuda.stream(copies):
@@ -185,6 +186,12 @@ def to_device(
         ahead = moved, copied
     if ahead is not None:
         yield _arrived(*ahead)
+
+
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to a GPU, one for all passes: freed memory stays with the stream that it was taken on."""
+    return torch.cuda.Stream(device)
 
 
 def _arrived(host: HostBatch, copied: torch.cuda.Event) -> HostBatch:

@@ -24,6 +24,7 @@ from dist_mlpl import storage
 from dist_mlpl.data.cache import ExtentCache
 from dist_mlpl.data.shard_index import ShardIndex
 from dist_mlpl.data.split_index import SplitIndex
+from dist_mlpl.data.tar_members import JPEG_START
 from dist_mlpl.errors import ConfigError, ShardError
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,12 @@ class Fetcher:
                     self._files.popitem(last=False)
             self._files.move_to_end(shard)
             self._counts["local"] += 1
-        content = os.pread(file.fileno(), num_bytes, offset)
+        try:
+            content = os.pread(file.fileno(), num_bytes, offset)
+        except OSError:  # a network disk that failed over: opened anew, and tried for a while
+            with self._lock:
+                self._files.pop(shard, None)
+            content = storage.read_bytes(self._url(shard), offset, offset + num_bytes)
         if len(content) != num_bytes:
             raise _truncated(self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes}, as the index says")
         table = self._index.shard_index(shard)
@@ -283,7 +289,7 @@ def _is_sound(content: bytes, start: int, table: ShardIndex, row: int) -> bool:
     begin = int(table.offsets[row]) - start
     sample = memoryview(content)[begin : begin + int(table.num_bytes[row])]
     if table.crc32 is None:  # an index made from tar headers alone
-        return bytes(sample[:2]) == b"\xff\xd8"
+        return bytes(sample[: len(JPEG_START)]) == JPEG_START
     return crc32(sample) == int(table.crc32[row])
 
 

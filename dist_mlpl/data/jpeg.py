@@ -46,13 +46,13 @@ class Jpeg:
             otherwise all of it is decoded each time, for the damage that this may show.
 
     Raises:
-        ShardError: not a JPEG, or of more than MAX_PIXELS pixels; nothing was decoded.
+        ShardError: not a JPEG, or of no or more than MAX_PIXELS pixels; nothing was decoded.
     """
 
     def __init__(self, content: bytes, *, is_scaled: bool = False, is_sound: bool = False) -> None:
         frame = _frame_header(content)
         self.width, self.height = frame.width, frame.height
-        if self.width * self.height > MAX_PIXELS:
+        if not 0 < self.width * self.height <= MAX_PIXELS:
             raise undecodable(f"{self.width} x {self.height} pixels")
         self._content, self._is_scaled = content, is_scaled
         self._height_at = frame.height_at if is_sound and frame.is_sequential else None

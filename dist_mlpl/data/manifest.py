@@ -123,6 +123,11 @@ class Manifest(Settings):
         """C stable keys in column order."""
         return tuple(entry.id for entry in self.classes)
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages: without secrets."""
+        return ", ".join(storage.shown(url) for url in self.url.split(", "))
+
     def split(self, name: str) -> Split:
         """The split of that name.
 
@@ -133,7 +138,7 @@ class Manifest(Settings):
             raise ManifestError(
                 f"no split named {name!r}",
                 expected=nearest_names(name, self.splits),
-                where=self.url or "manifest",
+                where=self.place or "manifest",
                 next_step="correct the split's name, or pack the data set with that split",
             )
         return self.splits[name]
@@ -182,24 +187,24 @@ def load_manifest(url: str) -> Manifest:
         StorageError: it could not be read.
     """
     where = storage.absolute(manifest_url(url))
+    place = storage.shown(where)
     try:
         content = storage.read_bytes(where)
     except FileNotFoundError as error:
         raise ManifestError(
             "no manifest",
             expected=f"{FILE_NAME}, which `dist-mlpl shards build` writes last",
-            where=where,
+            where=place,
             next_step="check the URL; if packing was interrupted, run it again",
         ) from error
-    document = _parse(content, where)
+    document = _parse(content, place)
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise _wrong("; ".join(faults[:3]), expected=f"a manifest of format {FORMAT}", where=where) from error
-    _check(manifest, where)
-    folder = where[: -len(FILE_NAME)].rstrip("/")
-    return manifest.model_copy(update={"url": folder, "digest": storage.sha256_of_bytes(content)})
+        raise _wrong("; ".join(faults[:3]), expected=f"a manifest of format {FORMAT}", where=place) from error
+    _check(manifest, place)
+    return manifest.model_copy(update={"url": storage.parent(where), "digest": storage.sha256_of_bytes(content)})
 
 
 def write_manifest(manifest: Manifest, url: str, *, scratch: str | None = None) -> Manifest:
@@ -218,7 +223,7 @@ def write_manifest(manifest: Manifest, url: str, *, scratch: str | None = None) 
     """
     folder = storage.absolute(url)
     where = manifest_url(folder)
-    _check(manifest, where)
+    _check(manifest, storage.shown(where))
     unset = {field for field in ("tars", "extensions") if not getattr(manifest, field)}
     document = manifest.model_dump(mode="json", exclude=unset)
     content = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()

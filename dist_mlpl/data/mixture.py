@@ -43,8 +43,8 @@ def load_mixture(sets: Sequence[MixedSet]) -> Manifest:
             if getattr(other, name) != getattr(first, name):
                 raise ManifestError(
                     f"{name} {getattr(other, name)}",
-                    expected=f"{getattr(first, name)}, as in {first.url}",
-                    where=other.url,
+                    expected=f"{getattr(first, name)}, as in {first.place}",
+                    where=other.place,
                     next_step="pack the sets with one class list (`--mapping` renames, `--order` orders), or "
                     "train on one of them",
                 )

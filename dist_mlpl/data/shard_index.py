@@ -198,7 +198,9 @@ def decode_index(content: bytes, where: str) -> ShardIndex:
     """
 
     def wrong(found: str, expected: str) -> ShardError:
-        return ShardError(found, expected=expected, where=where, next_step="run `dist-mlpl shards verify` on the set")
+        return ShardError(
+            found, expected=expected, where=storage.shown(where), next_step="run `dist-mlpl shards verify` on the set"
+        )
 
     try:
         table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
@@ -266,7 +268,9 @@ def read_index(manifest: Manifest, entry: ShardEntry) -> ShardIndex:
     where = manifest.index_url(entry)
 
     def wrong(found: str, expected: str) -> ShardError:
-        return ShardError(found, expected=expected, where=where, next_step="run `dist-mlpl shards verify` on the set")
+        return ShardError(
+            found, expected=expected, where=storage.shown(where), next_step="run `dist-mlpl shards verify` on the set"
+        )
 
     try:
         content = storage.read_bytes(where)

@@ -145,7 +145,7 @@ def _check_belongs(document: ViewDocument, index: SplitIndex) -> None:
     is_good = document.split == index.split
     if is_good:
         found = f"a view of the manifest {document.manifest_digest[:16]}..."
-        expected = f"one of {manifest.digest[:16]}..., {manifest.url}"
+        expected = f"one of {manifest.digest[:16]}..., {manifest.place}"
         files = [entry.index for entry in index.shards]
         is_good = document.manifest_digest == manifest.digest and [shard.file for shard in document.shards] == files
     if not is_good:

@@ -26,6 +26,7 @@ from dist_mlpl.data.manifest import MAX_CLASSES
 from dist_mlpl.errors import DataError, ShardError, nearest_names
 
 IMAGE_ENDINGS: Final = ("jpg", "jpeg")
+JPEG_START: Final = b"\xff\xd8"
 LABEL_ENDINGS: Final = ("json", "cls")
 MAX_LABEL_BYTES: Final = 1 << 20  # of one label member
 MAX_PADDING_BYTES: Final = 1 << 20  # GNU tar's largest usual record
@@ -183,7 +184,7 @@ def read_classes(url: str) -> list[str]:
     """
 
     def fault(found: str, expected: str) -> DataError:
-        return DataError(found, expected=expected, where=url, next_step="correct the file and run again")
+        return DataError(found, expected=expected, where=storage.shown(url), next_step="correct the file and run again")
 
     try:
         rows = list(csv.reader(io.StringIO(storage.read_bytes(url).decode("utf-8-sig")), strict=True))

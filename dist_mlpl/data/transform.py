@@ -6,6 +6,7 @@ many threads. Images stay uint8 until `Transform.normalise`, which runs on whate
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Final, Literal, NamedTuple
@@ -187,8 +188,14 @@ class Transform:
         scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         if self.settings.mean is None or self.settings.std is None:
             return scaled
-        mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self.settings.mean, self.settings.std))
+        mean, std = _on_device(self.settings.mean, scaled.device), _on_device(self.settings.std, scaled.device)
         return scaled.sub_(mean).div_(std)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, copied to a device once: every copy from pageable memory makes the host wait for the GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def use_one_thread_here() -> None:

@@ -128,6 +128,6 @@ def _check_manifest(manifest: Manifest, head: Commit) -> None:
         raise CheckpointError(
             f"manifest of digest {manifest.digest[:16]}...",
             expected=f"{str(head.digests['manifest'])[:16]}..., which the run was trained on",
-            where=manifest.url,
+            where=manifest.place,
             next_step="pass --manifest with the place of the run's own shards",
         )

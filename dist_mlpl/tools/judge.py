@@ -85,7 +85,7 @@ def open_engine(run: str, config: Config, commit: Commit, manifest: Manifest, wo
         raise CheckpointError(
             f"a manifest of {manifest.num_classes} classes, digest {manifest.classes_sha256[:16]}...",
             expected=f"the run's class list, digest {str(commit.digests['classes'])[:16]}...",
-            where=manifest.url,
+            where=manifest.place,
             next_step="build or index the shards with the run's classes.csv",
         )
     engine = Engine(

@@ -44,7 +44,7 @@ class _Table(NamedTuple):
     def fault(
         self, line: int, found: str, expected: str, next_step: str = "correct the file and run again"
     ) -> DataError:
-        return DataError(found, expected=expected, where=f"{self.url}, line {line}", next_step=next_step)
+        return DataError(found, expected=expected, where=f"{storage.shown(self.url)}, line {line}", next_step=next_step)
 
     def column(self, name: str) -> int:
         """Place of a column.
@@ -109,7 +109,7 @@ def read_table(images: str, labels: str, *, classes: str | None = None, splits: 
 
 
 def _fault(url: str, line: int, found: str, expected: str) -> DataError:
-    where = f"{url}, line {line}"
+    where = f"{storage.shown(url)}, line {line}"
     return DataError(found, expected=expected, where=where, next_step="correct the file and run again")
 
 
@@ -150,7 +150,7 @@ def _read(url: str) -> _Table:
         raise StorageError(
             f"the table cannot be read: {error}",
             expected="a CSV file that may be read",
-            where=url,
+            where=storage.shown(url),
             next_step="check the path and its permissions",
         ) from error
     if not rows:
@@ -259,5 +259,5 @@ def _refuse_strangers(table: _Table, images: list[tuple[int, str]], known: Conta
     if strangers:
         shown = ", ".join(f"{image!r} (line {line})" for line, image in strangers[:5])
         more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
-        found = f"{len(strangers)} images that {other.url} lacks: {shown}{more}"
-        raise table.fault(strangers[0][0], found, f"a row for each in {other.url}")
+        found = f"{len(strangers)} images that {storage.shown(other.url)} lacks: {shown}{more}"
+        raise table.fault(strangers[0][0], found, f"a row for each in {storage.shown(other.url)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -317,3 +319,21 @@ def test_no_split_needs_more_cache_than_it_has_bytes(local: Manifest) -> None:
     index = SplitIndex(local, "train")
     least = least_cache_bytes(index, num_lanes=64, window_samples=4096)
     assert index.num_bytes < least <= index.num_bytes * 8 // 7 + 2 * EXTENT
+
+
+def test_a_network_disk_that_fails_over_is_read_again(
+    local: Manifest, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher = Fetcher(SplitIndex(local, "train"))
+    pread, faults = os.pread, [OSError(errno.ESTALE, "stale file handle")]
+
+    def fail_once(*arguments: int) -> bytes:
+        if faults:
+            raise faults.pop()
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", fail_once)
+    found = taken(fetcher, list(range(len(images))))
+    fetcher.close()
+    assert not faults
+    assert found == images

@@ -377,3 +377,16 @@ def test_every_path_of_a_config_is_made_absolute_and_nothing_else() -> None:
     assert (data.unindexed.tars, data.unindexed.classes) == ({"train": "<a/{0..1}.tar>"}, "<c.csv>")
     assert data.manifest == ""
     assert with_locations(SemanticSettings(embeddings="e.npy"), str.upper).embeddings == "E.NPY"
+
+
+@pytest.mark.parametrize(("view", "expected"), [("k10", "k10"), ("./views/k10", "/here/views/k10")])
+def test_a_view_by_path_is_made_absolute_for_workers_and_one_by_name_stays(
+    view: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_mlpl.cluster import with_absolute_paths  # imports Ray
+
+    monkeypatch.chdir(tmp_path)
+    document = {"out": "run", "num_epochs": 1, "global_batch": 8, "data": {"manifest": "set", "view": view},
+                "method": {"name": "partial_bce", "backbone": {"name": "resnet_small"}}}  # fmt: skip
+    found = with_absolute_paths(check_config(document, where="test")).data
+    assert (found.view, found.manifest) == (expected.replace("/here", str(tmp_path)), f"{tmp_path}/set")

@@ -116,3 +116,12 @@ def test_a_decompression_bomb_is_refused_by_its_header_before_decoding(monkeypat
         monkeypatch.setattr(decoder, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(ShardError, match="60000 x 60000"):
         decode_jpeg(bytes(content))
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_an_image_without_pixels_is_refused_by_its_header(side: str) -> None:
+    content = bytearray(jpeg(picture()))
+    at = content.index(b"\xff\xc0") + (7 if side == "width" else 5)
+    content[at : at + 2] = b"\0\0"
+    with pytest.raises(ShardError, match="cannot be decoded"):
+        Jpeg(bytes(content))

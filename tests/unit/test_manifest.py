@@ -332,3 +332,13 @@ def test_read_index_checks_digest_count_and_classes_against_the_manifest(tmp_pat
     (tmp_path / "train-000000.arrow").unlink()
     with pytest.raises(ShardError, match="no index"):
         read_index(manifest, entry)
+
+
+def test_messages_about_a_manifest_keep_the_secrets_of_its_url() -> None:
+    manifest = make_manifest(url="https://me:PASSWORD@host/one?sig=SIGNATURE, s3://bucket/two")
+    assert manifest.place == "https://***@host/one?sig=***, s3://bucket/two"
+    with pytest.raises(ManifestError) as caught:
+        manifest.split("trian")
+    assert "PASSWORD" not in str(caught.value)
+    assert "SIGNATURE" not in str(caught.value)
+    assert "https://***@host/one" in str(caught.value)

@@ -100,3 +100,16 @@ def test_secrets_are_found_wherever_options_hold_them(options: dict[str, object]
 def test_secrets_of_the_environment_are_hidden_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoGZXIvYXdzEA/x+y")
     assert urls.scrubbed("token FwoGZXIvYXdzEA/x+y has expired") == "token *** has expired"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://h/c/set/manifest.json?sv=1&sig=a/b", "https://h/c/set?sv=1&sig=a/b"),
+        ("s3://b/set/what?/manifest.json", "s3://b/set/what?"),
+        ("/data/set/manifest.json", "/data/set"),
+    ],
+)
+def test_the_parent_of_a_url_keeps_its_query(url: str, expected: str) -> None:
+    assert urls.parent(url) == expected
+    assert urls.join(expected, urls.name(url)) == url
