@@ -66,7 +66,7 @@ class RunLength:
 
     Args:
         num_epochs: epochs of the whole run.
-        num_samples: samples of one epoch (of the train split), N.
+        num_samples: samples of one epoch; N, but for mixtures with weights.
     """
 
     num_epochs: int

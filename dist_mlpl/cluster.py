@@ -301,7 +301,7 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
     if isinstance(samples, TarSet):
         check_num_tars(samples, world_size=most)
     if config.curriculum is not None:
-        check_bounded(config.curriculum, num_samples=num_samples, num_classes=samples.manifest.num_classes)
+        check_bounded(config.curriculum, num_samples=samples.num_samples, num_classes=samples.manifest.num_classes)
     storage.check_exclusive_create(config.run_folder)
     if storage.exists(run_config_url(config.run_folder)):
         check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)

@@ -122,6 +122,7 @@ class Engine:
         world: this rank.
         global_batch: G.
         group_size: positions that are never cut apart.
+        num_samples: N of the train split; None: as many as an epoch has.
         seed: of the run; the torch generator is reseeded from (seed, step, rank) before each step.
 
     Raises:
@@ -142,6 +143,7 @@ class Engine:
         global_batch: int,
         group_size: int,
         seed: int,
+        num_samples: int | None = None,
     ) -> None:
         has_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
@@ -161,7 +163,12 @@ class Engine:
             )
         self._num_micro_batches = -(-share_groups // micro_groups)
 
-        method.begin_run(num_samples=length.num_samples, group_size=group_size, seed=seed)
+        method.begin_run(
+            num_samples=num_samples or length.num_samples,
+            epoch_samples=length.num_samples,
+            group_size=group_size,
+            seed=seed,
+        )
         method.to(self.device)
         if settings.batch_norm == "sync":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)

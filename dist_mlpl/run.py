@@ -185,10 +185,10 @@ def open_run(config: Config, world: World, *, allow_change: bool, is_output_logg
         engine = Engine(
             method, config.engine, config.optimizer, config.schedule,
             length=length, world=world, global_batch=config.global_batch, group_size=config.group_size,
-            seed=config.seed,
+            seed=config.seed, num_samples=samples.num_samples,
         )  # fmt: skip
         if config.curriculum is not None:
-            check_bounded(config.curriculum, num_samples=length.num_samples, num_classes=manifest.num_classes)
+            check_bounded(config.curriculum, num_samples=samples.num_samples, num_classes=manifest.num_classes)
             if config.curriculum.strategy == "uncertainty":
                 check_dropout(method)
         if attempt.parent is None and config.method.init_from:

@@ -89,13 +89,14 @@ class Method(nn.Module):
                 groups["backbone" if name.startswith("backbone.") else "head"].append(parameter)
         return groups
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
         """Learn what the run is made of and make banks, which take memory when they are first used.
 
         Called once, by the engine, on every rank. Nothing by default.
 
         Args:
-            num_samples: N of the train split.
+            num_samples: N of the train split; sample indices are below it.
+            epoch_samples: of an epoch, which is not N where sets are mixed with weights.
             group_size: consecutive images that may interact; every micro-batch holds whole groups.
             seed: of the run.
         """

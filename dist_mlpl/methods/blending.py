@@ -126,9 +126,9 @@ class Blending(Method):
         self.alpha = Coefficient(settings.alpha, is_clamped=settings.faithful)
         self.beta = Coefficient(settings.beta, is_clamped=settings.faithful)
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
-        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
-        self._num_samples, self._group_size, settings = num_samples, group_size, self.settings
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
+        self._epoch_samples, self._group_size, settings = epoch_samples, group_size, self.settings
         self._prototypes = DrawnPrototypes(
             settings.prototypes,
             num_classes=self.num_classes,
@@ -179,7 +179,7 @@ class Blending(Method):
         Collective: all ranks, two all-reduces of 8 and 16 bytes.
         """
         settings, device, targets = self.settings, batch.valid.device, training_targets(batch)
-        ramp = progress.samples_consumed / self._num_samples if progress.epoch == 0 else 1.0
+        ramp = progress.samples_consumed / self._epoch_samples if progress.epoch == 0 else 1.0
         recalled = super().recall(batch, progress) | {
             "ramp": torch.tensor([ramp]),
             "is_gathering": torch.tensor([settings.is_renewing(progress.epoch + 1)]),

@@ -86,8 +86,8 @@ class Csl(PooledMethod):
         self.settings = settings
         self._prior: TableBank | None = None
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
-        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
         if self.settings.mode == "ignore" or self.settings.prior_threshold is not None:
             columns = {"sums": Column(dtype="i64"), "counts": Column(dtype="i64")}
             self._prior = TableBank(PRIOR, self.num_classes, columns)

@@ -126,8 +126,8 @@ class SinglePositive(PooledMethod):
         self._loss = settings.build_loss(num_classes)
         self._group_size = 1
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
-        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
         self._group_size = group_size
         self._loss.begin_run(num_samples=num_samples, seed=seed)
 

@@ -118,8 +118,8 @@ class SpatialConsistency(Method):
             self.backbone.num_features, num_classes, dropout=settings.dropout, pooling=settings.pooling
         )
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
-        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
         self._bank = HeatmapBank(
             SLOTS, num_samples, num_slots=self._num_slots, map_size=self._map_size, seed=seed,
             folder=self.settings.bank_folder,

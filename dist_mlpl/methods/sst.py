@@ -116,9 +116,9 @@ class Sst(Method):
         )
         self.pair_head = PairHead(settings.pairs, self.head.width, num_classes)
 
-    def begin_run(self, *, num_samples: int, group_size: int, seed: int) -> None:
-        super().begin_run(num_samples=num_samples, group_size=group_size, seed=seed)
-        self._num_samples, self._group_size = num_samples, group_size
+    def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
+        super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
+        self._epoch_samples, self._group_size = epoch_samples, group_size
         settings = self.settings
         self._ring = Ring(
             RING, self.num_classes, settings.ring_capacity, self.head.width, folder=settings.bank_folder
@@ -168,7 +168,7 @@ class Sst(Method):
         own = torch.stack([contrasted.new_tensor(len(self._trained_pairs(targets, batch.valid).slot)), contrasted])
         num_pairs, contrasted = comm.reduce_sum(own).split(1)
         means, counts = self._ring.means((targets == PRESENT).nonzero()[:, 1])
-        ramp = progress.samples_consumed / self._num_samples if progress.epoch == 0 else 1.0
+        ramp = progress.samples_consumed / self._epoch_samples if progress.epoch == 0 else 1.0
         return super().recall(batch, progress) | {
             "num_pairs": num_pairs,
             "num_contrasted": contrasted,

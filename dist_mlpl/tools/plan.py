@@ -84,7 +84,7 @@ def make_plan(
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=num_ranks, num_samples=N)
 
     method, found = _measured(_settings(config, C, samples.manifest.num_classes), C, config.transform.size)
-    method.begin_run(num_samples=N, group_size=config.group_size, seed=config.seed)
+    method.begin_run(num_samples=N, epoch_samples=N, group_size=config.group_size, seed=config.seed)
     scale = Scale(
         world_size=num_ranks,
         global_batch=config.global_batch,

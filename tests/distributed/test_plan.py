@@ -93,7 +93,7 @@ def test_ranks_hold_and_send_what_the_plan_says(case: str, world_size: int) -> N
     name, keys = CASES[case]
     found: list[Measured] = run_ranks(measure, world_size, name, keys)
     method = tiny_method(name, **keys)
-    method.begin_run(num_samples=10_000, group_size=4, seed=0)
+    method.begin_run(num_samples=10_000, epoch_samples=10_000, group_size=4, seed=0)
     sent, held = predicted(method, world_size)
     control = 1024.0  # a few reductions of single numbers
     assert sum(one.sent_bytes for one in found) / world_size == pytest.approx(sent, rel=0.1, abs=control)

@@ -81,7 +81,7 @@ def test_steps_on_the_device_agree_with_steps_on_the_cpu(name):
         start(EngineSettings(kind="plain"))
     steps = train(make_engine("plain", method=tiny_method(name)), 1)
     method, batch = tiny_method(name), random_batch(16, seed=0)
-    method.begin_run(num_samples=10_000, group_size=4, seed=0)
+    method.begin_run(num_samples=10_000, epoch_samples=10_000, group_size=4, seed=0)
     expected = method.train()(batch, method.recall(batch, contract.PROGRESS._replace(step=0, fraction=0.0)))
     assert steps[0].loss == pytest.approx(float(expected.loss), rel=1e-3)
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
+from dist_mlpl.chain import read_chain
 from dist_mlpl.config import load_config
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.mixture import MixedSet, load_mixture
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import ConfigError, ManifestError
-from tests.support.runs import run, tiny_config, tiny_shards, write_config
+from tests.support.runs import run, tiny_config, tiny_shards, train_in_process, write_config
 from tests.support.sets import images_of, stream_over
 
 pytestmark = pytest.mark.integration
@@ -26,9 +27,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(tiny_shards(tmp_path_factory.mktemp(name))) for name in ("one", "two")]
 
 
-def mixed(config: dict[str, Any], sets: list[str]) -> dict[str, Any]:
+def mixed(config: dict[str, Any], sets: list[str], *, weight: float = 1.5) -> dict[str, Any]:
     data = {key: value for key, value in config["data"].items() if not key.startswith("known_")}
-    data |= {"manifest": [sets[0], {"manifest": sets[1], "weight": 1.5}]}
+    data |= {"manifest": [sets[0], {"manifest": sets[1], "weight": weight}]}
     return {**config, "data": data}
 
 
@@ -57,6 +58,17 @@ def test_a_run_over_a_mixture_stops_resumes_and_proves_exact(sets: list[str], tm
     planned = sizes[0] + sizes[1] + round(0.5 * sizes[1])
     batch = yaml.safe_load(Path(config).read_text())["global_batch"]
     assert [epoch["num_planned"] for epoch in proof["epochs"]] == [planned // batch * batch] * 2
+
+
+def test_a_memory_of_single_samples_has_a_row_for_each_where_an_epoch_leaves_some_out(
+    sets: list[str], tmp_path: Path
+) -> None:
+    role = {"name": "single_positive", "loss": "role", "expected_positives": 2.0}
+    config = mixed(tiny_config(sets[0], num_epochs=2, method=role), sets, weight=0.25)
+    del config["method"]["dropout"]
+    train_in_process(config, tmp_path / "run")
+    record = read_chain(str(tmp_path / "run"))[-1].banks["estimates"]
+    assert record.spec.num_rows == sum(SplitIndex(load_manifest(url), "train").num_samples for url in sets)
 
 
 def test_sets_of_other_classes_and_views_over_a_mixture_are_refused(sets: list[str], tmp_path: Path) -> None:

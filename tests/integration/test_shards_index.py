@@ -89,7 +89,8 @@ def test_the_index_points_at_every_image_whatever_the_tar_format_and_the_order_o
         ("nör.jpeg", jpegs[3]), ("nör.json", label[3]),
         ("only.json", label[0]), ("only.png", b"\x89PNG"),
         ("z.jpg", jpegs[4]), ("z.txt", b""), ("z.json", label[4]),
-        ("not.jpg", b"\x89PNG, whatever it is called"), ("not.json", label[0]), ("empty.json", label[0]), ("empty.jpg", b""),
+        ("not.jpg", b"\x89PNG, whatever it is called"), ("not.json", label[0]),
+        ("empty.json", label[0]), ("empty.jpg", b""),
     ]  # fmt: skip
     write_tar(tmp_path / "train-000000.tar", members, tar_format=tar_format, mtime=1.5)
     summary = index_tars(str(tmp_path), classes=class_list(tmp_path))

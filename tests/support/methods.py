@@ -25,7 +25,8 @@ def tiny_method(name: str, **keys: Any) -> Method:
     torch.manual_seed(0)
     settings = METHODS[name](**({"name": name, "backbone": {"name": "resnet_small_gn"}} | keys))
     method = settings.build(num_classes=NUM_CLASSES, image_size=IMAGE_SIZE)
-    method.begin_run(num_samples=100, group_size=8, seed=0)  # an engine says so again, with its own run's numbers
+    # An engine says so again, with its own run's numbers.
+    method.begin_run(num_samples=100, epoch_samples=100, group_size=8, seed=0)
     return method
 
 
