@@ -91,19 +91,13 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
             )
     for bank in banks.values():
         bank.flush()
-    error: MlplError | None = None
-    try:
+    with comm.shared_errors():
         for name, bank in banks.items():
             held = set(bank.held_shards)
             for part in commit.banks[name].parts:
                 wanted = held.intersection(shard for first, stop in part.shards for shard in range(first, stop))
                 if wanted:
                     bank.unpack(safetensors.torch.load(read_file(out, commit, part.path)), wanted)
-    except MlplError as fault:
-        error = fault
-    for failure in comm.gather_objects(error):
-        if failure is not None:
-            raise failure
     for bank in banks.values():
         bank.mark_loaded()
 

@@ -61,12 +61,13 @@ class Attempt(NamedTuple):
     parent: Commit | None  # where it went on from
 
 
-def begin_attempt(out: str, config_digest: str) -> Attempt:
+def begin_attempt(out: str, config_digest: str, *, job: str | None = None) -> Attempt:
     """Take the next attempt number and the head of the chain; rank 0 decides for all.
 
     Args:
         out: RUN.
         config_digest: of the config in force, for the record.
+        job: see `newest_job`.
 
     Raises:
         CheckpointError: a commit that cannot be read.
@@ -81,6 +82,7 @@ def begin_attempt(out: str, config_digest: str) -> Attempt:
             "config": config_digest,
             "world_size": comm.world_size(),
             "host": socket.gethostname(),
+            "job": job,
             "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
         }
         number = max(_attempt_numbers(out), default=0) + 1
@@ -93,6 +95,16 @@ def begin_attempt(out: str, config_digest: str) -> Attempt:
         return Attempt(f"{number:04d}", read_head(out))
 
     return comm.on_first_rank(begin)
+
+
+def newest_job(out: str) -> str | None:
+    """The token of the job that started the newest attempt; None without one.
+
+    Raises:
+        StorageError: it could not be read.
+    """
+    number = max(_attempt_numbers(out))
+    return json.loads(storage.read_bytes(storage.join(out, "attempts", f"{number:04d}.json"))).get("job")
 
 
 def _attempt_numbers(out: str) -> list[int]:

@@ -28,7 +28,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
 from dist_mlpl.build import build_view, open_samples
-from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
+from dist_mlpl.checkpoint import newest_job
+from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url, with_absolute_paths
 from dist_mlpl.curriculum.schedule import check_bounded
 from dist_mlpl.data.order import check_global_batch
 from dist_mlpl.data.tars import TarSet, check_num_tars
@@ -38,7 +39,6 @@ from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
-from dist_mlpl.settings import with_locations
 from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
@@ -112,14 +112,19 @@ class BoardSink:
             self._push()
 
     def ask(self) -> Action:
-        """What the driver wanted when it was last heard of."""
+        """What the driver wanted when it was last heard of, which is not long ago."""
+        self._listen()
+        if self._answer is None and comm.rank() == 0 and time.monotonic() - self._pushed > _POLL_SECONDS:
+            self._push()  # where no rows are told for a while, a stop would not be heard
+        return self.action
+
+    def _listen(self) -> None:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self.action = max(self.action, Action(ray.get(self._answer)))
             self._answer = None
-        return self.action
 
     def _push(self) -> None:
-        self.ask()  # the answer to the last push, before its successor takes its place
+        self._listen()  # to the answer to the last push, before its successor takes its place
         self._answer = self._board.push.remote(self._rows)
         self._rows, self._pushed = [], time.monotonic()
 
@@ -166,7 +171,8 @@ def train_on_ray(
     seen = Seen()
     shown: list[Sink] = [Display(), LastEpoch(last), seen, *([observer] if observer else [])]
     stop = StopRequest()
-    arguments = {"allow_change": allow_change, "max_steps": max_steps, "is_profiled": is_profiled}
+    arguments = {"allow_change": allow_change, "max_steps": max_steps, "is_profiled": is_profiled,
+                 "job": secrets.token_hex(8)}  # fmt: skip
     _run_workers(_train_worker, arguments, config, address=address, shown=shown, seen=seen, stop=stop)
     if last and is_result_shown:
         show_last(last, config.run_folder)
@@ -269,19 +275,6 @@ def _waiting(config: Config) -> str:
     return f"waiting for {need}; the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all"
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: workers start in folders of their own."""
-    config = with_locations(config, storage.absolute)
-    backbone = config.method.backbone
-    if backbone.weights is not None and "/" in backbone.weights:  # a file; names of torchvision's tables have no slash
-        backbone = backbone.model_copy(update={"weights": storage.absolute(backbone.weights)})
-    data = config.data
-    if data.view is not None and "/" in data.view:  # a folder; names of the set's own views have no slash
-        data = data.model_copy(update={"view": storage.absolute(data.view)})
-    method = config.method.model_copy(update={"backbone": backbone})
-    return config.model_copy(update={"out": storage.absolute(config.run_folder), "method": method, "data": data})
-
-
 def check_before_start(config: Config, *, allow_change: bool) -> None:
     """Find out on the driver what would stop every worker: shards, batch, run folder, changed settings.
 
@@ -353,10 +346,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     config = Config.model_validate(arguments["config"])
     sink = BoardSink(board)
     report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
-    with _telling_failures(board), contextlib.closing(report):
+    job = arguments["job"]
+    with _telling_failures(board, config.run_folder, job), contextlib.closing(report):
         train(
             config,
             report,
+            job=job,
             allow_change=arguments["allow_change"],
             max_steps=arguments["max_steps"],
             is_profiled=arguments["is_profiled"],
@@ -376,7 +371,7 @@ def _relabel_worker(arguments: dict[str, Any]) -> None:
         if comm.rank() == 0:
             sink.row({"event": "scoring", "num_scored": done, "num_to_score": total})
 
-    with _telling_failures(board):
+    with _telling_failures(board, config.run_folder, None):
         if comm.rank() == 0:
             sink.row({"event": "start"})
         made = relabel_run(
@@ -414,18 +409,36 @@ class MadeRound:
 
 
 @contextlib.contextmanager
-def _telling_failures(board: Any) -> Iterator[None]:
+def _telling_failures(board: Any, run: str, job: str | None) -> Iterator[None]:
     """Tell the driver what ends a worker: an error that a restart would only repeat, or what else went wrong."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, MlplError) and not isinstance(error, (StorageError, OvertakenError)):
+        if is_final(error, run, job):
             ray.get(board.give_up.remote(error))
         else:  # a lost peer, usually; the group starts again
             first_line = (str(error).splitlines() or [""])[0][:160]
             text = f"rank {comm.rank()} stopped: {type(error).__name__}: {first_line}"
             ray.get(board.push.remote([{"event": "note", "text": text}]))
         raise
+
+
+def is_final(error: Exception, run: str, job: str | None) -> bool:
+    """Whether a restart would only repeat an error, or overtake another job that has overtaken this one.
+
+    Args:
+        error: that ended a worker.
+        run: RUN.
+        job: token of this training job; None for a round of labels, which a faster job may overtake for good.
+    """
+    if not isinstance(error, MlplError) or isinstance(error, StorageError):
+        return False
+    if not isinstance(error, OvertakenError):
+        return True
+    try:
+        return job is not None and newest_job(run) != job  # else it was an older group of workers of this very job
+    except MlplError:
+        return False
 
 
 def _show(board: Any, shown: list[Sink]) -> None:

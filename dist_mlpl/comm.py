@@ -9,7 +9,8 @@ import functools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
@@ -172,6 +173,25 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if isinstance(made, MlplError):
         raise made
     return cast(T, made)
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """What one rank raises in a block without a collective, on all ranks: none waits for a rank that gave up.
+
+    Collective: all ranks, one gather of pickles at the end of the block.
+
+    Raises:
+        MlplError: of the lowest rank that raised one, on all ranks.
+    """
+    own: MlplError | None = None
+    try:
+        yield
+    except MlplError as error:
+        own = error
+    for error_of_rank in gather_objects(own):
+        if error_of_rank is not None:
+            raise error_of_rank
 
 
 def exchange(

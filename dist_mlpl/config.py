@@ -19,7 +19,7 @@ from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
 from dist_mlpl.evaluate import EvaluationSettings
 from dist_mlpl.methods.table import METHODS, AnyMethodSettings
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
-from dist_mlpl.settings import Location, Settings
+from dist_mlpl.settings import Location, Settings, with_locations
 
 
 class ClusterSettings(Settings):
@@ -284,6 +284,19 @@ def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
     document[place[-1]] = value
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute: workers start in folders of their own."""
+    config = with_locations(config, storage.absolute)
+    backbone = config.method.backbone
+    if backbone.weights is not None and "/" in backbone.weights:  # a file; names of torchvision's tables have no slash
+        backbone = backbone.model_copy(update={"weights": storage.absolute(backbone.weights)})
+    data = config.data
+    if data.view is not None and "/" in data.view:  # a folder; names of the set's own views have no slash
+        data = data.model_copy(update={"view": storage.absolute(data.view)})
+    method = config.method.model_copy(update={"backbone": backbone})
+    return config.model_copy(update={"method": method, "data": data})
+
+
 # What a resumed run may change: freely, or with --allow-change. Everything else is refused.
 _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
          "data.view", "data.unindexed.tars", "data.unindexed.classes", "data.cache_bytes", "data.num_workers",
@@ -300,9 +313,10 @@ def compare_configs(old: Config, new: Config) -> list[tuple[str, Any, Any, Chang
     """What differs between the config a run began with and the one it is resumed under.
 
     Returns:
-        (key, old value, new value, how the change is treated): `allowed` ones need --allow-change.
+        (key, old value, new value, how the change is treated): `allowed` ones need --allow-change. Relative paths are
+        taken for those from here: on Ray all are made absolute.
     """
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(with_absolute_paths(config).model_dump(mode="json")) for config in (old, new))
     changes: list[tuple[str, Any, Any, Change]] = []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):

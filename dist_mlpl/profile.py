@@ -49,7 +49,7 @@ class StepProfile:
     def step(self, progress: Progress, report: Report) -> None:
         """A step is done; `progress` stands after it.
 
-        Collective: all ranks.
+        Called on all ranks.
         """
         number, phase = divmod(self._num_steps - _FIRST_STEP, _EVERY_STEPS)
         self._num_steps += 1

@@ -156,7 +156,9 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, world: World, *, allow_change: bool, is_output_logged: bool) -> Iterator[Run]:
+def open_run(
+    config: Config, world: World, *, allow_change: bool, is_output_logged: bool, job: str | None = None
+) -> Iterator[Run]:
     """Check what can be checked, then build everything from the manifest to the checkpoint.
 
     Whatever ends the run goes into its log; its threads stop, and the log is closed, with the context.
@@ -175,7 +177,7 @@ def open_run(config: Config, world: World, *, allow_change: bool, is_output_logg
         config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
     )
     notes = compare_with_run(config, allow_change=allow_change)
-    attempt = begin_attempt(out, config.digest)
+    attempt = begin_attempt(out, config.digest, job=job)
     with ExitStack() as opened:
         log_file = opened.enter_context(_logged(out, attempt, world, has_output=is_output_logged))
         method = build_method(config, manifest)

@@ -21,6 +21,7 @@ def train(
     max_steps: int | None = None,
     is_output_logged: bool = False,
     is_profiled: bool = False,
+    job: str | None = None,
 ) -> Progress:
     """Run or resume one training, on this rank.
 
@@ -31,6 +32,7 @@ def train(
         max_steps: return after this many steps of this attempt, with a commit.
         is_output_logged: what this process prints goes to its log in the run folder.
         is_profiled: trace some steps, into the run folder.
+        job: token of all attempts that one driver starts again and again; None: there is but one.
 
     Returns:
         Where the run stands when it returns.
@@ -42,7 +44,7 @@ def train(
     """
     world = start(config.engine)
     with (
-        open_run(config, world, allow_change=allow_change, is_output_logged=is_output_logged) as run,
+        open_run(config, world, allow_change=allow_change, is_output_logged=is_output_logged, job=job) as run,
         StepProfile(config.run_folder, run.attempt.name, is_on=is_profiled) as profile,
     ):
         method, engine, stream, length = run.method, run.engine, run.stream, run.length

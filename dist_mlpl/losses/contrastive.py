@@ -52,10 +52,11 @@ def contrastive_loss(
 
     total = (1.0 - cosines)[is_present].sum()
     sizes = is_met.sum(dim=1).tolist()  # classes of each group
+    num_present, num_others = present_pairs.tolist(), other_pairs.tolist()  # once: each waits for the device
     for kind, is_kind in enumerate((is_mixed, is_absent)):
         parts = zip((1.0 + cosines).split(sizes), is_kind.split(sizes), strict=True)
         for place, (losses, is_own) in enumerate(parts):
-            total = total + _thinned(losses[is_own], int(present_pairs[place]), int(other_pairs[place, kind]))
+            total = total + _thinned(losses[is_own], num_present[place], num_others[place][kind])
     return total
 
 

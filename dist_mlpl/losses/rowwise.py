@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ Losses = Callable[..., Tensor]
 _CPU_ENTRIES_PER_THREAD = 2**17
 _DEVICE_ENTRIES = 2**22
 _GROUP = 8  # columns
-_FAR = 1e30  # below every score; taken off rather than filled in, which is slow on a CPU where labels are mixed
+# Below every score: never chosen. Taken off rather than filled in, which is slow on a CPU where labels are mixed.
+NEVER: Final = -1e30
 
 
 def sum_of_rows(losses: Losses, logits: Tensor, *rows: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def top_of_rows(scores: Tensor, barred: Tensor, k: int, used: Tensor | int = 0) 
     """The likeliest candidates of each row: k less what is used up already, or all where there are fewer.
 
     Args:
-        scores: (b, C) float, smaller than 1e29; of equal ones any may come first.
+        scores: (b, C) float, of a size below 1e29, or NEVER; of equal ones any may come first.
         barred: (b, C) of the same type, 0 for a candidate, 1 for what is none.
         k: from 0 on.
         used: (b, 1) or one number, places that do not count.
@@ -61,8 +62,8 @@ def top_of_rows(scores: Tensor, barred: Tensor, k: int, used: Tensor | int = 0) 
         (b, C) of the same type, 1 for the chosen, 0 for the others.
     """
     num_places = min(k, scores.shape[1])
-    values, classes = _largest(scores.sub(barred, alpha=_FAR), num_places)  # (b, num_places)
-    is_chosen = (values > -0.5 * _FAR) & (torch.arange(num_places, device=scores.device) < k - used)
+    values, classes = _largest(scores.add(barred, alpha=NEVER), num_places)  # (b, num_places)
+    is_chosen = (values > 0.5 * NEVER) & (torch.arange(num_places, device=scores.device) < k - used)
     return torch.zeros_like(scores).scatter_(1, classes, is_chosen.to(scores.dtype))
 
 

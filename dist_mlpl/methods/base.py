@@ -14,7 +14,7 @@ from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.data.label_store import Labels
-from dist_mlpl.labels import UNKNOWN
+from dist_mlpl.labels import PRESENT, UNKNOWN
 from dist_mlpl.methods.costs import Cost, Scale, bank_cost
 from dist_mlpl.models.backbone import BackboneSettings, build_backbone
 from dist_mlpl.models.classifier import Pooling
@@ -252,6 +252,11 @@ def training_targets(batch: Batch) -> Tensor:
     if batch.pseudo_targets is not None:
         targets = torch.where(targets != UNKNOWN, targets, batch.pseudo_targets)  # a known label always wins
     return torch.where(batch.valid[:, None], targets, UNKNOWN)
+
+
+def known_positives(batch: Batch) -> Tensor:
+    """(B, C) bool: present by human label in a valid image."""
+    return (batch.targets == PRESENT) & batch.valid[:, None]
 
 
 def images_alone(images: Tensor, num_classes: int) -> Batch:

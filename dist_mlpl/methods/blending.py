@@ -13,9 +13,9 @@ from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.data.label_store import Labels
-from dist_mlpl.labels import PRESENT, UNKNOWN
+from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
-from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
+from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, known_positives, step_output, training_targets
 from dist_mlpl.methods.blends import (
     Blend,
     Coefficient,
@@ -70,6 +70,8 @@ class BlendingSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _refuse_what_the_prototypes_ignore(self) -> BlendingSettings:
+        if self.dropout:
+            raise ValueError("dropout set, but attention and graph have none: leave it out")
         default = type(self).model_fields["num_prototypes"].default
         if self.prototypes == "quadrants" and self.num_prototypes != default:
             raise ValueError("num_prototypes set, but quadrants are always four")
@@ -292,11 +294,6 @@ class Blending(Method):
         if self.settings.faithful:
             num_mixed = num_mixed * (share.detach() < 1)
         return (num_known + num_mixed).clamp(min=1).squeeze()
-
-
-def known_positives(batch: Batch) -> Tensor:
-    """(B, C) bool: present by human label in a valid image."""
-    return (batch.targets == PRESENT) & batch.valid[:, None]
 
 
 def quadrant_of(found: Decoupled, *, faithful: bool = False) -> Tensor:

@@ -146,7 +146,7 @@ class SinglePositive(PooledMethod):
             pseudo_targets=None if batch.pseudo_targets is None else batch.pseudo_targets[valid],
             soft_targets=None if batch.soft_targets is None else batch.soft_targets[valid],
             index=batch.index[valid],
-            group_sizes=[int(group.sum()) for group in valid.split(self._group_size)],
+            group_sizes=[int(group.sum()) for group in valid.cpu().split(self._group_size)],  # one wait for the device
             num_valid=recalled["num_valid"].clamp(min=1).squeeze(),
         )
         return self._loss.losses(rows, recalled)

@@ -24,6 +24,7 @@ from dist_mlpl.banks.slots import renew_slots
 from dist_mlpl.batch import METRIC, Batch, Progress, StepOutput
 from dist_mlpl.labels import ABSENT, PRESENT
 from dist_mlpl.losses.consistency import consistency_loss, spatial_consistency_loss
+from dist_mlpl.losses.rowwise import NEVER
 from dist_mlpl.losses.single_positive import expected_negative_loss
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
 from dist_mlpl.methods.costs import Cost, Scale
@@ -289,8 +290,8 @@ def classification_loss(
         () sum over images and classes.
     """
     held, probs = slots.classes.clamp(min=0), torch.sigmoid(logits.detach())
-    ranking = torch.full_like(probs, -1.0)  # below every score
-    ranking = ranking.scatter_reduce(1, held, slots.scores.masked_fill(~is_told, -1.0), "amax")
+    ranking = torch.full_like(probs, NEVER)  # a class without a slot is expected absent
+    ranking = ranking.scatter_reduce(1, held, slots.scores.masked_fill(~is_told, NEVER), "amax")
     ranking = torch.where(is_told.any(dim=1, keepdim=True), ranking, probs)
     total = expected_negative_loss(logits, targets, ranking, expected_positives=num_expected)
     doubt = 1.0 - trust.masked_fill(slots.classes == EMPTY, 1.0)

@@ -18,7 +18,7 @@ from dist_mlpl.labels import PRESENT, UNKNOWN
 from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
 from dist_mlpl.losses.cooccurrence import cooccurrence_loss
 from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce
-from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
+from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, known_positives, step_output, training_targets
 from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
 from dist_mlpl.models.cooccurrence import PairHead, Pairs, PairSettings
 from dist_mlpl.models.gated_graph import GatedGraphSettings
@@ -69,6 +69,8 @@ class SstSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _refuse_what_the_code_ignores(self) -> SstSettings:
+        if self.dropout:
+            raise ValueError("dropout set, but attention and graph have none: leave it out")
         if self.faithful and self.normalization != "image_mean":
             raise ValueError("normalization set, but with faithful it is the code's: leave one of them out")
         return self
@@ -167,7 +169,7 @@ class Sst(Method):
         )  # fmt: skip
         own = torch.stack([contrasted.new_tensor(len(self._trained_pairs(targets, batch.valid).slot)), contrasted])
         num_pairs, contrasted = comm.reduce_sum(own).split(1)
-        means, counts = self._ring.means((targets == PRESENT).nonzero()[:, 1])
+        means, counts = self._ring.means(known_positives(batch).nonzero()[:, 1])
         ramp = progress.samples_consumed / self._epoch_samples if progress.epoch == 0 else 1.0
         return super().recall(batch, progress) | {
             "num_pairs": num_pairs,
@@ -204,7 +206,7 @@ class Sst(Method):
                 "intra": ramp * settings.pair_loss_weight * self._pair_loss(of_trained, trained, y, recalled),
                 "inter": ramp * settings.contrastive_weight * self._contrastive_loss(f, y, recalled),
             }
-        rows, classes = (y == PRESENT).nonzero(as_tuple=True)
+        rows, classes = known_positives(batch).nonzero(as_tuple=True)
         positives = {"ring_class": classes, "ring_feature": f[rows, classes], "ring_position": batch.index[rows]}
         return step_output(x, terms, extras | positives)
 

@@ -101,8 +101,9 @@ class PairHead(nn.Module):
         """The pairs that have weights and join a class of the one kind to a class of the other. Reads no parameter.
 
         Args:
-            is_first, is_second: (B, C) bool; an unordered pair is given once, even where it fits both ways. With
-                neighbours, `first` of a pair is of the first kind, without, it is the lower of the two classes.
+            is_first, is_second: (B, C) bool. Without neighbours an unordered pair is given once, even where it fits
+                both ways, and its `first` is the lower of the two classes. With neighbours `first` is of the first
+                kind, and two classes that are each other's neighbours are given both ways, with weights of their own.
         """
         images, classes = is_first.nonzero(as_tuple=True)  # (n,) each
         if self.num_neighbours is not None:

@@ -189,7 +189,8 @@ class RoundCommitter:
         """
         found = self._find()
         least = self._caps(found) if self._settings.has_class_caps else None
-        written = [self._write(shard, state, least) for shard, state in self._shards(found)]
+        with comm.shared_errors():
+            written = [self._write(shard, state, least) for shard, state in self._shards(found)]
         gathered = [one for part in comm.gather_objects(written) for one in part]
         return comm.on_first_rank(lambda: self._publish(found, gathered))
 
@@ -202,17 +203,19 @@ class RoundCommitter:
         totals: npt.NDArray[Any] = np.zeros(sizes.get(strategy, 0), dtype=kind)
         num_known = np.zeros((num_classes, 2), dtype=np.int64)
         numbers = np.zeros(2, dtype=np.int64)
-        for _, part in self._parts():
-            part.add_counts(totals)
-            num_known += part.num_known
-            numbers += (part.num_samples, part.num_undecodable)
+        with comm.shared_errors():
+            for _, part in self._parts():
+                part.add_counts(totals)
+                num_known += part.num_known
+                numbers += (part.num_samples, part.num_undecodable)
         totals, num_known, numbers = _sum(totals), _sum(num_known), _sum(numbers)
         cut = cuts = None
         num_at_cut = np.zeros(len(self._index.shards), dtype=np.int64)
         if strategy == "score_fraction":
             cut = fraction_cut(totals, self._settings.fraction)
-            for shard, part in self._parts():
-                num_at_cut[shard] = np.count_nonzero(keys_of(part.candidates.scores) == cut.key)
+            with comm.shared_errors():
+                for shard, part in self._parts():
+                    num_at_cut[shard] = np.count_nonzero(keys_of(part.candidates.scores) == cut.key)
             num_at_cut = _sum(num_at_cut)
         elif strategy == "class_precision":
             counts = totals.reshape(num_classes, 2, NUM_SIGNED_BINS)
@@ -223,19 +226,21 @@ class RoundCommitter:
         """The strength from which on each class's beliefs stay, (C, 2)."""
         coarse = np.zeros((self._num_classes, 2, caps.NUM_BINS), dtype=np.int32)
         num_kept = np.zeros((self._num_classes, 2), dtype=np.int64)
-        for _, state in self._shards(found):
-            coarse += caps.coarse_counts(state.proposed.where(state.accepted), self._num_classes)
-            for column, value in enumerate((ABSENT, PRESENT)):
-                classes = state.kept.classes[state.kept.values == value]
-                num_kept[:, column] += np.bincount(classes, minlength=self._num_classes)
+        with comm.shared_errors():
+            for _, state in self._shards(found):
+                coarse += caps.coarse_counts(state.proposed.where(state.accepted), self._num_classes)
+                for column, value in enumerate((ABSENT, PRESENT)):
+                    classes = state.kept.classes[state.kept.values == value]
+                    num_kept[:, column] += np.bincount(classes, minlength=self._num_classes)
         coarse = _sum(coarse)
         limits = caps.class_limits(
             self._settings, num_known=found.num_known, num_unknown=found.num_unknown, num_kept=_sum(num_kept)
         )
         crossing = caps.crossing_bins(coarse, limits)
         fine = np.zeros((self._num_classes, 2, caps.FINE), dtype=np.int32)
-        for _, state in self._shards(found):
-            fine += caps.fine_counts(state.proposed.where(state.accepted), crossing)
+        with comm.shared_errors():
+            for _, state in self._shards(found):
+                fine += caps.fine_counts(state.proposed.where(state.accepted), crossing)
         return caps.least_strengths(coarse, _sum(fine), crossing, limits)
 
     # One shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,60 +33,50 @@ def model_record(commit: Commit) -> RoundModel:
     return RoundModel(step=commit.step, sha256=sha256)
 
 
-def is_made(run: str, settings: CurriculumSettings, head: Commit, *, scored_with: str) -> int:
-    """The newest round if these settings made it from this commit, else 0: a round need not be made twice.
+def is_made(run: str, settings: CurriculumSettings, models: Sequence[RoundModel], *, scored_with: str) -> int:
+    """The newest round if these settings made it from these models, else 0: a round need not be made twice.
 
     Args:
         run: RUN.
         settings: of the curriculum.
-        head: the commit whose model would score.
+        models: that would score, the present one first.
         scored_with: digest of what else scores depend on.
     """
     number = newest_round(run)
     if number == 0:
         return 0
     made = read_round(run, number)
-    mine = (settings.strategy, settings.parameters, model_record(head), scored_with)
-    return number if (made.strategy, made.parameters, *made.models[:1], made.scored_with) == mine else 0
+    mine = (settings.strategy, settings.parameters, tuple(models), scored_with)
+    return number if (made.strategy, made.parameters, made.models, made.scored_with) == mine else 0
 
 
-def scoring_models(
-    run: str, head: Commit, settings: CurriculumSettings, engine: Engine, build: Callable[[], Method]
-) -> list[Model]:
-    """The models of a round, the present one first.
+def find_members(run: str, head: Commit, settings: CurriculumSettings) -> list[tuple[str, Commit]]:
+    """Where the models of a round lie, the present one first; one list for all ranks, for a member may still train.
 
     Args:
         run: RUN.
         head: the commit whose model the engine holds.
         settings: of the curriculum; an ensemble takes `checkpoints` commits of the run, or as many as there are, and
             the `runs`.
-        engine: holds the present model.
-        build: makes an empty method like the engine's.
 
     Raises:
-        CheckpointError: a member is missing, pruned, of other classes or of another model; an ensemble of one.
+        CheckpointError: a member is missing, or of other classes; an ensemble of one.
 
-    Collective: all ranks, of an ensemble; one broadcast of commits.
+    Collective: all ranks, one broadcast of commits.
     """
+    return comm.on_first_rank(lambda: _members(run, head, settings))
 
-    def predict(batch: Batch) -> Tensor:
-        output = engine.predict(batch)
-        return output.extras["embedding"] if settings.strategy == "neighbours" else output.logits
 
-    models = [Model(model_record(head), predict)]
+def _members(run: str, head: Commit, settings: CurriculumSettings) -> list[tuple[str, Commit]]:
+    members = [(run, head)]
     if settings.strategy != "ensemble":
-        return models
-
-    def find() -> list[tuple[str, Commit]]:
-        members: list[tuple[str, Commit]] = []
-        earlier = head
-        while len(members) < settings.checkpoints - 1 and earlier.parent is not None:
-            earlier = read_commit(run, earlier.parent)
-            members.append((run, earlier))
-        return members + [_member(text) for text in settings.runs]
-
-    members = comm.on_first_rank(find)  # one list for all ranks: a member may still train
-    if not members:
+        return members
+    earlier = head
+    while len(members) < settings.checkpoints and earlier.parent is not None:
+        earlier = read_commit(run, earlier.parent)
+        members.append((run, earlier))
+    members += [_member(text) for text in settings.runs]
+    if len(members) == 1:
         raise CheckpointError(
             f"an ensemble of one model: step {head.step} is the only commit of the run",
             expected="two models at least",
@@ -96,8 +86,31 @@ def scoring_models(
     for url, commit in members:
         if commit.digests["classes"] != head.digests["classes"]:
             raise _incompatible(url, commit, "classes that differ from this run's")
-        models.append(Model(model_record(commit), _loaded(url, commit, engine, build())))
-    return models
+    return members
+
+
+def load_models(
+    members: Sequence[tuple[str, Commit]], settings: CurriculumSettings, engine: Engine, build: Callable[[], Method]
+) -> list[Model]:
+    """The models of a round, the present one first.
+
+    Args:
+        members: from `find_members`.
+        settings: of the curriculum.
+        engine: holds the present model.
+        build: makes an empty method like the engine's.
+
+    Raises:
+        CheckpointError: a member is pruned or damaged, or of another model.
+    """
+
+    def predict(batch: Batch) -> Tensor:
+        output = engine.predict(batch)
+        return output.extras["embedding"] if settings.strategy == "neighbours" else output.logits
+
+    head, *others = members
+    loaded = [Model(model_record(commit), _loaded(url, commit, engine, build())) for url, commit in others]
+    return [Model(model_record(head[1]), predict), *loaded]
 
 
 def _member(text: str) -> tuple[str, Commit]:

@@ -37,7 +37,7 @@ from dist_mlpl.engine import Engine
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import Method
 from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal
-from dist_mlpl.rounds.models import Model, is_made, scoring_models
+from dist_mlpl.rounds.models import Model, find_members, is_made, load_models, model_record
 from dist_mlpl.rounds.neighbours import vote
 from dist_mlpl.rounds.parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
 
@@ -77,17 +77,19 @@ def relabel(
         The committed round; None when a rank was asked to stop in its middle.
 
     Raises:
-        MlplError: see `scoring_models`, `plan_round` and `make_round`.
+        MlplError: see `find_members`, `load_models`, `plan_round` and `make_round`.
 
     Collective: all ranks.
     """
-    if number := comm.on_first_rank(lambda: is_made(run, settings, head, scored_with=scored_with)):
-        return read_round(run, number)
+    members = find_members(run, head, settings)
+    records = [model_record(commit) for _, commit in members]
+    if number := comm.on_first_rank(lambda: is_made(run, settings, records, scored_with=scored_with)):
+        return comm.on_first_rank(lambda: read_round(run, number))
     engine.average_buffers()
-    models = scoring_models(run, head, settings, engine, build)
+    models = load_models(members, settings, engine, build)
     is_whole = engine.settings.kind == "plain" or engine.settings.zero_stage < 3
     scorer = Scorer(settings, models, engine.method, seed=seed, keeps_trunk=is_whole)
-    plan = plan_round(run, labels, settings, [model.record for model in models], seed=seed, scored_with=scored_with)
+    plan = plan_round(run, labels, settings, records, seed=seed, scored_with=scored_with)
     with closing(open_stream()) as stream:
         assert isinstance(stream, Stream)  # as the split has an index
         return make_round(run, plan, labels, settings, scorer, stream, is_asked=is_asked, tell=tell)

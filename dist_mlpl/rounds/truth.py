@@ -47,22 +47,23 @@ def measure(run: str, commit: RoundCommit, labels: Labels) -> dict[str, float]:
         `num_flipped_wrong`, those about hidden labels by whether the new sign is right. Empty without hidden labels.
 
     Raises:
-        CheckpointError: a file of the round or of the one before is missing or damaged.
+        CheckpointError: a file of the round or of the one before is missing or damaged; on all ranks.
 
-    Collective: all ranks, one sum of a few counts.
+    Collective: all ranks, one gather of errors and one sum of a few counts.
     """
     if labels.view is None or not isinstance(labels.samples, SplitIndex):
         return {}
     index, counts = labels.samples, np.zeros(len(_NAMES), dtype=np.int64)
-    parent = read_round(run, commit.parent) if commit.parent else None
-    for shard in own_shards(index):
-        overlay = _believed(run, commit, index, shard)
-        before = _believed(run, parent, index, shard) if parent else Overlay.empty()
-        is_flipped = _flipped(overlay, before)
-        counts[_NAMES.index("flipped")] += np.count_nonzero(is_flipped)
-        for first, truth in _hidden(labels.view, index, shard):
-            rows = slice(*np.searchsorted(overlay.rows, [first, first + len(truth)]))
-            counts += _count(truth, overlay.where(rows), is_flipped[rows], first)
+    with comm.shared_errors():
+        parent = read_round(run, commit.parent) if commit.parent else None
+        for shard in own_shards(index):
+            overlay = _believed(run, commit, index, shard)
+            before = _believed(run, parent, index, shard) if parent else Overlay.empty()
+            is_flipped = _flipped(overlay, before)
+            counts[_NAMES.index("flipped")] += np.count_nonzero(is_flipped)
+            for first, truth in _hidden(labels.view, index, shard):
+                rows = slice(*np.searchsorted(overlay.rows, [first, first + len(truth)]))
+                counts += _count(truth, overlay.where(rows), is_flipped[rows], first)
     comm.reduce_sum(torch.from_numpy(counts))
     return _metrics(dict(zip(_NAMES, counts.tolist(), strict=True)))
 

@@ -16,6 +16,7 @@ from dist_mlpl.engine import Engine, EngineSettings, start
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
+from dist_mlpl.models.semantic import SemanticSettings
 from dist_mlpl.world import World
 
 
@@ -67,9 +68,12 @@ def inference_settings(config: Config) -> EngineSettings:
 
 
 def empty_method(config: Config, manifest: Manifest) -> Method:
-    """The run's method without the weights that its backbone began with."""
-    backbone = config.method.backbone.model_copy(update={"weights": None})
-    method = config.method.model_copy(update={"backbone": backbone})
+    """The run's method without the files that it began with: all that they held is in the model file."""
+    changes: dict[str, Any] = {"backbone": config.method.backbone.model_copy(update={"weights": None})}
+    head = getattr(config.method, "head", None)
+    if isinstance(head, SemanticSettings):
+        changes["head"] = head.model_copy(update={"embeddings": None})
+    method = config.method.model_copy(update=changes)
     return method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
 
 

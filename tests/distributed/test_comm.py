@@ -173,3 +173,41 @@ def test_room_changes_the_number_of_messages_and_nothing_else(world_size: int) -
                 assert heard[f"{case} number"] == 1
         assert any(heard[f"{case} number"] == 2 for case in range(3 * NUM_CASES))
         assert heard["short"] == 1
+
+
+def told(rank: int, world_size: int) -> dict[str, Any]:
+    """What a rank hears of things that one rank makes, and of errors that one or several ranks meet."""
+
+    def fail(where: str) -> BankError:
+        return BankError("found", expected="expected", where=where, next_step="do")
+
+    def refuse() -> None:
+        raise fail("rank 0")
+
+    heard: dict[str, Any] = {
+        "made": comm.on_first_rank(lambda: ("by", comm.rank())),
+        "gathered": comm.gather_on_first_rank(rank * 10),
+    }
+    with pytest.raises(BankError) as caught:
+        comm.on_first_rank(refuse)
+    heard["refused"] = caught.value.where
+    for who in ((), (2,), (1, 2), (0,)):
+        try:
+            with comm.shared_errors():
+                if rank in who:
+                    raise fail(f"rank {rank}")
+            heard[f"errors of {who}"] = None
+        except BankError as error:
+            heard[f"errors of {who}"] = error.where
+    return heard
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_one_rank_makes_or_fails_at_reaches_all(world_size: int) -> None:
+    for rank, heard in enumerate(run_ranks(told, world_size)):
+        assert heard == {
+            "made": ("by", 0), "gathered": [10 * r for r in range(world_size)] if rank == 0 else [],
+            "refused": "rank 0", "errors of ()": None, "errors of (0,)": "rank 0",
+            "errors of (2,)": "rank 2" if world_size == 3 else None,
+            "errors of (1, 2)": "rank 1" if world_size == 3 else None,
+        }  # fmt: skip

@@ -352,6 +352,11 @@ def test_an_ensemble_of_other_models_or_other_classes_is_refused(
     assert newest_round(str(out)) == 2
     assert relabel_run(job_config(str(out), ["strategy=ensemble", f"runs=['{trained[0]}@14']"], None)) is not None
     assert [model.step for model in read_round(str(out), 3).models] == [18, 16, 14, 14]
+    for _ in range(2):  # of fewer members it is another round; of the same, the same one
+        fewer = relabel_run(job_config(str(out), ["strategy=ensemble", "checkpoints=2"], None))
+        assert fewer is not None
+        assert fewer.commit.round == 4
+    assert [model.step for model in read_round(str(out), 4).models] == [18, 16]
 
 
 def test_uncertainty_of_a_model_without_dropout_is_refused_before_training(shards: str, tmp_path: Path) -> None:

@@ -6,13 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dist_mlpl.banks.ring import Ring
 from dist_mlpl.chain import read_chain, read_model
+from dist_mlpl.tools.judge import judge
 from tests.support.banks import assert_same_banks, saved_bank
-from tests.support.runs import assert_same_end, rows_reach, run, run_until, tiny_config, tiny_shards, write_config
+from tests.support.runs import (
+    assert_same_end,
+    rows_reach,
+    run,
+    run_until,
+    tiny_config,
+    tiny_shards,
+    train_in_process,
+    write_config,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -69,3 +80,13 @@ def test_a_run_that_starts_from_another_takes_its_graph_over(undisturbed: Path, 
     model = read_model(str(out), read_chain(str(out))[-1])
     for name in ("head.graph.neighbours", "head.graph.weights", "pair_head.neighbours"):
         assert torch.equal(model[name], source[name])
+
+
+def test_a_run_is_judged_without_the_file_of_class_vectors_that_it_began_with(shards: str, tmp_path: Path) -> None:
+    vectors = tmp_path / "vectors.npy"
+    np.save(vectors, np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
+    method = SST | {"head": SST["head"] | {"embeddings": str(vectors)}}
+    train_in_process(tiny_config(shards, method=method, num_epochs=1), tmp_path / "run")
+    before = judge(str(tmp_path / "run"))
+    vectors.unlink()
+    assert judge(str(tmp_path / "run")) == before

@@ -18,7 +18,7 @@ import torch
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Batch
 from dist_mlpl.chain import read_chain
-from dist_mlpl.config import load_config
+from dist_mlpl.config import load_config, with_absolute_paths
 from dist_mlpl.data.order import PADDING, EpochOrder
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK
@@ -476,7 +476,7 @@ def test_a_run_over_tars_goes_on_where_they_lie_now_but_not_over_others(tmp_path
 def test_the_driver_finds_tars_from_any_folder_and_too_few_of_them_before_workers_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_mlpl.cluster import check_before_start, with_absolute_paths  # imports Ray
+    from dist_mlpl.cluster import check_before_start  # imports Ray
 
     monkeypatch.chdir(tmp_path)
     path = make_run(tmp_path, "tars/..")

@@ -65,6 +65,8 @@ def tiny_config(manifest: str, **sections: Any) -> dict[str, Any]:
     }
     for name, value in sections.items():
         config[name] = {**config[name], **value} if isinstance(value, dict) and name in config else value
+    if config["method"]["name"] in ("sst", "blending"):  # which have none
+        del config["method"]["dropout"]
     return config
 
 

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_mlpl.config import Config, check_config, check_resume, compare_configs, load_config, parse_yaml
+from dist_mlpl.config import (
+    Config,
+    check_config,
+    check_resume,
+    compare_configs,
+    load_config,
+    parse_yaml,
+    with_absolute_paths,
+)
 from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.errors import CheckpointError, ConfigError
 from dist_mlpl.models.semantic import SemanticSettings
@@ -383,10 +391,28 @@ def test_every_path_of_a_config_is_made_absolute_and_nothing_else() -> None:
 def test_a_view_by_path_is_made_absolute_for_workers_and_one_by_name_stays(
     view: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_mlpl.cluster import with_absolute_paths  # imports Ray
-
     monkeypatch.chdir(tmp_path)
     document = {"out": "run", "num_epochs": 1, "global_batch": 8, "data": {"manifest": "set", "view": view},
                 "method": {"name": "partial_bce", "backbone": {"name": "resnet_small"}}}  # fmt: skip
     found = with_absolute_paths(check_config(document, where="test")).data
     assert (found.view, found.manifest) == (expected.replace("/here", str(tmp_path)), f"{tmp_path}/set")
+
+
+def test_a_path_is_the_same_relative_or_absolute_when_a_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    method = {"name": "partial_bce", "backbone": {"name": "resnet_small"}, "init_from": "main"}
+    document = {"out": "run", "num_epochs": 1, "global_batch": 8, "data": {"manifest": "set"}, "method": method}
+    config = check_config(document, where="test")
+    assert compare_configs(with_absolute_paths(config), config) == []  # Ray's driver writes the first
+    elsewhere = check_config(document | {"method": method | {"init_from": "other"}}, where="test")
+    assert [change[0] for change in compare_configs(config, elsewhere)] == ["method.init_from"]
+
+
+@pytest.mark.parametrize("name", ["sst", "blending"])
+def test_dropout_where_a_method_has_none_is_refused(name: str) -> None:
+    method = {"name": name, "backbone": {"name": "resnet_small"}, "dropout": 0.5}
+    document = {"num_epochs": 1, "global_batch": 8, "data": {"manifest": "set"}, "method": method}
+    with pytest.raises(ConfigError, match="dropout set"):
+        check_config(document, where="test")

@@ -15,7 +15,7 @@ from dist_mlpl.banks.heatmaps import EMPTY, Slots
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError
 from dist_mlpl.methods.base import HEATMAPS, Method
-from dist_mlpl.methods.spatial_consistency import EVICTED, HELD, cell_grid, slot_shares
+from dist_mlpl.methods.spatial_consistency import EVICTED, HELD, cell_grid, classification_loss, slot_shares
 from dist_mlpl.methods.table import METHODS
 from tests.support.heatmaps import read_oracle, slots_oracle, write_oracle
 from tests.support.losses import expected_negative_oracle
@@ -318,3 +318,13 @@ def test_a_cell_of_the_small_residual_net_answers_most_to_the_pixel_it_is_said_t
 def test_settings_that_cannot_be_meant_are_refused(keys, word):
     with pytest.raises(ValidationError, match=word):
         METHODS["spatial_consistency"](backbone={"name": "resnet_small"}, **keys)
+
+
+def test_of_classes_without_a_told_slot_all_are_expected_absent() -> None:
+    C, K = 6, 5  # one present, so four more are expected; but one class alone was seen before
+    logits = torch.linspace(-1.0, 2.0, C)[None]
+    targets = torch.tensor([[1, 0, 0, 0, 0, 0]], dtype=torch.int8)
+    slots = Slots(torch.tensor([[3, EMPTY]]), torch.tensor([[0.7, 0.0]]), torch.zeros(1, 2, 0, 0), torch.tensor([1]))
+    found = classification_loss(logits, targets, slots, slots.classes != EMPTY, torch.ones(1, 2), float(K))
+    losses = torch.nn.functional.softplus(logits[0] * torch.tensor([-1.0] + [1.0] * (C - 1)))
+    torch.testing.assert_close(found, losses[[0, 1, 2, 4, 5]].sum())
