@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import keyed
-from dist_mlpl.banks.base import Bank
+from dist_mlpl.banks.base import WritableBank
 from dist_mlpl.banks.held import Column
 from dist_mlpl.errors import BankError
 
@@ -133,7 +133,7 @@ class Slots(NamedTuple):
     visits: Tensor  # (n,) int64, times that the image was written
 
 
-class HeatmapBank(Bank):
+class HeatmapBank(WritableBank):
     """Slots an image: for C classes and W x W cells, min(M, C) classes with a score and a u8 map each.
 
     A row of 32 slots with 14 x 14 cells takes 6,468 bytes. Maps are rounded by chance keyed by seed, image, visit and
