@@ -194,7 +194,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(scene_set, tmp_path):
 
 def test_without_scikit_learn_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dist-mlpl\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[demo\]'"):
         write_scenes(tmp_path / "never", num_train=1, num_test=1)
     assert not (tmp_path / "never").exists()
 
