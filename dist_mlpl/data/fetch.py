@@ -159,7 +159,10 @@ class Fetcher:
         except OSError:  # a network disk that failed over: opened anew, and tried for a while
             with self._lock:
                 self._files.pop(shard, None)
-            content = storage.read_bytes(self._url(shard), offset, offset + num_bytes)
+            try:
+                content = storage.read_bytes(self._url(shard), offset, offset + num_bytes)
+            except FileNotFoundError:  # deleted where it lies, while a handle was kept here
+                raise _missing(self._url(shard)) from None
         if len(content) != num_bytes:
             raise _truncated(self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes}, as the index says")
         table = self._index.shard_index(shard)

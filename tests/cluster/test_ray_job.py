@@ -100,9 +100,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     address = f"http://127.0.0.1:{dashboard}"
     cluster = Cluster(address, environment | {"RAY_API_SERVER_ADDRESS": address}, log)
     try:
-        # The first start of Ray on a machine reads a gigabyte of packages.
-        is_up = lambda: head.poll() is not None or answers(cluster, "/api/jobs/")  # noqa: E731
-        wait_until(is_up, what="the cluster", seconds=300.0)
+        wait_until(lambda: head.poll() is not None or answers(cluster, "/api/jobs/"), what="the cluster")
         assert head.poll() is None, log.read_text()
         yield cluster
     finally:

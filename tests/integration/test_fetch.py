@@ -337,3 +337,20 @@ def test_a_network_disk_that_fails_over_is_read_again(
     fetcher.close()
     assert not faults
     assert found == images
+
+
+def test_a_shard_deleted_under_a_kept_handle_of_a_network_disk_is_named(
+    local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = copy_set(local, str(tmp_path / "set"))
+    fetcher = Fetcher(SplitIndex(copied, "train"))
+    taken(fetcher, [0])
+    (tmp_path / "set" / "train-000000.tar").unlink()
+
+    def fail(*arguments: int) -> bytes:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ShardError, match="train-000000"):
+        taken(fetcher, [0])
+    fetcher.close()
