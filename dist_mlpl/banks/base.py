@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.banks.checks import index_error, value_error
-from dist_mlpl.banks.held import NUMBER_BYTES, HeldRows, Staged
-from dist_mlpl.banks.rows import ByOwner, Integers, Records, by_owner, exchange_records
+from dist_mlpl.banks.held import HeldRows, Staged
+from dist_mlpl.banks.rows import ByOwner, Integers, Records, Section, by_owner, exchange_records
 from dist_mlpl.errors import BankError, MlplError
 
 
@@ -110,38 +110,10 @@ class Bank(HeldRows):
 
         Collective: all ranks, one `comm.exchange_messages`, with room for as many rows as were last read.
         """
-        staged, size, width = self._staged, self._num_ranks, self._written.itemsize
-        spans, content, room = [(0, 0)] * size, np.empty(0, dtype=np.uint8), comm.Room([0] * size, [0] * size)
-        if staged is not None:
-            spans, content, room = staged.rows.spans, staged.records.view(np.uint8), staged.room or room
-            error = staged.error or error
-        asked, asked_spans = index[owned.order], owned.spans
-
-        def fill(rank: int, message: comm.Bytes) -> None:
-            (first, stop), (first_row, stop_row) = asked_spans[rank], spans[rank]
-            num_noted = NUMBER_BYTES * (1 + stop - first)
-            note = message[:num_noted].view(np.int64)
-            note[0], note[1:] = stop - first, asked[first:stop]
-            message[num_noted:] = content[first_row * width : stop_row * width]
-
-        lengths = [
-            NUMBER_BYTES * (1 + count) + (stop - first) * width
-            for count, (first, stop) in zip(owned.counts, spans, strict=True)
-        ]
-        expected = comm.Room(*([NUMBER_BYTES + comm.SHORT_BYTES + rows * width for rows in counts] for counts in room))
-        try:
-            arrived = comm.exchange_messages(lengths, fill, kind=self.name, expected=expected, error=error)
-        except MlplError:
-            if staged is not None and any(comm.gather_objects(staged.error is not None)):
-                self._staged = None  # refused, on all ranks
-            raise
-        self._staged = None
-        wishes, written = [], []
-        for message in arrived:
-            num_noted = NUMBER_BYTES * (1 + int(message[:NUMBER_BYTES].view(np.int64)[0]))
-            wishes.append(message[NUMBER_BYTES:num_noted].view(np.int64))
-            written.append(message[num_noted:].view(self._written))
-        self._put(written)
+        asked, written = Section(index[owned.order], owned.spans), self._waiting(self._written)
+        with self._delivery(error) as error:
+            _, (wishes, parts) = exchange_records([asked, written], name=self.name, error=error)
+        self._put(parts)
         return wishes
 
     def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
@@ -160,9 +132,8 @@ class Bank(HeldRows):
         except BankError as found:
             fault = found  # travels with the rows, so that all ranks stop together
         room = comm.Room(numbers, owned.counts)
-        _, answers = exchange_records(
-            records, ByOwner(owned.order, numbers).spans, name=self.name, room=room, error=fault
-        )
+        spans = ByOwner(owned.order, numbers).spans
+        _, (answers,) = exchange_records([Section(records, spans, room)], name=self.name, error=fault)
         self._room = comm.Room(owned.counts, numbers)
         read = {name: torch.empty(len(index), *shape, dtype=dtype) for name, (dtype, shape) in self._kinds.items()}
         for (first, stop), answer in zip(owned.spans, answers, strict=True):

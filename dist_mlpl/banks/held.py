@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, numpy_type, record_type
-from dist_mlpl.errors import BankError
+from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, Section, numpy_type, record_type
+from dist_mlpl.errors import BankError, MlplError
 from dist_mlpl.settings import Settings
 
 NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % num_shards whatever the number of ranks
 INTEGER: Final[Kind] = (torch.int64, ())
-NUMBER_BYTES: Final = 8  # of an integer in a message
 
 Dtype = Literal["f64", "f32", "f16", "u8", "i32", "i64"]
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -54,7 +54,7 @@ class Staged(NamedTuple):
 
     records: Records  # (n,) in the order of their owners
     rows: ByOwner
-    room: comm.Room | None  # rows for which their message leaves room; None: SHORT_BYTES
+    room: comm.Room | None  # rows for which their message leaves room; None: for none
     error: BankError | None = None  # what is wrong with them: they are never delivered then
 
 
@@ -259,6 +259,34 @@ class HeldRows:
                 expected="a local folder with that much space",
                 next_step="set method.bank_folder to a larger disk, or to null for host memory",
             ) from error
+
+    # Rows that wait --------------------------------------------------------------------------------------------------
+
+    def _waiting(self, dtype: np.dtype[np.void]) -> Section:
+        """What is staged, or no records of this type, as part of a message to their owners."""
+        size, staged = self._num_ranks, self._staged
+        if staged is None:
+            return Section(np.empty(0, dtype=dtype), [(0, 0)] * size, comm.Room([0] * size, [0] * size))
+        return Section(staged.records, staged.rows.spans, staged.room or comm.Room([0] * size, [0] * size))
+
+    @contextmanager
+    def _delivery(self, error: MlplError | None) -> Iterator[MlplError | None]:
+        """Around the exchange that hands staged rows over: they wait no longer, unless it fails for another reason.
+
+        Args:
+            error: what else this rank found wrong.
+
+        Yields:
+            What goes into the exchange as its error.
+        """
+        staged = self._staged
+        try:
+            yield error if staged is None else staged.error or error
+        except MlplError:
+            if staged is not None and any(comm.gather_objects(staged.error is not None)):
+                self._staged = None  # refused, on all ranks
+            raise
+        self._staged = None
 
     # Faults ----------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from dist_mlpl.banks.held import INTEGER, NUM_SHARDS, Column, Staged
 from dist_mlpl.banks.nearest import SMALLEST_NORM, Centres, edges, nearest_centre, roughly_nearest
 from dist_mlpl.banks.replica import Replica
 from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
-from dist_mlpl.errors import BankError
+from dist_mlpl.errors import BankError, MlplError
 
 Metric = Literal["euclidean", "cosine"]
 Vectors = npt.NDArray[np.float32]
@@ -140,7 +140,7 @@ class Prototypes(Bank):
         self.flush()
         return super()._fetch(index, error)
 
-    def _pass_on(self, numbers: Integers, error: BankError | None) -> list[int]:
+    def _pass_on(self, numbers: Integers, error: MlplError | None) -> list[int]:
         """Hand what waits to its owners.
 
         Args:
@@ -152,13 +152,9 @@ class Prototypes(Bank):
 
         Collective: all ranks, one `comm.exchange_messages`.
         """
-        owned = by_owner(np.empty(0, dtype=np.int64), self._num_ranks)
-        staged = self._staged or Staged(np.empty(0, dtype=self._added), owned, comm.Room(owned.counts, owned.counts))
-        told, parts = exchange_records(
-            staged.records, staged.rows.spans, name=self.name, notes=numbers[:, None].view(np.uint8),
-            room=staged.room, error=error,
-        )  # fmt: skip
-        self._staged = None
+        notes = numbers[:, None].view(np.uint8)
+        with self._delivery(error) as error:
+            told, (parts,) = exchange_records([self._waiting(self._added)], name=self.name, notes=notes, error=error)
         self._take(parts)
         return [int(note.view(np.int64)[0]) for note in told]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import Integers, Kind, Records, exchange_records, record_type
-from dist_mlpl.errors import MlplError
+from dist_mlpl.banks.rows import Integers, Kind, Records, Section, exchange_records, record_type
 
 
 class Replica:
@@ -32,7 +31,7 @@ class Replica:
 
     @property
     def columns(self) -> list[Tensor]:
-        """(num_rows, *shape) each: the table itself, which `share` changes."""
+        """(num_rows, *shape) each: the table itself, which `take` changes."""
         if self._columns is None:
             self._columns = [torch.zeros(self._num_rows, *shape, dtype=dtype) for dtype, shape in self._kinds.values()]
         return self._columns
@@ -43,35 +42,31 @@ class Replica:
         records["index"] = index
         return records, {name: records["values"][name] for name in self._kinds}
 
-    def share(
-        self,
-        records: Records,
-        *,
-        notes: comm.Bytes | None = None,
-        expected: list[int] | None = None,
-        error: MlplError | None = None,
-    ) -> list[comm.Bytes]:
-        """Send rows to everybody, and with them a note to each rank.
+    def section(self, records: Records, *, expected: list[int] | None = None) -> Section:
+        """Rows as part of a message, the same to every rank, and what `take` takes from every rank.
 
         Args:
             records: of `records`, rows that no other rank sends.
-            notes: (R, bytes) uint8, a note for each rank, of equal length on all ranks; None: empty ones.
             expected: so many rows each rank is expected to send, the same list on every rank; None: none.
-            error: raised on all ranks in place of sending anything.
-
-        Returns:
-            R notes (bytes,) uint8, one from each rank.
-
-        Collective: all ranks, one `comm.exchange_messages` with room for notes and expected rows.
         """
         size = self._num_ranks
         numbers = expected or [0] * size
-        told, parts = exchange_records(
-            records, [(0, len(records))] * size, name=self._name, notes=notes,
-            room=comm.Room([numbers[self._rank]] * size, numbers), error=error,
-        )  # fmt: skip
+        return Section(records, [(0, len(records))] * size, comm.Room([numbers[self._rank]] * size, numbers))
+
+    def take(self, parts: Sequence[Records]) -> None:
+        """Put rows of each rank into the table."""
         for name, column in zip(self._kinds, self.columns, strict=True):
             table = column.numpy()
             for part in parts:
                 table[part["index"]] = part["values"][name]
-        return told
+
+    def share(self, records: Records) -> None:
+        """Send rows to everybody.
+
+        Args:
+            records: of `records`, rows that no other rank sends.
+
+        Collective: all ranks, one `comm.exchange_messages`, without room for rows.
+        """
+        _, (parts,) = exchange_records([self.section(records)], name=self._name)
+        self.take(parts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,73 +13,75 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.checks import feature_error
-from dist_mlpl.banks.held import DTYPES, INTEGER, NUM_SHARDS, NUMBER_BYTES, Column
+from dist_mlpl.banks.held import INTEGER, NUM_SHARDS, Column, Staged
 from dist_mlpl.banks.nearest import SMALLEST_NORM, edges
 from dist_mlpl.banks.replica import Replica
-from dist_mlpl.banks.rows import Integers, Records, by_owner, exchange_records, record_type
+from dist_mlpl.banks.rows import NUMBER_BYTES, Integers, Records, Section, by_owner, exchange_records, record_type
+from dist_mlpl.errors import BankError, MlplError
 
-_ONE: Final = 2.0**40  # unit vectors are summed as whole numbers of 2**-40, so that sums never drift
+_ONE: Final = 2.0**29  # a unit vector is kept as whole numbers of 2**-29; a difference of two still is an int32
 _BLOCK_NUMBERS: Final = 1 << 14  # of features in float64 at once: an eighth of a megabyte, which caches hold
-_MOST_ROWS: Final = 1 << 11  # of a block: sums of whole numbers up to 2**40 must stay below the 2**53 of float64
 
 
 class Ring(Bank):
-    """The K newest features of each class, one row a class.
+    """The K newest features of each class, one row a class, as unit vectors.
 
-    A class lives on one rank whatever image its features came from. Columns: `features` (K, D); `scales` (K,) float64,
-    1 / |feature|; `stamps` (K,) int64, the position that each was pushed with, -1 where there is none yet;
-    `num_pushed` () int64, of which the next write position is the rest modulo K; `sums` (D,) int64, the filled
-    entries' unit vectors in steps of 2**-40.
+    A class lives on one rank whatever image its features came from. Columns: `units` (K, D) int32, feature / |feature|
+    in steps of 2**-29, zeros where there is none yet; `stamps` (K,) int64, the position that each was pushed with, -1
+    where there is none; `num_pushed` () int64, of which the next write position is the rest modulo K; `sums` (D,)
+    float64, of the filled entries' units; `means` (D,) float32 and `counts` () int64, what `means` says at its next
+    call.
 
     The sum is kept by adding what comes and taking away what goes. In whole numbers that is exact: after any number of
     steps it equals the sum over the ring, and R ranks hold the bits that one rank holds.
 
+    A step moves one message. Features wait on the rank that found them until the next `means`, whose message brings
+    them to their owners and, from there, the means that the message before has changed. So means are one step late.
+
     Source: SST (Chen et al., AAAI 2022), the bank of known positives' features; the mean of an image's cosines with
         K features is its product with the mean of their unit vectors.
-    Differs: means are over the entries that are filled (the code divides by K); saved and restored (the code's is not).
+    Differs: means are over the entries that are filled (the code divides by K), and one step late; saved and restored
+        (the code's is not). Lengths of features are not kept: no cosine needs them.
 
     Args:
         name: of the bank.
         num_classes: C.
         capacity: K, at most 2**20.
         width: D.
-        dtype: of stored features, `f32` or `f16`.
         folder: see `Bank`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        num_classes: int,
-        capacity: int,
-        width: int,
-        *,
-        dtype: Literal["f32", "f16"] = "f32",
-        folder: str | None = None,
-    ) -> None:
+    def __init__(self, name: str, num_classes: int, capacity: int, width: int, *, folder: str | None = None) -> None:
         columns = {
-            "features": Column(dtype=dtype, shape=(capacity, width)),
-            "scales": Column(dtype="f64", shape=(capacity,)),
+            "units": Column(dtype="i32", shape=(capacity, width)),
             "stamps": Column(dtype="i64", shape=(capacity,), fill=-1),
             "num_pushed": Column(dtype="i64"),
-            "sums": Column(dtype="i64", shape=(width,)),
+            "sums": Column(dtype="f64", shape=(width,)),
+            "means": Column(dtype="f32", shape=(width,)),
+            "counts": Column(dtype="i64"),
         }
         super().__init__(name, num_classes, columns, folder=folder, num_shards=min(NUM_SHARDS, num_classes))
         self._capacity, self._width = capacity, width
-        self._pushed = record_type({"index": INTEGER, "position": INTEGER, "features": (DTYPES[dtype], (width,))})
-        self._means = Replica(num_classes, {"means": (torch.float32, (width,)), "counts": INTEGER}, name=name)
-        self._is_stale = np.zeros(num_classes, dtype=np.bool_)  # own classes of which the others have old means
-        # What all ranks know of each other, so that messages have the right room:
-        self._is_foretold = np.zeros(num_classes, dtype=np.bool_)  # classes of which the next push brings features
-        self._is_touched = np.zeros(num_classes, dtype=np.bool_)  # those that were pushed since means were shared
-        self._coming: comm.Room | None = None  # features of the next push
-        self._block_rows = min(_MOST_ROWS, max(1, _BLOCK_NUMBERS // width))
-        self._scratch: list[Tensor] | None = None
+        self._pushed = record_type({"index": INTEGER, "position": INTEGER, "units": (torch.int32, (width,))})
+        self._replica = Replica(num_classes, {name: self._kinds[name] for name in ("means", "counts")}, name=name)
+        # Own classes, of which features came since `means` was made, and of which the other ranks have older means:
+        self._is_late, self._is_stale = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
+        # What all ranks know of each other, so that messages have the right room: classes of which features come with
+        # the next message, and those of which means do.
+        self._brings_features, self._brings_means = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
+        self._coming: comm.Room | None = None  # features that the next push will have
+        self._scratch = np.empty((max(1, _BLOCK_NUMBERS // width), width))
 
     @property
     def note_bytes(self) -> int:
-        """What a rank tells each other one about the next push."""
-        return NUMBER_BYTES + -(-self.spec.num_rows // 8)
+        """What a rank tells each other one beside features and means: what it will push, and how many means follow."""
+        return self._num_noted + NUMBER_BYTES
+
+    @property
+    def _num_noted(self) -> int:
+        return NUMBER_BYTES * (1 + -(-self.spec.num_rows // 64))  # a number, and a bit a class
+
+    # Taking in -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def push(self, class_id: Tensor, features: Tensor, position: Tensor) -> None:
@@ -95,83 +97,47 @@ class Ring(Bank):
                 its index.
 
         Raises:
-            BankError: a class that is none, features that do not fit or are not finite; on all ranks, and nothing is
-                taken in.
+            BankError: a class that is none, features that do not fit or are not finite; on all ranks, and none of the
+                call's features is ever taken in. On several ranks it is raised by the call that would deliver them,
+                the next `means`, `read`, `push` or `flush`.
 
-        Collective: all ranks, one `comm.exchange_messages` of n rows of D numbers and 16 bytes, with room for what
-        `means` was told.
+        Collective: all ranks; nothing moves before the next `means`, or `read` or `flush`, unless features of an
+        earlier call still wait: they are delivered first.
         """
-        class_id, position = class_id.cpu(), position.cpu()
-        features = features.detach().cpu().to(DTYPES[self.spec.columns["features"].dtype])
-        classes = class_id.numpy()
+        self.flush()
+        classes, position = class_id.cpu().numpy(), position.cpu()
+        features = features.detach().cpu().float()
         error = self._index_error(classes) or feature_error(
             class_id, features, position, width=self._width, where=self._where
         )
+        # What is wrong travels with the next message, so that all ranks stop together.
         owned = by_owner(self._owners(classes if error is None else classes[:0]), self._num_ranks)
         records, places = np.empty(len(owned.order), dtype=self._pushed), owned.places()
         if error is None:
             records["index"][places], records["position"][places] = classes, position.numpy()
-            records["features"][places] = features.numpy()
+            lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)
+            units = features * (_ONE / lengths.clamp(min=SMALLEST_NORM)).float()
+            records["units"][places] = units.round_().numpy()
         room, self._coming = self._coming, None
-        _, parts = exchange_records(records, owned.spans, name=self.name, room=room, error=error)
-        self._take(parts)
-        self._is_touched |= self._is_foretold
-        self._is_foretold[:] = False
+        if self._num_ranks > 1:
+            self._staged = Staged(records, owned, room, error)
+        elif error is not None:
+            raise error
+        else:
+            self._take([records])
 
-    def means(self, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean unit vectors of all classes.
+    def flush(self) -> None:
+        """See `Bank`: features go to their owners. No mean changes before `means` is called."""
+        if self._staged is not None:
+            nothing = np.empty(0, dtype=np.int64)
+            self._exchange(nothing, notes=self._notes(nothing), expected=None, error=None)
 
-        Args:
-            coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known:
-                it saves a message there and at the next call.
-
-        Returns:
-            (C, D) float32, the mean over a class's filled entries of feature / |feature|, zeros without entries; and
-            (C,) int64, how many entries are filled. On the CPU, the bank's own tables: the next call changes them.
-
-        Raises:
-            BankError: a class that is none; on all ranks.
-
-        Collective: all ranks; what was pushed to or loaded since the last call, D numbers and 16 bytes a class, and to
-        each rank C / 8 + 8 bytes about what is coming.
-        """
-        coming = torch.empty(0, dtype=torch.int64) if coming is None else coming.cpu()
-        error = self._index_error(coming.numpy())
-        to_ranks, notes = self._foretell(coming.numpy() if error is None else np.empty(0, dtype=np.int64))
-        index, memory = np.flatnonzero(self._is_stale), self._columns_here()
-        places = self._places(index)
-        records, made = self._means.records(index)
-        made["counts"][:] = filled = memory["num_pushed"][places].clip(max=self._capacity)
-        divisors = (filled.clip(min=1) * _ONE)[:, None]
-        for first in range(0, len(places), self._block_rows):
-            rows = slice(first, first + self._block_rows)
-            made["means"][rows] = memory["sums"][places[rows]] / divisors[rows]
-        touched = np.bincount(self._owners(np.flatnonzero(self._is_touched)), minlength=self._num_ranks)
-        told = self._means.share(records, notes=notes, expected=touched.tolist(), error=error)
-        self._coming = comm.Room(to_ranks, [int(note[:NUMBER_BYTES].view(np.int64)[0]) for note in told])
-        bits = np.bitwise_or.reduce([note[NUMBER_BYTES:] for note in told])
-        self._is_foretold[:] = np.unpackbits(bits, count=self.spec.num_rows)
-        self._is_stale[:] = self._is_touched[:] = False
-        shared, counts = self._means.columns
-        return shared, counts
-
-    def _foretell(self, class_id: Integers) -> tuple[list[int], comm.Bytes]:
-        """How many features of classes (n,) go to each rank, and a note for each: its number, and a bit a class."""
-        numbers = np.bincount(self._owners(class_id), minlength=self._num_ranks)
-        is_coming = np.zeros(self.spec.num_rows, dtype=np.bool_)
-        is_coming[class_id] = True
-        notes = np.empty((len(numbers), self.note_bytes), dtype=np.uint8)
-        notes[:, :NUMBER_BYTES] = numbers.astype(np.int64)[:, None].view(np.uint8)
-        notes[:, NUMBER_BYTES:] = np.packbits(is_coming)
-        return numbers.tolist(), notes
-
-    def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
-        """See `Bank`."""
-        super().unpack(packed, wanted)
-        self._is_stale[self.held_rows().numpy()] = True
+    def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
+        self.flush()
+        return super()._fetch(index, error)
 
     def _take(self, parts: Sequence[Records]) -> None:
-        """Put features of own classes in their places."""
+        """Put features of own classes, from each rank, in their places."""
         class_id, position = (np.concatenate([part[name] for part in parts]) for name in ("index", "position"))
         if len(class_id) == 0:
             return
@@ -180,59 +146,149 @@ class Ring(Bank):
         classes, sizes = class_id[by_class][runs[:-1]], np.diff(runs)  # (u,)
         places, memory = self._places(classes), self._columns_here()
         # Of more than K features of a class the oldest are gone at once.
-        from_first = _from_first(sizes)
+        from_first = np.arange(len(by_class)) - np.repeat(runs[:-1], sizes)
         is_kept = np.repeat(sizes, sizes) - from_first <= self._capacity
-        number = np.repeat(np.arange(len(classes)), sizes)[is_kept]  # of each row's class among them
-        order = by_class[is_kept]
-        slots = (memory["num_pushed"][places][number] + from_first[is_kept]) % self._capacity
-        entries = places[number] * self._capacity + slots
-        features = np.concatenate([part["features"] for part in parts])
-        for first in range(0, len(order), self._block_rows):
-            rows = slice(first, first + self._block_rows)
-            self._replace_entries(entries[rows], features[order[rows]], number[rows], places)
-        memory["stamps"].reshape(-1)[entries] = position[order]
+        source, place = by_class[is_kept], np.repeat(places, sizes)[is_kept]
+        slots = (memory["num_pushed"][place] + from_first[is_kept]) % self._capacity
+        entries, start = place * self._capacity + slots, 0
+        for part in parts:
+            is_of_part = (source >= start) & (source < start + len(part))
+            self._replace_entries(entries[is_of_part], part["units"], source[is_of_part] - start, place[is_of_part])
+            start += len(part)
+        memory["stamps"].reshape(-1)[entries] = position[source]
         memory["num_pushed"][places] += sizes
         self._mark(classes)
-        self._is_stale[classes] = True
+        self._is_late[classes] = True
 
     def _replace_entries(
-        self, entries: Integers, features: npt.NDArray[Any], number: Integers, places: Integers
+        self, entries: Integers, units: npt.NDArray[np.int32], source: Integers, places: Integers
     ) -> None:
-        """Store a block of features, and let the sums of their classes follow.
+        """Store units, and let the sums of their classes follow.
 
         Args:
             entries: (n,) where to, no two alike.
-            features: (n, D).
-            number: (n,) the class of each, as a place in the next; rising.
-            places: (u,) local rows of classes.
+            units: (m, D).
+            source: (n,) which of them.
+            places: (n,) local rows of their classes.
         """
-        memory, n = self._columns_here(), len(entries)
-        stored, scales = memory["features"].reshape(-1, self._width), memory["scales"].reshape(-1)
-        if self._scratch is None:
-            self._scratch = [torch.empty(self._block_rows, self._width, dtype=torch.float64) for _ in range(3)]
-        arriving, leaving, change = (scratch[:n] for scratch in self._scratch)
-        leaving.numpy()[:] = stored[entries]
-        _to_whole(leaving.numpy(), scales[entries])  # an empty entry is zeros
-        arriving.numpy()[:] = features
-        stored[entries] = features
-        scales[entries] = 1.0 / arriving.norm(dim=1).clamp(min=SMALLEST_NORM).numpy()
-        _to_whole(arriving.numpy(), scales[entries])
-        touched = change[: int(number[-1] - number[0]) + 1].zero_()  # a class each
-        touched.index_add_(0, torch.from_numpy(number - number[0]), arriving.sub_(leaving))
-        memory["sums"][places[number[0] : number[-1] + 1]] += touched.numpy().astype(np.int64)
+        memory = self._columns_here()
+        stored, sums = memory["units"].reshape(-1, self._width), self._memory()["sums"]
+        for rows in self._blocks(len(entries)):
+            arriving = units[source[rows]]
+            change = self._scratch[: len(arriving)]
+            change[:] = arriving - stored[entries[rows]]  # an empty entry is zeros
+            stored[entries[rows]] = arriving
+            sums.index_add_(0, torch.from_numpy(places[rows]), torch.from_numpy(change))
 
+    def _blocks(self, num_rows: int) -> Iterator[slice]:
+        """So many rows, as many at once as there is scratch for."""
+        return (slice(first, first + len(self._scratch)) for first in range(0, num_rows, len(self._scratch)))
 
-def _from_first(sizes: Integers) -> Integers:
-    """Of runs of these sizes end to end, each entry's place in its run."""
-    return np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+    # Giving out ------------------------------------------------------------------------------------------------------
 
+    def means(self, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean unit vectors of all classes, over what was pushed before the last call of this.
 
-def _to_whole(features: npt.NDArray[np.float64], scales: npt.NDArray[np.float64]) -> None:
-    """Unit vectors as whole numbers of 2**-40, in place: the same ones whenever and wherever they are computed.
+        What was pushed since is in the answer to the next call. That holds whatever is read, flushed, saved or loaded
+        in between.
 
-    Args:
-        features: (n, D).
-        scales: (n,), 1 / |feature|.
-    """
-    features *= (scales * _ONE)[:, None]
-    np.rint(features, out=features)
+        Args:
+            coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known:
+                it saves a message there and at the next call.
+
+        Returns:
+            (C, D) float32, the mean over a class's filled entries of feature / |feature|, zeros without entries; and
+            (C,) int64, how many entries these are. On the CPU, the bank's own tables: the next call changes them.
+
+        Raises:
+            BankError: a class that is none, or what `push` says of features that waited; on all ranks.
+
+        Collective: all ranks, one `comm.exchange_messages`: n rows of D numbers and 16 bytes of the last push, of each
+        class in the push before D numbers and 16 bytes to each rank, and `note_bytes` to each.
+        """
+        coming = torch.empty(0, dtype=torch.int64) if coming is None else coming.cpu()
+        error = self._index_error(coming.numpy())
+        classes = coming.numpy() if error is None else np.empty(0, dtype=np.int64)
+        notes, changed = self._notes(classes), np.flatnonzero(self._is_stale)
+        owners = self._owners(np.flatnonzero(self._brings_means))
+        expected = np.bincount(owners, minlength=self._num_ranks).tolist()
+        told = self._exchange(changed, notes=notes, expected=expected, error=error)
+        numbers = [int(note[:NUMBER_BYTES].view(np.int64)[0]) for note in told]
+        self._coming = comm.Room(self._counts_by_rank(classes), numbers)
+        self._brings_means[:] = self._brings_features
+        bits = np.bitwise_or.reduce([note[NUMBER_BYTES:] for note in told])
+        self._brings_features[:] = np.unpackbits(bits, count=self.spec.num_rows)
+        self._is_stale[:] = False
+        self._renew_means()
+        means, counts = self._replica.columns
+        return means, counts
+
+    def _exchange(
+        self, changed: Integers, *, notes: comm.Bytes, expected: list[int] | None, error: MlplError | None
+    ) -> list[comm.Bytes]:
+        """Hand features that wait to their owners, and means of own classes to everybody.
+
+        Args:
+            changed: (n,) classes of which the others have older means.
+            notes: (R, bytes) for each rank.
+            expected: so many means each rank is expected to send, the same list on every rank; None: none.
+            error: what this rank found wrong.
+
+        Returns:
+            R notes (bytes,), from each rank.
+
+        Collective: all ranks, one `comm.exchange_messages`.
+        """
+        records, made = self._replica.records(changed)
+        memory, places = self._columns_here(), self._places(changed)
+        for name, column in made.items():
+            column[:] = memory[name][places]
+        sections: list[Section] = [self._replica.section(records, expected=expected), self._waiting(self._pushed)]
+        with self._delivery(error) as error:
+            told, (means, features) = exchange_records(sections, name=self.name, notes=notes, error=error)
+        self._replica.take(means)
+        self._take(features)
+        return told
+
+    def _renew_means(self) -> None:
+        """Make the means of classes of which features came; the next message has them."""
+        classes = np.flatnonzero(self._is_late)
+        places, memory = self._places(classes), self._columns_here()
+        for rows in self._blocks(len(classes)):
+            memory["means"][places[rows]], memory["counts"][places[rows]] = self._made_means(places[rows])
+        self._mark(classes)
+        self._is_stale[classes] = True
+        self._is_late[:] = False
+
+    def _made_means(self, places: Integers) -> tuple[npt.NDArray[np.float32], Integers]:
+        """(n, D) and (n,) of local rows, from their sums."""
+        memory = self._columns_here()
+        counts = memory["num_pushed"][places].clip(max=self._capacity)
+        return (memory["sums"][places] / (counts.clip(min=1) * _ONE)[:, None]).astype(np.float32), counts
+
+    def _notes(self, classes: Integers) -> comm.Bytes:
+        """(R, bytes) how many features of classes (n,) go to each rank, and a bit for each class."""
+        is_coming = np.zeros(self._num_noted * 8 - 64, dtype=np.bool_)
+        is_coming[classes] = True
+        notes = np.empty((self._num_ranks, self._num_noted), dtype=np.uint8)
+        notes[:, :NUMBER_BYTES] = np.array(self._counts_by_rank(classes))[:, None].view(np.uint8)
+        notes[:, NUMBER_BYTES:] = np.packbits(is_coming)
+        return notes
+
+    def _counts_by_rank(self, classes: Integers) -> list[int]:
+        return np.bincount(self._owners(classes), minlength=self._num_ranks).tolist()
+
+    def mark_loaded(self) -> None:
+        """See `Bank`: the next message has the means of all classes that have any."""
+        super().mark_loaded()
+        self._coming = None
+        self._brings_features[:] = self._brings_means[:] = self._is_late[:] = False
+        for column in self._replica.columns:
+            column.zero_()
+        classes, memory = self.held_rows().numpy(), self._columns_here()
+        self._is_stale[classes] = memory["counts"][self._places(classes)] > 0
+        for rows in self._blocks(len(classes)):
+            places = self._places(classes[rows])
+            means, counts = self._made_means(places)
+            is_as_made = (memory["means"][places] == means).all(axis=1) & (memory["counts"][places] == counts)
+            self._is_late[classes[rows]] = ~is_as_made

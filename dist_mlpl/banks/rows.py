@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.errors import MlplError
+
+NUMBER_BYTES: Final = 8  # of an integer in a message
 
 Kind = tuple[torch.dtype, tuple[int, ...]]  # type and shape of one row's part
 Records = npt.NDArray[np.void]  # (n,) rows whose parts are fields
@@ -95,44 +97,70 @@ def by_owner(owners: Integers, num_ranks: int) -> ByOwner:
     return ByOwner(owners.argsort(kind="stable"), np.bincount(owners, minlength=num_ranks).tolist())
 
 
+class Section(NamedTuple):
+    """Records, or numbers, of one type in a message to each rank."""
+
+    records: npt.NDArray[Any]  # (n,)
+    spans: Sequence[Span]  # R, of the records that each rank is sent
+    room: comm.Room | None = None  # in records; None: of SHORT_BYTES
+
+    def num_bytes(self, numbers: Sequence[int]) -> list[int]:
+        """Of so many records each."""
+        return [number * self.records.itemsize for number in numbers]
+
+    def room_bytes(self) -> tuple[list[int], list[int]]:
+        """Of the room in the message to and from each rank."""
+        if self.room is None:
+            return ([comm.SHORT_BYTES] * len(self.spans),) * 2
+        return self.num_bytes(self.room.to_ranks), self.num_bytes(self.room.from_ranks)
+
+
 def exchange_records(
-    records: Records,
-    spans: Sequence[Span],
-    *,
-    name: str,
-    notes: comm.Bytes | None = None,
-    room: comm.Room | None = None,
-    error: MlplError | None = None,
-) -> tuple[list[comm.Bytes], list[Records]]:
-    """Send a span of records to each rank, and with it a note.
+    sections: Sequence[Section], *, name: str, notes: comm.Bytes | None = None, error: MlplError | None = None
+) -> tuple[list[comm.Bytes], list[list[npt.NDArray[Any]]]]:
+    """Send to each rank, in one message, a note and a span of the records of each section.
+
+    A message is the note, how many records each section but the last has, and the records, nothing between them.
 
     Collective: all ranks, one `comm.exchange_messages`.
 
     Args:
-        records: (n,) of one type on all ranks.
-        spans: R, of the records that each rank is sent.
+        sections: at least one, of the same types on all ranks.
         name: of whose they are, for messages.
         notes: (R, bytes) uint8, of equal length on all ranks; None: empty ones.
-        room: in records; None: room for the notes and SHORT_BYTES.
         error: raised on all ranks in place of sending anything.
 
     Returns:
-        R notes (bytes,) and R arrays (n_r,) of records, as they arrived: on any address, in memory of the caller.
+        R notes (bytes,), and for each section R arrays (n_r,) of records, as they arrived: in memory of the caller, on
+        any address unless notes and records are whole numbers of 8 bytes.
     """
-    width, num_noted = records.itemsize, 0 if notes is None else notes.shape[1]
-    content = records.view(np.uint8)
+    num_noted = 0 if notes is None else notes.shape[1]
+    begin = num_noted + NUMBER_BYTES * (len(sections) - 1)  # of the first section
+    counts = [[stop - first for first, stop in section.spans] for section in sections]
+    contents = [section.records.view(np.uint8) for section in sections]
 
     def fill(rank: int, message: comm.Bytes) -> None:
-        first, stop = spans[rank]
         if notes is not None:
             message[:num_noted] = notes[rank]
-        message[num_noted:] = content[first * width : stop * width]
+        message[num_noted:begin].view(np.int64)[:] = [numbers[rank] for numbers in counts[:-1]]
+        start = begin
+        for section, content in zip(sections, contents, strict=True):
+            first, stop = (row * section.records.itemsize for row in section.spans[rank])
+            message[start : start + stop - first] = content[first:stop]
+            start += stop - first
 
-    if room is None:
-        expected = comm.Room(*[[num_noted + comm.SHORT_BYTES] * len(spans)] * 2)
-    else:
-        expected = comm.Room(*([num_noted + count * width for count in counts] for counts in room))
-    lengths = [num_noted + (stop - first) * width for first, stop in spans]
-    arrived = comm.exchange_messages(lengths, fill, kind=name, expected=expected, error=error)
-    told = [message[:num_noted] for message in arrived]
-    return told, [message[num_noted:].view(records.dtype) for message in arrived]
+    def added(parts: Iterable[Sequence[int]]) -> list[int]:
+        return [begin + sum(of_rank) for of_rank in zip(*parts, strict=True)]
+
+    lengths = added(section.num_bytes(numbers) for section, numbers in zip(sections, counts, strict=True))
+    to_ranks, from_ranks = (added(side) for side in zip(*(section.room_bytes() for section in sections), strict=True))
+    arrived = comm.exchange_messages(lengths, fill, kind=name, expected=comm.Room(to_ranks, from_ranks), error=error)
+    found: list[list[npt.NDArray[Any]]] = [[] for _ in sections]
+    for message in arrived:
+        start = begin
+        numbers = message[num_noted:begin].view(np.int64).tolist()
+        for parts, section, number in zip(found, sections, [*numbers, None], strict=True):
+            stop = None if number is None else start + number * section.records.itemsize
+            parts.append(message[start:stop].view(section.records.dtype))
+            start = stop or 0
+    return [message[:num_noted] for message in arrived], found

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dist_mlpl import comm, keyed
 from dist_mlpl.banks.base import Bank
-from dist_mlpl.banks.held import NUMBER_BYTES
+from dist_mlpl.banks.rows import NUMBER_BYTES
 from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
 _TRIALS: Final = 100  # batches that are drawn to see how many classes a step touches

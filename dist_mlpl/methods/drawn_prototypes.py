@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import keyed
-from dist_mlpl.banks.held import NUMBER_BYTES
 from dist_mlpl.banks.prototypes import Prototypes
+from dist_mlpl.banks.rows import NUMBER_BYTES
 from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
 from dist_mlpl.methods.unknown_loss import Named

@@ -105,7 +105,7 @@ class Sst(Method):
             near the code's: transferred labels add to the sum, not to the count.
     Differs always:
         Classes never seen have rows of the identity in A (NaN in the code).
-        The ring is read before the step and written after it (the code writes first).
+        The ring is read before the step and written after it, and its means are one step late (the code writes first).
         L_cst is over groups of images, and its random draw is replaced by the expected value.
         Thresholds and ramp are functions of the position, the ring is saved: a resumed run goes on as it was.
     """
@@ -140,9 +140,8 @@ class Sst(Method):
         C, D, R, H = self.num_classes, self.head.width, scale.world_size, self.settings.pairs.pair_width
         row_bytes = 16 + 4 * D
         ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
-        sent = exchange_bytes(scale.share_images * scale.num_positives, row_bytes, R, is_expected=True)
-        sent += exchange_bytes(scale.num_touched_classes, row_bytes, R, is_expected=True)  # R times a share of 1 / R
-        sent += (R - 1) * self._ring.note_bytes
+        num_rows = scale.share_images * scale.num_positives + scale.num_touched_classes  # R times a share of 1 / R
+        sent = exchange_bytes(num_rows, row_bytes, R, is_expected=True) + (R - 1) * self._ring.note_bytes
         num_known = (scale.targets != UNKNOWN).sum(axis=1)
         num_pairs = float((num_known * (num_known - 1) / 2).mean()) + scale.num_positives * (C - scale.num_known)
         if self.pair_head.num_neighbours is not None:
@@ -213,7 +212,7 @@ class Sst(Method):
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Put the features of known positives into the ring, those of a higher index later.
 
-        Collective: all ranks, see `Ring.push`.
+        Collective: all ranks, see `Ring.push`: nothing moves.
         """
         extras = output.extras
         self._ring.push(extras["ring_class"], extras["ring_feature"], extras["ring_position"])

@@ -40,6 +40,7 @@ Answers = dict[str, Tensor]
 
 def answers(ring: Ring, prototypes: Prototypes, neighbours: Neighbours) -> Answers:
     """All that methods ask of these banks; queries are dealt to ranks unevenly, and gathered in order."""
+    late = ring.means()[0].clone()
     means, filled = ring.means()
     table, counts = prototypes.table()
     assert torch.equal(prototypes.counts(), counts)
@@ -51,7 +52,8 @@ def answers(ring: Ring, prototypes: Prototypes, neighbours: Neighbours) -> Answe
     scores, found = neighbours.search(embeddings()[own], K)
     order = comm.gather_rows(own).argsort()
     scores, found = (comm.gather_rows(part)[order] for part in (scores, found))
-    return {"means": means, "filled": filled, "table": table, "counts": counts, "scores": scores, "found": found}
+    rings = {"late": late, "means": means, "filled": filled}
+    return rings | {"table": table, "counts": counts, "scores": scores, "found": found}
 
 
 def embeddings() -> Tensor:
@@ -64,9 +66,9 @@ def make_banks() -> tuple[Ring, Prototypes, Neighbours]:
 
 def fill(ring: Ring, prototypes: Prototypes, neighbours: Neighbours, updates: list[tuple[int, int]]) -> None:
     for update in updates:
+        ring.means()  # what changed since the call before alone moves
         update_ring(ring, *update)
         update_prototypes(prototypes, *update)
-        ring.means()  # what changes between two calls alone moves
     own = own_rows(N)
     own = own[own % 3 > 0]
     stamps = torch.ones(len(own), dtype=torch.int32)
@@ -123,7 +125,9 @@ def test_means_and_nearest_images_are_those_of_loops(by_ranks) -> None:
     found = by_ranks[1][1][0][0]
     twin = SlowRing(make_ring("ring"))
     for update in UPDATES:
+        means, _ = twin.means()
         twin.update(*update)
+    np.testing.assert_allclose(found["late"].numpy(), means, rtol=0, atol=1e-7)
     means, filled = twin.means()
     np.testing.assert_allclose(found["means"].numpy(), means, rtol=0, atol=1e-7)
     assert found["filled"].tolist() == filled.tolist()

@@ -209,13 +209,6 @@ BANKS: dict[str, Kind] = {
         lambda ring: faulty_features(ring, ring.push),
         [lambda size=size: make_ring("ring", **size) for size in OTHER_SIZES],  # type: ignore[misc]
     ),
-    "ring_f16": Kind(
-        lambda folder: make_ring("ring_f16", dtype="f16"),
-        update_ring,
-        SlowRing,
-        lambda ring: faulty_features(ring, ring.push),
-        [lambda: make_ring("ring_f16", dtype="f32")],
-    ),
     "heatmaps": Kind(
         lambda folder: HeatmapBank("heatmaps", NUM_ROWS, num_slots=2, map_size=3, seed=0, folder=folder or None),
         write,

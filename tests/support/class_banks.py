@@ -16,7 +16,7 @@ from dist_mlpl.banks.ring import Ring
 
 NUM_CLASSES, CAPACITY, WIDTH, NUM_PROTOTYPES, SEED = 37, 4, 6, 3, 11
 LARGE = 50  # rows of an update from which on prototypes are renewed in its middle
-_ONE = 2**40
+_ONE = 2**29
 
 
 class Given(NamedTuple):
@@ -87,33 +87,33 @@ class SlowRing:
     """A list for each class."""
 
     def __init__(self, ring: Ring) -> None:
-        self._half = ring.spec.columns["features"].dtype == "f16"
         self.pushed: list[list[tuple[np.ndarray, int]]] = [[] for _ in range(NUM_CLASSES)]
-        self.tolerance = {"scales": 1e-14, "sums": 2.0 * CAPACITY}
+        self.tolerance = {"units": 64.0, "sums": 64.0 * CAPACITY}  # twice what float32 rounds off a unit vector
 
     def update(self, seed: int, num_rows: int) -> None:
         given = random_features(seed, num_rows)
         for row in given.position.argsort().tolist():
-            feature = given.features[row].half() if self._half else given.features[row]
-            self.pushed[int(given.class_id[row])].append((feature.double().numpy(), int(given.position[row])))
+            feature = given.features[row].double().numpy()
+            self.pushed[int(given.class_id[row])].append((feature, int(given.position[row])))
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
+        """Of a ring that was never asked for its means."""
         found = {
-            "features": np.zeros((NUM_CLASSES, CAPACITY, WIDTH)),
-            "scales": np.zeros((NUM_CLASSES, CAPACITY)),
+            "units": np.zeros((NUM_CLASSES, CAPACITY, WIDTH)),
             "stamps": np.full((NUM_CLASSES, CAPACITY), -1.0),
             "num_pushed": np.array([float(len(own)) for own in self.pushed]),
             "sums": np.zeros((NUM_CLASSES, WIDTH)),
+            "means": np.zeros((NUM_CLASSES, WIDTH)),
+            "counts": np.zeros(NUM_CLASSES),
         }
         for c, own in enumerate(self.pushed):
             for number, (feature, position) in enumerate(own):
                 if number >= len(own) - CAPACITY:
-                    scale = 1.0 / math.sqrt(sum(x * x for x in feature))
-                    found["features"][c, number % CAPACITY] = feature
-                    found["scales"][c, number % CAPACITY] = scale
+                    unit = np.round(feature / math.sqrt(sum(x * x for x in feature)) * _ONE)
+                    found["units"][c, number % CAPACITY] = unit
                     found["stamps"][c, number % CAPACITY] = position
-                    found["sums"][c] += np.round(feature * scale * _ONE)
+                    found["sums"][c] += unit
         return found
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,7 @@ def filled_ring(method: Sst, per_class: int, batch_features: torch.Tensor) -> di
             ring.setdefault(c, []).append(feature + 0.2 * torch.randn(feature.shape, generator=generator))
     for c, features in ring.items():
         method._ring.push(torch.full((per_class,), c), torch.stack(features), torch.arange(per_class))
+    method._ring.means()  # the next call's are over all that was pushed before this one
     return {c: features[-method.settings.ring_capacity :] for c, features in ring.items()}
 
 
@@ -158,6 +159,7 @@ def test_the_ring_holds_the_features_of_known_positives():
     batch = batch._replace(pseudo_targets=torch.ones_like(batch.targets))  # what a round believes stays out
     output = method(batch, method.recall(batch, Progress()))
     method.observe(batch, output)
+    method._ring.means()
     means, counts = method._ring.means()
     features = method.head.decouple(method.backbone(batch.images)).class_features.detach()
     assert counts.tolist() == (batch.targets == 1).sum(dim=0).tolist()
