@@ -1,6 +1,6 @@
 """What memory costs in a step: each bank's recall and observe on four ranks, against all-to-alls of the same bytes.
 
-python -m tests.bench.bench_banks [--json PATH]
+python -m tests.bench.bench_banks [--ranks N] [--json PATH]
 
 The yardstick is one uneven all-to-all that moves, between the same ranks, as many bytes as the bank's own collectives
 did: they are counted where they are made. Both take turns, step by step; a ratio is the median over the steps.
@@ -26,7 +26,7 @@ from dist_mlpl.banks.prototypes import Prototypes
 from dist_mlpl.banks.ring import Ring
 from tests.support.ranks import run_ranks
 
-NUM_RANKS, STEPS, WARMUP = 4, 100, 10
+STEPS, WARMUP = 100, 10
 BATCHES, POSITIVES = (16, 64), 3  # images on a rank, known positives of an image
 C, K, P, D, N = 80, 100, 10, 1024, 10_000
 BAR = 2.0
@@ -36,7 +36,7 @@ Step = Callable[[int], None]
 
 def features(step: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Class ids, features and positions of a rank's known positives."""
-    generator = torch.Generator().manual_seed(step * NUM_RANKS + comm.rank())
+    generator = torch.Generator().manual_seed(step * comm.world_size() + comm.rank())
     classes = torch.randint(0, C, (rows,), generator=generator)
     positions = torch.arange(rows) + rows * comm.rank()
     return classes, torch.randn(rows, D, generator=generator), positions
@@ -77,7 +77,7 @@ def keyed_step(batch: int) -> Step:
     rows = torch.randn(batch, D)
 
     def step(number: int) -> None:
-        index = (torch.arange(batch) + batch * (comm.rank() + NUM_RANKS * number)) * 7919 % N
+        index = (torch.arange(batch) + batch * (comm.rank() + comm.world_size() * number)) * 7919 % N
         bank.read(index)
         bank.write(index, {"rows": rows, "stamps": stamps})
 
@@ -157,12 +157,13 @@ def timed(work: Callable[[], Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4, help="four on two cores take turns; two have a core each")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     record = {}
-    print(f"{NUM_RANKS} ranks, C = {C}, K = {K}, P = {P}, D = {D}")
+    print(f"{arguments.ranks} ranks, C = {C}, K = {K}, P = {P}, D = {D}")
     for batch in BATCHES:
-        (first, *_) = run_ranks(measure, NUM_RANKS, batch, timeout_seconds=600.0)
+        (first, *_) = run_ranks(measure, arguments.ranks, batch, timeout_seconds=600.0)
         for name, found in first.items():
             ratio = statistics.median(a / b for a, b in zip(found.own, found.bare, strict=True))
             own, bare = (1e3 * statistics.median(seconds) for seconds in (found.own, found.bare))
