@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.banks.checks import index_error, value_error
 from dist_mlpl.banks.held import HeldRows, Staged
-from dist_mlpl.banks.rows import ByOwner, Integers, Records, Section, by_owner, exchange_records
+from dist_mlpl.banks.rows import ByOwner, Integers, Records, Section, by_owner, exchange_records, no_room
 from dist_mlpl.errors import BankError, MlplError
 
 
@@ -81,7 +81,7 @@ class Bank(HeldRows):
         if is_here:
             self._put([records])
         else:
-            self._staged, self._room = Staged(records, owned, self._room, error), None
+            self._staged, self._room = Staged(records, owned, self._room or no_room(self._num_ranks), error), None
 
     def flush(self) -> None:
         """Deliver what waits, if anything does; afterwards every rank holds what its rows were given.

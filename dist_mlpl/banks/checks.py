@@ -60,6 +60,6 @@ def feature_error(class_id: Tensor, features: Tensor, position: Tensor, *, width
             "a feature that is not finite",
             expected="finite numbers; nothing was taken in",
             where=where,
-            next_step="lower the learning rate; if the bank is f16, keep features below 65,504",
+            next_step="lower the learning rate",
         )
     return None

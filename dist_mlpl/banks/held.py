@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, Section, numpy_type, record_type
+from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, Section, no_room, numpy_type, record_type
 from dist_mlpl.errors import BankError, MlplError
 from dist_mlpl.settings import Settings
 
@@ -54,7 +54,7 @@ class Staged(NamedTuple):
 
     records: Records  # (n,) in the order of their owners
     rows: ByOwner
-    room: comm.Room | None  # rows for which their message leaves room; None: for none
+    room: comm.Room  # rows for which their message leaves room
     error: BankError | None = None  # what is wrong with them: they are never delivered then
 
 
@@ -264,10 +264,10 @@ class HeldRows:
 
     def _waiting(self, dtype: np.dtype[np.void]) -> Section:
         """What is staged, or no records of this type, as part of a message to their owners."""
-        size, staged = self._num_ranks, self._staged
+        staged = self._staged
         if staged is None:
-            return Section(np.empty(0, dtype=dtype), [(0, 0)] * size, comm.Room([0] * size, [0] * size))
-        return Section(staged.records, staged.rows.spans, staged.room or comm.Room([0] * size, [0] * size))
+            return Section(np.empty(0, dtype=dtype), [(0, 0)] * self._num_ranks, no_room(self._num_ranks))
+        return Section(staged.records, staged.rows.spans, staged.room)
 
     @contextmanager
     def _delivery(self, error: MlplError | None) -> Iterator[MlplError | None]:
@@ -277,16 +277,32 @@ class HeldRows:
             error: what else this rank found wrong.
 
         Yields:
-            What goes into the exchange as its error.
+            What goes into the exchange as its error; also that there is no memory for what will arrive.
+
+        Raises:
+            MlplError: what is wrong with staged rows of any rank, before what else made the exchange fail.
+
+        Collective: all ranks; where the exchange fails on all of them and rows are staged, one gather of errors.
         """
         staged = self._staged
         try:
-            yield error if staged is None else staged.error or error
-        except MlplError:
-            if staged is not None and any(comm.gather_objects(staged.error is not None)):
-                self._staged = None  # refused, on all ranks
-            raise
+            yield (staged and staged.error) or error or self._memory_error()
+        except MlplError as failure:
+            faults = [] if staged is None else comm.gather_objects(staged.error)
+            refused = next((fault for fault in faults if fault is not None), None)
+            if refused is None:
+                raise
+            self._staged = None
+            raise refused from failure
         self._staged = None
+
+    def _memory_error(self) -> BankError | None:
+        """Take memory for rows now; what went wrong, so that all ranks can stop together."""
+        try:
+            self._memory()
+        except BankError as error:
+            return error
+        return None
 
     # Faults ----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.banks.rows import Integers, Kind, Records, Section, exchange_records, record_type
+from dist_mlpl.banks.rows import Integers, Kind, Records, Section, exchange_records, no_room, record_type
 
 
 class Replica:
@@ -50,8 +50,8 @@ class Replica:
             expected: so many rows each rank is expected to send, the same list on every rank; None: none.
         """
         size = self._num_ranks
-        numbers = expected or [0] * size
-        return Section(records, [(0, len(records))] * size, comm.Room([numbers[self._rank]] * size, numbers))
+        room = no_room(size) if expected is None else comm.Room([expected[self._rank]] * size, expected)
+        return Section(records, [(0, len(records))] * size, room)
 
     def take(self, parts: Sequence[Records]) -> None:
         """Put rows of each rank into the table."""

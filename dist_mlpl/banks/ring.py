@@ -16,7 +16,16 @@ from dist_mlpl.banks.checks import feature_error
 from dist_mlpl.banks.held import INTEGER, NUM_SHARDS, Column, Staged
 from dist_mlpl.banks.nearest import SMALLEST_NORM, edges
 from dist_mlpl.banks.replica import Replica
-from dist_mlpl.banks.rows import NUMBER_BYTES, Integers, Records, Section, by_owner, exchange_records, record_type
+from dist_mlpl.banks.rows import (
+    NUMBER_BYTES,
+    Integers,
+    Records,
+    Section,
+    by_owner,
+    exchange_records,
+    no_room,
+    record_type,
+)
 from dist_mlpl.errors import BankError, MlplError
 
 _ONE: Final = 2.0**29  # a unit vector is kept as whole numbers of 2**-29; a difference of two still is an int32
@@ -64,8 +73,8 @@ class Ring(Bank):
         self._capacity, self._width = capacity, width
         self._pushed = record_type({"index": INTEGER, "position": INTEGER, "units": (torch.int32, (width,))})
         self._replica = Replica(num_classes, {name: self._kinds[name] for name in ("means", "counts")}, name=name)
-        # Own classes, of which features came since `means` was made, and of which the other ranks have older means:
-        self._is_late, self._is_stale = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
+        # Own classes of which features came since their column `means` was made, and of which others have older means:
+        self._is_outdated, self._is_stale = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
         # What all ranks know of each other, so that messages have the right room: classes of which features come with
         # the next message, and those of which means do.
         self._brings_features, self._brings_means = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
@@ -76,6 +85,11 @@ class Ring(Bank):
     def note_bytes(self) -> int:
         """What a rank tells each other one beside features and means: what it will push, and how many means follow."""
         return self._num_noted + NUMBER_BYTES
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a feature in a message, or of a class's mean."""
+        return self._pushed.itemsize
 
     @property
     def _num_noted(self) -> int:
@@ -120,7 +134,7 @@ class Ring(Bank):
             records["units"][places] = units.round_().numpy()
         room, self._coming = self._coming, None
         if self._num_ranks > 1:
-            self._staged = Staged(records, owned, room, error)
+            self._staged = Staged(records, owned, room or no_room(self._num_ranks), error)
         elif error is not None:
             raise error
         else:
@@ -133,6 +147,7 @@ class Ring(Bank):
             self._exchange(nothing, notes=self._notes(nothing), expected=None, error=None)
 
     def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
+        """See `Bank`; features that wait are delivered first, by a message of their own."""
         self.flush()
         return super()._fetch(index, error)
 
@@ -158,7 +173,7 @@ class Ring(Bank):
         memory["stamps"].reshape(-1)[entries] = position[source]
         memory["num_pushed"][places] += sizes
         self._mark(classes)
-        self._is_late[classes] = True
+        self._is_outdated[classes] = True
 
     def _replace_entries(
         self, entries: Integers, units: npt.NDArray[np.int32], source: Integers, places: Integers
@@ -187,10 +202,10 @@ class Ring(Bank):
     # Giving out ------------------------------------------------------------------------------------------------------
 
     def means(self, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean unit vectors of all classes, over what was pushed before the last call of this.
+        """Mean unit vectors of all classes, over what was pushed before the previous call.
 
-        What was pushed since is in the answer to the next call. That holds whatever is read, flushed, saved or loaded
-        in between.
+        What was pushed since then is in the answer to the next one. That holds whatever is read, flushed, saved or
+        loaded in between.
 
         Args:
             coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known:
@@ -204,7 +219,8 @@ class Ring(Bank):
             BankError: a class that is none, or what `push` says of features that waited; on all ranks.
 
         Collective: all ranks, one `comm.exchange_messages`: n rows of D numbers and 16 bytes of the last push, of each
-        class in the push before D numbers and 16 bytes to each rank, and `note_bytes` to each.
+        class in the push before D numbers and 16 bytes to each rank, and `note_bytes` to each. The first call after
+        loading brings the means of all classes.
         """
         coming = torch.empty(0, dtype=torch.int64) if coming is None else coming.cpu()
         error = self._index_error(coming.numpy())
@@ -239,12 +255,13 @@ class Ring(Bank):
 
         Collective: all ranks, one `comm.exchange_messages`.
         """
-        records, made = self._replica.records(changed)
-        memory, places = self._columns_here(), self._places(changed)
-        for name, column in made.items():
-            column[:] = memory[name][places]
-        sections: list[Section] = [self._replica.section(records, expected=expected), self._waiting(self._pushed)]
         with self._delivery(error) as error:
+            records, made = self._replica.records(changed if error is None else changed[:0])
+            if error is None:
+                places = self._places(changed)
+                for name, column in made.items():
+                    column[:] = self._columns_here()[name][places]
+            sections: list[Section] = [self._replica.section(records, expected=expected), self._waiting(self._pushed)]
             told, (means, features) = exchange_records(sections, name=self.name, notes=notes, error=error)
         self._replica.take(means)
         self._take(features)
@@ -252,13 +269,13 @@ class Ring(Bank):
 
     def _renew_means(self) -> None:
         """Make the means of classes of which features came; the next message has them."""
-        classes = np.flatnonzero(self._is_late)
+        classes = np.flatnonzero(self._is_outdated)
         places, memory = self._places(classes), self._columns_here()
         for rows in self._blocks(len(classes)):
             memory["means"][places[rows]], memory["counts"][places[rows]] = self._made_means(places[rows])
         self._mark(classes)
         self._is_stale[classes] = True
-        self._is_late[:] = False
+        self._is_outdated[:] = False
 
     def _made_means(self, places: Integers) -> tuple[npt.NDArray[np.float32], Integers]:
         """(n, D) and (n,) of local rows, from their sums."""
@@ -282,7 +299,7 @@ class Ring(Bank):
         """See `Bank`: the next message has the means of all classes that have any."""
         super().mark_loaded()
         self._coming = None
-        self._brings_features[:] = self._brings_means[:] = self._is_late[:] = False
+        self._brings_features[:] = self._brings_means[:] = self._is_outdated[:] = False
         for column in self._replica.columns:
             column.zero_()
         classes, memory = self.held_rows().numpy(), self._columns_here()
@@ -291,4 +308,4 @@ class Ring(Bank):
             places = self._places(classes[rows])
             means, counts = self._made_means(places)
             is_as_made = (memory["means"][places] == means).all(axis=1) & (memory["counts"][places] == counts)
-            self._is_late[classes[rows]] = ~is_as_made
+            self._is_outdated[classes[rows]] = ~is_as_made

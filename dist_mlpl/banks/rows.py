@@ -97,6 +97,11 @@ def by_owner(owners: Integers, num_ranks: int) -> ByOwner:
     return ByOwner(owners.argsort(kind="stable"), np.bincount(owners, minlength=num_ranks).tolist())
 
 
+def no_room(num_ranks: int) -> comm.Room:
+    """In messages of which neither end knows what they will bring."""
+    return comm.Room([0] * num_ranks, [0] * num_ranks)
+
+
 class Section(NamedTuple):
     """Records, or numbers, of one type in a message to each rank."""
 
@@ -162,5 +167,5 @@ def exchange_records(
         for parts, section, number in zip(found, sections, [*numbers, None], strict=True):
             stop = None if number is None else start + number * section.records.itemsize
             parts.append(message[start:stop].view(section.records.dtype))
-            start = stop or 0
+            start = stop or 0  # of the next section: only the last is without a number
     return [message[:num_noted] for message in arrived], found

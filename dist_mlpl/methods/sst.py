@@ -54,7 +54,7 @@ class SstSettings(MethodSettings):
     head: SemanticSettings = SemanticSettings()
     graph: GatedGraphSettings = GatedGraphSettings()
     pairs: PairSettings = PairSettings()
-    ring_capacity: int = Field(100, ge=1)
+    ring_capacity: int = Field(100, ge=1, le=1 << 20)
     start_epoch: int = Field(5, ge=0)
     threshold: float = Field(0.95, gt=0.0, le=1.0)
     threshold_step: float = Field(0.025, ge=0.0)
@@ -138,10 +138,10 @@ class Sst(Method):
     def costs(self, scale: Scale) -> list[Cost]:
         """The ring with its means on every rank, and the pair head, which works in training alone."""
         C, D, R, H = self.num_classes, self.head.width, scale.world_size, self.settings.pairs.pair_width
-        row_bytes = 16 + 4 * D
         ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
         num_rows = scale.share_images * scale.num_positives + scale.num_touched_classes  # R times a share of 1 / R
-        sent = exchange_bytes(num_rows, row_bytes, R, is_expected=True) + (R - 1) * self._ring.note_bytes
+        sent = exchange_bytes(num_rows, self._ring.record_bytes, R, is_expected=True)
+        sent += (R - 1) * self._ring.note_bytes
         num_known = (scale.targets != UNKNOWN).sum(axis=1)
         num_pairs = float((num_known * (num_known - 1) / 2).mean()) + scale.num_positives * (C - scale.num_known)
         if self.pair_head.num_neighbours is not None:
@@ -160,7 +160,7 @@ class Sst(Method):
         `num_pairs`, `num_contrasted` (1,) over the global batch; `ring_means` (C, D), `ring_counts` (C,); `threshold`
         theta and `ramp` rho, (1,) on the CPU.
 
-        Collective: all ranks; two all-reduces of 8 bytes, and `Ring.means`.
+        Collective: all ranks; all-reduces of 8 and 16 bytes, and `Ring.means`.
         """
         targets = training_targets(batch)
         contrasted = num_contrasted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.bank_files import load_banks, save_banks
+from dist_mlpl.banks.keyed import KeyedBank
 from dist_mlpl.banks.neighbours import Neighbours
 from dist_mlpl.banks.prototypes import Prototypes
 from dist_mlpl.banks.ring import Ring
@@ -145,14 +147,20 @@ def test_banks_that_were_loaded_answer_as_those_that_were_saved(by_ranks, from_r
         assert_same(found, by_ranks[1][1][0][0])
 
 
-def push_foretold(rank: int, world_size: int, told: str) -> list[Tensor]:
-    """Means after each of some updates, when all, nothing or something else was foretold by some ranks."""
+def push_foretold(
+    rank: int, world_size: int, told: str, flushed_after: tuple[int, ...] = (), read_after: tuple[int, ...] = ()
+) -> list[Tensor]:
+    """Means before each of some updates, when all, nothing or something else was foretold by some ranks."""
     ring, found = make_ring("ring"), []
     for seed, num_rows in UPDATES:
         own = own_part(random_features(seed, num_rows)).class_id
         coming = {"all": own, "nothing": None, "wrong": own.flip(0)[: len(own) // 2] if rank else own + 0}[told]
         found += [part.clone() for part in ring.means(coming)]
         update_ring(ring, seed, num_rows)
+        if seed in flushed_after:
+            ring.flush()
+        if seed in read_after:
+            ring.read(torch.arange(rank, NUM_CLASSES, 5))
     with pytest.raises(BankError, match=f"row {NUM_CLASSES}"):
         ring.means(torch.tensor([NUM_CLASSES if rank == world_size - 1 else 0]))
     return [*found, *ring.means()]
@@ -164,3 +172,56 @@ def test_what_was_foretold_of_a_push_changes_no_mean(world_size: int, told: str)
     expected = run_ranks(push_foretold, 1, "nothing")[0]
     for found in run_ranks(push_foretold, world_size, told):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_flushed_or_read_between_two_calls_changes_no_mean(world_size: int) -> None:
+    expected = run_ranks(push_foretold, 1, "nothing")[0]
+    for found in run_ranks(push_foretold, world_size, "all", (0, 4), (1, 4)):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def fail_alone(rank: int, world_size: int, folder: str) -> list[str]:
+    """Banks of which the last rank alone cannot map its memory, used as in a step."""
+    folder = folder + "/gone" if rank == world_size - 1 else folder
+    ring, prototypes = make_ring("ring", folder), make_prototypes("prototypes_kmeans", folder)
+    rows = KeyedBank("rows", 2048, (WIDTH,), "f32", folder=folder)  # so many that each rank owns some
+    own = own_rows(N)
+    values = {"rows": embeddings()[own], "stamps": torch.ones(len(own), dtype=torch.int32)}
+
+    def use(bank: Ring | Prototypes | KeyedBank) -> None:
+        if isinstance(bank, KeyedBank):
+            bank.write(own, values)
+        elif isinstance(bank, Ring):
+            update_ring(bank, 0, 60)
+            bank.means()
+        else:
+            update_prototypes(bank, 0, 40)
+        bank.flush()
+
+    found = []
+    for bank in (ring, prototypes, rows):
+        with pytest.raises(BankError) as caught:
+            use(bank)
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_bank_folder_that_fails_on_one_rank_stops_all_ranks(tmp_path: Path) -> None:
+    for found in run_ranks(fail_alone, 3, str(tmp_path)):
+        assert all("cannot be mapped" in message and "rank 2" in message for message in found)
+
+
+def refused_twice(rank: int, world_size: int) -> None:
+    """A push that holds a NaN on one rank, and a class that is none foretold by another."""
+    ring = make_ring("ring")
+    features = torch.full((1, WIDTH), torch.nan if rank == world_size - 1 else 1.0)
+    ring.push(torch.tensor([3]), features, torch.tensor([rank]))
+    with pytest.raises(BankError, match="not finite"):
+        ring.means(torch.tensor([NUM_CLASSES if rank == 0 else 0]))
+    ring.means()
+    assert not ring.means()[1].any()
+
+
+def test_features_that_are_dropped_are_named_before_anything_else() -> None:
+    run_ranks(refused_twice, 2)
