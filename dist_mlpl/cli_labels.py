@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from dist_mlpl.cli_options import AsJson, StorageOptions, parse_storage_options, print_json
 from dist_mlpl.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from dist_mlpl.tools.label_rounds import Round
 
 labels_app = typer.Typer(help="Look at a run's rounds of labels, and go back.", no_args_is_help=True)
 
@@ -66,9 +69,8 @@ def relabel(
 
 @labels_app.command("log")
 def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJson = False) -> None:
-    """Every round: what made it, how much it holds, how much of that was right where a view hides the truth."""
+    """Every round: what made it and when, how much it holds, how much was right where hidden labels told the run."""
     from dist_mlpl import storage
-    from dist_mlpl.display import round_line
     from dist_mlpl.tools.label_rounds import rounds_of
 
     storage.configure_storage(parse_storage_options(storage_options))
@@ -78,10 +80,7 @@ def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJ
         return
     console = Console()
     for one in rounds:
-        made = f"{one.strategy} by the model of step {one.step}" if one.restores is None else f"restores {one.restores}"
-        console.print(f"{one.state}: {made}, after round {one.parent}", highlight=False)
-        line = round_line({"round": one.number, **one.metrics}) if one.metrics else f"labels of round {one.number}"
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        _print_round(console, one)
     if not rounds:
         console.print("no round yet: `dist-mlpl relabel RUN` makes one, a config with `curriculum:` makes them all")
 
@@ -102,7 +101,7 @@ def labels_show(
     """What a round holds by class, or a picture of samples with all that is known and believed about them."""
     from dist_mlpl import storage
     from dist_mlpl.config import read_run_config
-    from dist_mlpl.tools.label_rounds import class_counts, committed, open_split
+    from dist_mlpl.tools.label_rounds import class_counts, committed, open_split, rounds_of, truth_of
 
     storage.configure_storage(parse_storage_options(storage_options))
     commit, index = committed(run, number), open_split(run, manifest)
@@ -114,14 +113,17 @@ def labels_show(
         return
     found = class_counts(run, commit, index)
     columns = ("present", "absent", "proposed")
+    truth = truth_of(run, commit, index)
     if as_json:
-        document = commit.model_dump(mode="json", exclude={"files"})
+        document = commit.model_dump(mode="json", exclude={"files"}) | {"metrics": truth}
         by_class = zip(found.class_ids, found.counts.tolist(), strict=True)
         print_json(document | {"classes": {name: dict(zip(columns, row, strict=True)) for name, row in by_class}})
         return
     console = Console()
-    for key in ("round", "parent", "restores", "strategy", "parameters", "models", "counts", "decided"):
-        console.print(f"{key}: {getattr(commit, key)}", highlight=False, markup=False, soft_wrap=True)
+    one = next(one for one in rounds_of(run) if one.number == commit.round)
+    _print_round(console, one._replace(metrics=one.metrics | truth))
+    given = [f"{name}={value}" for name, value in (commit.parameters | commit.decided).items() if value is not None]
+    console.print("  " + "  ".join(given), highlight=False, markup=False)
     console.print(_class_table(found.names, found.counts, columns, top))
 
 
@@ -165,6 +167,16 @@ def labels_rollback(
 
     storage.configure_storage(parse_storage_options(storage_options))
     print(roll_back(run, to))
+
+
+def _print_round(console: Console, one: Round) -> None:
+    from dist_mlpl.display import round_line
+
+    made = f"{one.strategy} by the model of step {one.step}" if one.restores is None else f"restores {one.restores}"
+    moment = "" if one.committed_at is None else f", {one.committed_at}"
+    console.print(f"{one.state}: {made}, after round {one.parent}{moment}", highlight=False, soft_wrap=True)
+    line = round_line({"round": one.number, **one.metrics}) if one.metrics else f"labels of round {one.number}"
+    console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _class_table(names: list[str], counts: Any, columns: Sequence[str], top: int) -> Table:

@@ -15,6 +15,8 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +34,7 @@ __all__ = [
     "configuration", "configure_storage", "create_exclusive", "create_file", "download", "exists", "is_http",
     "is_remote", "is_transient", "join", "list_files", "list_names", "list_sizes", "missing", "name", "open_read",
     "parent", "read_bytes", "remove", "remove_folder", "retried", "sha256_of_bytes", "sha256_of_file", "shown", "size",
-    "sync", "traffic", "upload", "version", "write_bytes",
+    "sync", "traffic", "upload", "version", "write_bytes", "written_at",
 ]  # fmt: skip
 
 _PRECONDITION_FAILED = 412
@@ -177,6 +179,25 @@ def version(url: str) -> str:
         return str(etag).strip('"')
     changed = next((told[key] for key in _CHANGED if told.get(key)), "")
     return f"{told['size']}-{changed}" if changed else ""
+
+
+def written_at(url: str) -> datetime | None:
+    """When what is stored now was written, in UTC; None where the store does not tell.
+
+    Raises:
+        FileNotFoundError: no such object.
+    """
+    if not is_remote(url):
+        status = retried(lambda: local_path(url).stat(), url=url, doing="looking up")
+        return datetime.fromtimestamp(status.st_mtime, UTC)
+    told = retried(lambda: stores.look_up(url), url=url, doing="looking up")
+    moment: Any = next((told[key] for key in _CHANGED if told.get(key)), None)
+    if isinstance(moment, str):
+        is_iso = moment[:4].isdigit()  # HTTP begins with the day of the week
+        moment = datetime.fromisoformat(moment) if is_iso else parsedate_to_datetime(moment)
+    if not isinstance(moment, datetime):
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def exists(url: str) -> bool:

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import storage
+from dist_mlpl.build import build_view
 from dist_mlpl.chain import read_head
 from dist_mlpl.config import read_run_config
 from dist_mlpl.data.held_out import run_manifest
+from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.overlays import (
     Overlay,
     RoundCommit,
@@ -28,7 +30,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import CheckpointError, ConfigError, OvertakenError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 from dist_mlpl.progress import read_rows
-from dist_mlpl.rounds.truth import summary
+from dist_mlpl.rounds.truth import measure, summary
 
 MEASURED = ("hidden_precision_present", "hidden_recall_present", "hidden_precision_absent", "hidden_recall_absent",
             "num_flipped", "num_flipped_right", "num_flipped_wrong")  # fmt: skip
@@ -43,6 +45,7 @@ class Round(NamedTuple):
     restores: int | None
     strategy: str
     step: int | None  # of the model
+    committed_at: str | None  # UTC, to the second, where the store tells
     metrics: dict[str, float]  # `summary`, and what hidden labels told when a run took it up
 
 
@@ -59,16 +62,27 @@ def rounds_of(run: str) -> list[Round]:
     for number in round_numbers(run):
         is_committed = number <= newest
         record = read_round(run, number) if is_committed else read_plan(run, number)
-        metrics = {}
+        metrics, moment = {}, None
         if isinstance(record, RoundCommit):
-            metrics = summary(record) | {
-                k: told[number][k] for k in MEASURED if told.get(number, {}).get(k) is not None
-            }
+            row = told.get(number, {})
+            metrics = summary(record) | {name: row[name] for name in MEASURED if row.get(name) is not None}
+            moment = storage.written_at(round_url(run, number, "commit.json"))
         state = "in force" if number == in_force else "committed" if is_committed else "unfinished"
         restores = record.restores if isinstance(record, RoundCommit) else None
         step = record.models[0].step if record.models else None
-        found.append(Round(number, state, record.parent, restores, record.strategy, step, metrics))
+        committed_at = None if moment is None else moment.isoformat(sep=" ", timespec="seconds")
+        found.append(Round(number, state, record.parent, restores, record.strategy, step, committed_at, metrics))
     return found
+
+
+def truth_of(run: str, commit: RoundCommit, index: SplitIndex) -> dict[str, float]:
+    """What labels that the run's view hides tell about a round; empty where it hides none. See `rounds.truth.measure`.
+
+    Raises:
+        CheckpointError: a file of the round is missing or damaged.
+    """
+    view = build_view(read_run_config(run).data, index)
+    return {} if view is None else measure(run, commit, LabelStore(index, view).at(0))
 
 
 class ClassCounts(NamedTuple):

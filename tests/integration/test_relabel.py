@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dist_mlpl.config import check_config
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import load_manifest
-from dist_mlpl.data.overlays import newest_round, read_round
+from dist_mlpl.data.overlays import newest_round, read_round, round_url
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import training_targets
@@ -513,8 +514,14 @@ def test_the_verbs_answer(trained: tuple[Path, Rows], tmp_path: Path) -> None:
     assert [one["strategy"] for one in log] == ["score_threshold", "score_threshold", "score_fraction"]
     assert "hidden_precision_absent" in log[0]["metrics"]
     assert "score_fraction by the model of step 18, after round 2" in answer("labels", "log", out)
-    assert "class0" in answer("labels", "show", out)
+    written = datetime.fromtimestamp(Path(round_url(out, 3, "commit.json")).stat().st_mtime, UTC)
+    assert f"after round 2, {written.isoformat(sep=' ', timespec='seconds')}" in answer("labels", "log", out)
+    said = answer("labels", "show", out)
+    assert "class0" in said
+    assert f"{made['hidden_precision_absent']:.1%} of absent right" in said
     shown = json.loads(answer("labels", "show", out, "--round", "3", "--json"))
+    assert shown["metrics"] == {name: made[name] for name in shown["metrics"]}
+    assert "hidden_recall_present" in shown["metrics"]
     assert sum(one["present"] for one in shown["classes"].values()) == made["num_present"]
     assert "unchanged" in answer("labels", "diff", out, "1", "3")
     assert json.loads(answer("labels", "diff", out, "2", "2", "--json"))["added_present"] == 0

@@ -231,6 +231,7 @@ def test_a_version_is_the_etag_of_what_is_stored_now(s3_bucket: str, proxy: Faul
     assert storage.version(url) == first
     call_forked(lambda: storage.write_bytes(url, b"another"))
     assert storage.version(url) == hashlib.md5(b"another").hexdigest()
+    assert storage.written_at(url) is not None
     storage.remove(url)
     with pytest.raises(FileNotFoundError):
         storage.version(url)

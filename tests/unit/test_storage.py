@@ -11,7 +11,7 @@ import string
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -589,6 +589,26 @@ def test_a_version_is_the_etag_else_size_and_time_else_nothing(
 ) -> None:
     monkeypatch.setattr(stores, "look_up", lambda url: told)
     assert storage.version("s3://bucket/x") == version
+
+
+_MOMENT = datetime(2026, 1, 2, 3, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("told", "moment"),
+    [
+        ({"LastModified": datetime(2026, 1, 2, 4, tzinfo=timezone(timedelta(hours=1)))}, _MOMENT),
+        ({"LastModified": None, "created": datetime(2026, 1, 2, 3)}, _MOMENT),
+        ({"updated": "2026-01-02T03:00:00.000Z"}, _MOMENT),
+        ({"LastModified": "Fri, 02 Jan 2026 03:00:00 GMT"}, _MOMENT),
+        ({"ETag": "abc"}, None),
+    ],
+)
+def test_when_something_was_written_is_told_in_utc_whatever_the_store_says_it_in(
+    told: dict[str, Any], moment: datetime | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "look_up", lambda url: told)
+    assert storage.written_at("s3://bucket/x") == moment
 
 
 def test_traffic_is_what_remote_stores_were_asked_for(
