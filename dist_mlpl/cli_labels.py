@@ -123,7 +123,7 @@ def labels_show(
     one = next(one for one in rounds_of(run) if one.number == commit.round)
     _print_round(console, one._replace(metrics=one.metrics | truth))
     given = [f"{name}={value}" for name, value in (commit.parameters | commit.decided).items() if value is not None]
-    console.print("  " + "  ".join(given), highlight=False, markup=False)
+    console.print("  " + "  ".join(given), highlight=False, markup=False, soft_wrap=True)
     console.print(_class_table(found.names, found.counts, columns, top))
 
 
