@@ -265,10 +265,15 @@ class Prototypes(Bank):
         Args:
             momentum: in [0, 1), share of the old prototype in the new one where there is an old one; None: nothing.
 
-        Collective: all ranks; what waits, see `flush`; P D numbers and 8 P bytes for each class renewed, to every rank.
+        Raises:
+            BankError: no memory on some rank; on all ranks.
+
+        Collective: all ranks; what waits, see `flush`; one gather of errors; P D numbers and 8 P bytes for each class
+        renewed, to every rank.
         """
         self.flush()
-        memory = self._memory()
+        with comm.shared_errors():
+            memory = self._memory()
         rows = (memory["num_added"] > 0).any(dim=1).nonzero().squeeze(1)
         for part in rows.split(max(1, _BLOCK_NUMBERS // (self._num_prototypes * self._width))):
             added, sums = memory["num_added"][part], memory["sums"][part]  # (u, P), (u, P, D)

@@ -185,6 +185,8 @@ def fail_alone(rank: int, world_size: int, folder: str) -> list[str]:
     """Banks of which the last rank alone cannot map its memory, used as in a step."""
     folder = folder + "/gone" if rank == world_size - 1 else folder
     ring, prototypes = make_ring("ring", folder), make_prototypes("prototypes_kmeans", folder)
+    with pytest.raises(BankError, match="cannot be mapped"):
+        make_prototypes("prototypes_slots", folder).renew()  # at an epoch's start, before anything was added
     rows = KeyedBank("rows", 2048, (WIDTH,), "f32", folder=folder)  # so many that each rank owns some
     own = own_rows(N)
     values = {"rows": embeddings()[own], "stamps": torch.ones(len(own), dtype=torch.int32)}
