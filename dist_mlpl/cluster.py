@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -22,11 +21,12 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
+from dist_mlpl.board import Board, BoardSink, Losses
 from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.checkpoint import newest_job
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url, with_absolute_paths
@@ -47,46 +47,13 @@ _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it
 
 
-class Board:
-    """An actor between rank 0 and the driver: rows go one way, the wish to stop the other."""
+class Ending:
+    """Remembers whether the run was stopped before its end."""
 
     def __init__(self) -> None:
-        self._rows: list[Row] = []
-        self._action = Action.GO_ON
-        self._fatal: MlplError | None = None
-
-    def push(self, rows: list[Row]) -> Action:
-        """Rank 0 hands over rows and learns what the driver wants."""
-        self._rows.extend(rows)
-        return self._action
-
-    def take(self) -> list[Row]:
-        """The driver takes the rows."""
-        rows, self._rows = self._rows, []
-        return rows
-
-    def ask_stop(self) -> None:
-        """The driver wants a commit and an end."""
-        self._action = Action.STOP
-
-    def give_up(self, error: MlplError) -> None:
-        """A worker met an error that a restart would only repeat; the first one is kept."""
-        self._fatal = self._fatal or error
-
-    def fatal(self) -> MlplError | None:
-        """That error, if there is one."""
-        return self._fatal
-
-
-class Seen:
-    """Counts rows, and remembers whether the run was stopped before its end."""
-
-    def __init__(self) -> None:
-        self.count = 0
         self.is_stopped = False
 
     def row(self, row: Row) -> None:
-        self.count += 1
         self.is_stopped = row["event"] == "stopped"
 
     def flush(self) -> None:
@@ -94,45 +61,6 @@ class Seen:
 
     def close(self) -> None:
         pass
-
-
-class BoardSink:
-    """Rank 0's side of the board; never waits for it."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-        self._rows: list[Row] = []
-        self._answer: Any = None
-        self._pushed = 0.0
-        self.action = Action.GO_ON
-
-    def row(self, row: Row) -> None:
-        self._rows.append(row)
-        if row["event"] != "step" or time.monotonic() - self._pushed > _POLL_SECONDS:
-            self._push()
-
-    def ask(self) -> Action:
-        """What the driver wanted when it was last heard of, which is not long ago."""
-        self._listen()
-        if self._answer is None and comm.rank() == 0 and time.monotonic() - self._pushed > _POLL_SECONDS:
-            self._push()  # where no rows are told for a while, a stop would not be heard
-        return self.action
-
-    def _listen(self) -> None:
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self.action = max(self.action, Action(ray.get(self._answer)))
-            self._answer = None
-
-    def _push(self) -> None:
-        self._listen()  # to the answer to the last push, before its successor takes its place
-        self._answer = self._board.push.remote(self._rows)
-        self._rows, self._pushed = [], time.monotonic()
-
-    def flush(self) -> None:
-        self._push()
-
-    def close(self) -> None:
-        self._push()
 
 
 def train_on_ray(
@@ -168,15 +96,15 @@ def train_on_ray(
     config = with_absolute_paths(config)
     check_before_start(config, allow_change=allow_change)
     last: dict[str, float] = {}
-    seen = Seen()
-    shown: list[Sink] = [Display(), LastEpoch(last), seen, *([observer] if observer else [])]
+    ending = Ending()
+    shown: list[Sink] = [Display(), LastEpoch(last), ending, *([observer] if observer else [])]
     stop = StopRequest()
     arguments = {"allow_change": allow_change, "max_steps": max_steps, "is_profiled": is_profiled,
                  "job": secrets.token_hex(8)}  # fmt: skip
-    _run_workers(_train_worker, arguments, config, address=address, shown=shown, seen=seen, stop=stop)
+    has_ended = _run_workers(_train_worker, arguments, config, address=address, shown=shown, stop=stop)
     if last and is_result_shown:
         show_last(last, config.run_folder)
-    return stop.is_asked and seen.is_stopped
+    return not has_ended or (stop.is_asked and ending.is_stopped)
 
 
 def relabel_on_ray(
@@ -201,10 +129,10 @@ def relabel_on_ray(
     made: list[Relabelled] = []
     arguments = {"step": step, "manifest_url": None if manifest_url is None else storage.absolute(manifest_url)}
     with work_bar() as tell:
-        seen = Seen()
         stop = StopRequest("stopping; what is scored stays, and the same command goes on from there")
-        shown: list[Sink] = [MadeRound(made, tell), seen]
-        _run_workers(_relabel_worker, arguments, config, address=address, shown=shown, seen=seen, stop=stop)
+        _run_workers(
+            _relabel_worker, arguments, config, address=address, shown=[MadeRound(made, tell)], stop=stop
+        )  # fmt: skip
     return made[0] if made else None
 
 
@@ -215,9 +143,8 @@ def _run_workers(
     *,
     address: str | None,
     shown: list[Sink],
-    seen: Seen,
     stop: StopRequest,
-) -> None:
+) -> bool:
     """Run a function on every worker until it ends, and show the rows that it tells.
 
     Args:
@@ -226,8 +153,10 @@ def _run_workers(
         config: of the run.
         address: of a running cluster, before the config's.
         shown: take the rows.
-        seen: counts them.
-        stop: asked by a signal.
+        stop: asked by a signal. Workers at work end as they see fit; where none are, waiting for them ends.
+
+    Returns:
+        False where waiting for workers was ended.
 
     Raises:
         MlplError: what stopped the workers, or RunError when they failed too often.
@@ -237,25 +166,28 @@ def _run_workers(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         arguments = arguments | {"config": config.model_dump(mode="json"), "board": board}
-        trainer = _trainer(work, config, arguments)
+        trainer = _trainer(work, config, arguments, callback=Losses(board))
         failure: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
         fit.start()
-        told_at = time.monotonic() + _PATIENCE_SECONDS
+        idle_since, is_told, is_given_up = time.monotonic(), False, False
         try:
             while fit.is_alive():
                 fit.join(_POLL_SECONDS)
                 if stop.is_asked:
                     ray.get(board.ask_stop.remote())
-                _show(board, shown)
-                if seen.count == 0 and time.monotonic() > told_at:
-                    told_at = math.inf  # once is enough
-                    shown[0].row({"event": "note", "text": _waiting(config)})
-                if seen.count == 0 and stop.is_asked:
-                    seen.is_stopped = True
-                    return  # nothing has begun, so there is nothing to save
+                if _show(board, shown):
+                    idle_since, is_told = time.monotonic(), False
+                elif stop.is_asked:
+                    is_given_up = True
+                    break
+                elif not is_told and time.monotonic() - idle_since > _PATIENCE_SECONDS:
+                    is_told = True
+                    _note(shown, _waiting(config))
             _show(board, shown)
             fatal = ray.get(board.fatal.remote())
+            if is_given_up and fatal is None:
+                _note(shown, "stopped while no workers ran; the same command goes on from what is saved")
         finally:
             for sink in shown:
                 sink.close()
@@ -263,6 +195,13 @@ def _run_workers(
         raise fatal
     if failure:
         raise _failed(failure[0], config)
+    return not is_given_up
+
+
+def _note(shown: list[Sink], text: str) -> None:
+    """Tell a person, beside the rows of the run."""
+    for sink in shown:
+        sink.row({"event": "note", "text": text})
 
 
 def _waiting(config: Config) -> str:
@@ -301,8 +240,8 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
 
 
 def _trainer(
-    work: Callable[[dict[str, Any]], None], config: Config, arguments: dict[str, Any]
-) -> TorchTrainer:  # fmt: skip
+    work: Callable[[dict[str, Any]], None], config: Config, arguments: dict[str, Any], *, callback: UserCallback
+) -> TorchTrainer:
     cluster = config.cluster
     environment: dict[str, str] = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -327,6 +266,7 @@ def _trainer(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": environment},
+            callbacks=[callback],
         ),
     )
 
@@ -441,10 +381,13 @@ def is_final(error: Exception, run: str, job: str | None) -> bool:
         return False
 
 
-def _show(board: Any, shown: list[Sink]) -> None:
-    for row in ray.get(board.take.remote()):
+def _show(board: Any, shown: list[Sink]) -> bool:
+    """Show the rows that came, and say whether workers are at work."""
+    rows, is_running = ray.get(board.take.remote())
+    for row in rows:
         for sink in shown:
             sink.row(row)
+    return is_running
 
 
 def _failed(error: BaseException, config: Config) -> MlplError:

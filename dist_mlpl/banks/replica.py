@@ -28,6 +28,8 @@ class Replica:
         self._rank, self._num_ranks = comm.rank(), comm.world_size()
         self._record = np.dtype([("index", np.int64), ("values", record_type(kinds))])
         self._columns: list[Tensor] | None = None
+        self._copies: tuple[torch.device, list[Tensor]] | None = None  # on another device
+        self._is_newer = np.zeros(num_rows, dtype=np.bool_)  # rows of the table than theirs
 
     @property
     def columns(self) -> list[Tensor]:
@@ -35,6 +37,32 @@ class Replica:
         if self._columns is None:
             self._columns = [torch.zeros(self._num_rows, *shape, dtype=dtype) for dtype, shape in self._kinds.values()]
         return self._columns
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The table where it is needed: itself on the CPU, elsewhere a copy, to which only rows that changed move.
+
+        Args:
+            device: the same at every call.
+
+        Returns:
+            (num_rows, *shape) each; the next call changes a copy in place.
+        """
+        if device == self.columns[0].device:
+            return self.columns
+        if self._copies is None or self._copies[0] != device:
+            self._copies = device, [column.to(device, copy=True) for column in self.columns]
+        elif self._is_newer.any():
+            rows = torch.from_numpy(np.flatnonzero(self._is_newer))
+            for copy, column in zip(self._copies[1], self.columns, strict=True):
+                copy.index_copy_(0, rows.to(device), column[rows].to(device))
+        self._is_newer[:] = False
+        return self._copies[1]
+
+    def clear(self) -> None:
+        """Zeros again."""
+        for column in self.columns:
+            column.zero_()
+        self._is_newer[:] = True
 
     def records(self, index: Integers) -> tuple[Records, Mapping[str, npt.NDArray[Any]]]:
         """Rows (n,) of the table to be filled and shared: the records, and (n, *shape) of them by column."""
@@ -55,6 +83,8 @@ class Replica:
 
     def take(self, parts: Sequence[Records]) -> None:
         """Put rows of each rank into the table."""
+        for part in parts:
+            self._is_newer[part["index"]] = True
         for name, column in zip(self._kinds, self.columns, strict=True):
             table = column.numpy()
             for part in parts:

@@ -201,7 +201,7 @@ class Ring(Bank):
 
     # Giving out ------------------------------------------------------------------------------------------------------
 
-    def means(self, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def means(self, coming: Tensor | None = None, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Mean unit vectors of all classes, over what was pushed before the previous call.
 
         What was pushed since then is in the answer to the next one. That holds whatever is read, flushed, saved or
@@ -210,10 +210,11 @@ class Ring(Bank):
         Args:
             coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known:
                 it saves a message there and at the next call.
+            device: of the answer, the same at every call; only means that changed move there. None: the CPU.
 
         Returns:
             (C, D) float32, the mean over a class's filled entries of feature / |feature|, zeros without entries; and
-            (C,) int64, how many entries these are. On the CPU, the bank's own tables: the next call changes them.
+            (C,) int64, how many entries these are. They are the bank's own tables: the next call changes them.
 
         Raises:
             BankError: a class that is none, or what `push` says of features that waited; on all ranks.
@@ -236,7 +237,7 @@ class Ring(Bank):
         self._brings_features[:] = np.unpackbits(bits, count=self.spec.num_rows)
         self._is_stale[:] = False
         self._renew_means()
-        means, counts = self._replica.columns
+        means, counts = self._replica.columns if device is None else self._replica.on(device)
         return means, counts
 
     def _exchange(
@@ -300,8 +301,7 @@ class Ring(Bank):
         super().mark_loaded()
         self._coming = None
         self._brings_features[:] = self._brings_means[:] = self._is_outdated[:] = False
-        for column in self._replica.columns:
-            column.zero_()
+        self._replica.clear()
         classes, memory = self.held_rows().numpy(), self._columns_here()
         self._is_stale[classes] = memory["counts"][self._places(classes)] > 0
         for rows in self._blocks(len(classes)):

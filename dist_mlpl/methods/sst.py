@@ -168,13 +168,13 @@ class Sst(Method):
         )  # fmt: skip
         own = torch.stack([contrasted.new_tensor(len(self._trained_pairs(targets, batch.valid).slot)), contrasted])
         num_pairs, contrasted = comm.reduce_sum(own).split(1)
-        means, counts = self._ring.means(known_positives(batch).nonzero()[:, 1])
+        means, counts = self._ring.means(known_positives(batch).nonzero()[:, 1], device=batch.valid.device)
         ramp = progress.samples_consumed / self._epoch_samples if progress.epoch == 0 else 1.0
         return super().recall(batch, progress) | {
             "num_pairs": num_pairs,
             "num_contrasted": contrasted,
-            "ring_means": means.to(batch.valid.device),
-            "ring_counts": counts.to(batch.valid.device),
+            "ring_means": means,
+            "ring_counts": counts,
             "threshold": torch.tensor([self.settings.threshold_at(progress.epoch)]),
             "ramp": torch.tensor([ramp]),
         }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from dist_mlpl import storage
 from dist_mlpl.chain import read_chain, read_head
@@ -96,6 +97,27 @@ def test_sigterm_to_the_driver_commits_and_stops_the_workers(undisturbed: tuple[
     assert "stopped and saved" in printed
     stopped = [row for row in read_rows(out) if row["event"] == "stopped"][-1]
     assert read_chain(out)[-1].step == stopped["step"]
+
+
+@pytest.mark.long
+def test_a_stop_is_heard_while_ray_waits_for_the_place_of_a_lost_node(
+    undisturbed: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = undisturbed
+    out = storage.join(bucket, "lost-node")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the cluster listens on this machine alone
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=1)
+    try:
+        child = start("train", config, "--out", out, "--address", cluster.address, "--set", "num_epochs=400")
+        wait_for_commit(out, 4, child)
+        cluster.remove_node(node, allow_graceful=False)
+        child.send_signal(signal.SIGTERM)
+        printed = child.communicate(timeout=240)[0]
+    finally:
+        cluster.shutdown()
+    assert child.returncode == 130, printed
+    assert "stopped while no workers ran; the same command goes on from what is saved" in printed
 
 
 def test_a_change_that_the_run_cannot_take_is_refused_before_any_worker_starts(undisturbed: tuple[str, str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dist_mlpl import cluster
+from dist_mlpl import board
 from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
 from dist_mlpl.display import Display, epoch_line
 from dist_mlpl.progress import Action, JsonLines, Report, read_rows
@@ -158,10 +158,10 @@ def test_a_stop_is_heard_when_steps_take_longer_than_the_pushes_are_apart(monkey
         push = Push
 
     clock = [0.0]
-    monkeypatch.setattr(cluster.ray, "wait", lambda refs, timeout: ([r for r in refs if r.ready_at <= clock[0]], []))
-    monkeypatch.setattr(cluster.ray, "get", lambda ref: ref.action)
+    monkeypatch.setattr(board.ray, "wait", lambda refs, timeout: ([r for r in refs if r.ready_at <= clock[0]], []))
+    monkeypatch.setattr(board.ray, "get", lambda ref: ref.action)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    sink = cluster.BoardSink(Board)
+    sink = board.BoardSink(Board)
     heard = []
     for step in range(3):
         clock[0] += 10.0

@@ -68,3 +68,31 @@ def test_means_are_over_what_was_pushed_before_the_previous_call() -> None:
         torch.testing.assert_close(means[1], seen.sum(dim=0) / max(1, len(seen)))
         given.append(torch.randn(1, 8, generator=generator))
         ring.push(torch.tensor([1]), given[-1], torch.tensor([step]))
+
+
+def test_means_on_a_device_are_a_copy_that_follows_the_table_also_when_a_commit_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cpu:0")  # not equal to the CPU that the table is on: stands for an accelerator
+    ring, generator = Ring("x", 5, 4, 8), torch.Generator().manual_seed(3)
+    saved = ring.pack(ring.changed_shards() or list(ring.held_shards))
+    first, _ = ring.means(device=device)
+    moved: list[int] = []
+    copy_rows = torch.Tensor.index_copy_
+
+    def counting(self: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        moved.append(len(index))
+        return copy_rows(self, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", counting)
+    for step in range(12):
+        if step == 8:
+            ring.unpack(saved, ring.held_shards)
+            ring.mark_loaded()
+        ring.push(torch.tensor([step % 3]), torch.randn(1, 8, generator=generator), torch.tensor([step]))
+        means, counts = ring.means(device=device)
+        assert torch.equal(means, ring._replica.columns[0])
+        assert torch.equal(counts, ring._replica.columns[1])
+    assert means.data_ptr() == first.data_ptr() != ring._replica.columns[0].data_ptr()
+    assert max(moved) == 5, "all at the load"
+    assert sorted(moved)[-3:-2] == [1], "else the class whose mean changed"
