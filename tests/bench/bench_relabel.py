@@ -140,13 +140,14 @@ def measure(case: Case, repeats: int, names: Sequence[str]) -> tuple[float, dict
         one.infer()  # pages, allocator, threads
         plain = [seconds(one.infer)]
         rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-        for _ in range(repeats):
+        for turn in range(repeats):
             for name in names:
                 num_passes = ROUNDS[name][1]
                 wall, cpu = seconds(lambda name=name: one.round(name))  # type: ignore[misc]
                 plain.append(seconds(one.infer))
                 beside = [num_passes * (a + b) / 2 for a, b in zip(plain[-2], plain[-1], strict=True)]
                 rounds[name].append((wall, wall / beside[0], cpu / beside[1]))
+                print(f"turn {turn + 1} of {repeats}  {name:<22} {wall:7.2f} s  {wall / beside[0]:.3f}", flush=True)
     medians = {
         name: tuple(statistics.median(column) for column in zip(*turns, strict=True)) for name, turns in rounds.items()
     }
