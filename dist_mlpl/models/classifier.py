@@ -56,7 +56,7 @@ class PooledHead(nn.Module):
         dropout: probability of dropping a feature of an image, in all its cells alike, in [0, 1).
         pooling: `average` over cells, or `max`, which lets an object of few cells count in full: of the features.
             `weldon`: of each class's scores, the mean of the highest plus the mean of the lowest; its scores are
-            (B, h * w, C), 480 MB for 64 images of 14 x 14 cells and 9,605 classes.
+            (B, h * w, C), 480 MB for 64 images of 14 x 14 cells and 9,605 classes, and rounded to autocast's type.
     """
 
     def __init__(
@@ -81,8 +81,7 @@ class PooledHead(nn.Module):
 
         Source: class activation maps: Zhou et al., CVPR 2016, section 2.
         """
-        native = feature_map.dtype  # of the weights too: pooling is precise, the product runs in the model's own type
-        precise = torch.promote_types(native, torch.float32)
+        precise = torch.promote_types(feature_map.dtype, torch.float32)
         if self.pooling == "max":
             embedding = feature_map.amax(dim=(2, 3)).to(precise)  # (B, F)
         else:
@@ -90,7 +89,8 @@ class PooledHead(nn.Module):
         if isinstance(self.pooling, WeldonSettings):
             logits = pool_regions(self._scores(self._dropped(feature_map)), self.pooling)
         else:
-            logits = self.linear(self.dropout(embedding).to(native)).to(precise)
+            with torch.autocast(feature_map.device.type, enabled=False):  # else a few hundred values, and AP has ties
+                logits = self.linear(self.dropout(embedding).to(self.linear.weight.dtype)).to(precise)
         heatmaps = self._scores(feature_map).permute(0, 3, 1, 2).to(precise) if with_heatmaps else None
         return HeadOutput(logits, embedding, heatmaps)
 

@@ -189,7 +189,8 @@ class _Propagation(torch.autograd.Function):
         slope = grad_outputs[0].contiguous()  # (C, B, D), by the states after a step, the last one first
         weight_slopes = [torch.zeros_like(weight) for weight in weights]
         kind, dtype, is_enabled = ctx.autocast
-        with torch.autocast(kind, dtype=dtype, enabled=is_enabled):
+        # Uncached: the weights are leaves anew in each block, and casts of all blocks would be kept to the end.
+        with torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=False):
             for states in reversed(kept):
                 messages = _messages(ctx.edges, states)
                 earlier, into, back = torch.empty_like(states), torch.empty_like(states), torch.empty_like(states)

@@ -179,7 +179,8 @@ class _Propagation(torch.autograd.Function):
         (slope,) = grad_outputs  # (C, B, H), by the states after a step, the last one first
         weight_slopes = [torch.zeros_like(weight) for weight in weights]
         kind, dtype, is_enabled = ctx.autocast
-        with torch.autocast(kind, dtype=dtype, enabled=is_enabled):
+        # Uncached: the weights are leaves anew in each block, and casts of all blocks would be kept to the end.
+        with torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=False):
             for states, offer in zip(kept[-2::-2], kept[::-2], strict=True):
                 earlier, offer_slope = torch.empty_like(states), torch.zeros_like(offer)
                 update = partial(_update, len(states))

@@ -29,6 +29,22 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(inputs.flatten(0, -2), weight, bias).unflatten(0, inputs.shape[:-1]).to(inputs.dtype)
 
 
+def inner_products(rows: Tensor, weight: Tensor) -> Tensor:
+    """A product of each class's row with its own weights, in float32 or wider under autocast too.
+
+    Logits on bfloat16's grid have a few hundred values for any number of images: ties, which count against AP.
+
+    Args:
+        rows: (B, C, n), any floating type.
+        weight: (C, n).
+
+    Returns:
+        (B, C), in the wider of both types.
+    """
+    step = blocks(rows.shape[1], rows.shape[0] * rows.shape[2], rows.device)
+    return torch.cat([(rows[:, part] * weight[part]).sum(dim=2) for part in step], dim=1)
+
+
 def pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Compute a block again and take a slope by its result back to its inputs; 0 for those it does not use.
 

@@ -13,7 +13,7 @@ from dist_mlpl.kernels.semantic_attention import semantic_attention
 from dist_mlpl.models.class_embeddings import check_order, read_embeddings, unchecked_order
 from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
 from dist_mlpl.models.label_counts import LabelCounts
-from dist_mlpl.models.recompute import linear
+from dist_mlpl.models.recompute import inner_products, linear
 from dist_mlpl.settings import Location, Settings
 
 
@@ -165,12 +165,12 @@ class ClassClassifier(nn.Module):
             nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
     def forward(self, propagated: Tensor, class_features: Tensor) -> Tensor:
-        """Logits (B, C), in the inputs' type, of h and f (B, C, D)."""
+        """Logits (B, C), float32 or wider, of h and f (B, C, D)."""
         of_graph, of_image = self.joint_weight.split(class_features.shape[-1], dim=1)  # (o, D) each: no [h; f] is made
         joint = (linear(propagated, of_graph) + linear(class_features, of_image, self.joint_bias)).tanh()  # (B, C, o)
-        scores = torch.einsum("bco,co->bc", joint, self.class_weight).to(joint.dtype)
+        scores = inner_products(joint, self.class_weight)
         if self.shortcut_weight is not None:
-            scores = scores + torch.einsum("bcd,cd->bc", class_features, self.shortcut_weight).to(joint.dtype)
+            scores = scores + inner_products(class_features, self.shortcut_weight)
         return scores + self.class_bias
 
 

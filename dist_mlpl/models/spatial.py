@@ -270,7 +270,8 @@ class RegularizationNet(nn.Module):
         rows = self.norm1(mixed.flatten(0, 1)).relu()  # (B * cells, mixed_width)
         rows = self.norm2(self.mixing(rows)).relu()
         filtered = self.norm3(self.filters(rows.unflatten(0, (B, -1)))).relu()  # (B, mixed_width * kernels)
-        logits: Tensor = self.linear(filtered)
+        with torch.autocast(filtered.device.type, enabled=False):  # as in `PooledHead`
+            logits: Tensor = self.linear(filtered.to(self.linear.weight.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
