@@ -11,6 +11,7 @@ from dist_mlpl.errors import ConfigError
 from dist_mlpl.models import graph as graph_module
 from dist_mlpl.models.graph import LabelGraph, LabelGraphSettings
 from tests.support.graph import graph_oracle
+from tests.support.memory import most_bytes
 
 pytestmark = pytest.mark.unit
 
@@ -179,6 +180,19 @@ def test_under_autocast_states_and_logits_stay_float32_and_close():
     assert not torch.equal(output, exact)
     torch.testing.assert_close(output, exact, rtol=0.02, atol=0.02)
     torch.testing.assert_close(slope, exact_slope, rtol=0.02, atol=0.02 * float(exact_slope.abs().max()))
+
+
+def test_under_autocast_the_backward_pass_keeps_no_casts_of_blocks_that_are_done(monkeypatch):
+    graph, logits = random_graph(64, width=192), random_logits(2, 64).requires_grad_()
+
+    def peak(num_classes: int) -> int:
+        """In blocks of so many classes."""
+        monkeypatch.setattr(graph_module, "_CPU_ENTRIES", num_classes * 2 * max(graph.message_weight.shape))
+        with torch.autocast("cpu", torch.bfloat16):
+            total = graph(logits).sum()
+        return most_bytes(total.backward)
+
+    assert peak(1) < peak(16)
 
 
 def test_with_an_average_readout_half_the_logit_is_the_one_that_came_in():

@@ -13,6 +13,7 @@ from dist_mlpl.errors import ConfigError, StorageError
 from dist_mlpl.models import recompute
 from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
 from dist_mlpl.models.semantic import SemanticDecoupling, SemanticHead, SemanticSettings
+from tests.support.memory import most_bytes
 from tests.support.semantic import (
     LabelsOf,
     adjacency_oracle,
@@ -242,3 +243,17 @@ def test_a_file_that_is_none_or_absent_is_refused(tmp_path):
             SemanticDecoupling(SemanticSettings(embeddings=str(tmp_path / name)), 8, 4)
     with pytest.raises(StorageError, match="class embeddings"):
         SemanticDecoupling(SemanticSettings(embeddings=str(tmp_path / "absent.npy")), 8, 4)
+
+
+def test_under_bfloat16_the_backward_pass_keeps_no_casts_of_blocks_that_are_done(monkeypatch):
+    graph = GatedGraph(GatedGraphSettings(num_neighbours=4), 192, 64)
+    features = torch.randn(2, 64, 192, requires_grad=True)
+
+    def peak(num_classes: int) -> int:
+        """In blocks of so many classes."""
+        monkeypatch.setattr(recompute, "_CPU_ENTRIES", num_classes * 2 * 192)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = graph(features).sum()
+        return most_bytes(total.backward)
+
+    assert peak(1) < peak(16)
