@@ -292,13 +292,17 @@ def check_global_batch(global_batch: int, *, group_size: int, world_size: int, n
     nearest = max(least, round(global_batch / group_size) * group_size)
     if nearest > num_samples:
         nearest = num_samples // group_size * group_size
+    if nearest >= least:
+        advice = f"set global_batch to {nearest}"
+    elif num_samples >= group_size:
+        advice = f"use at most {num_samples // group_size} ranks, or a smaller group_size"
+    else:
+        advice = f"set group_size to {num_samples} or less, or use more images"
     raise ConfigError(
         f"global_batch {global_batch} on {world_size} ranks over {num_samples} samples",
         expected=f"a multiple of group_size {group_size}, at least {least} (one group a rank), at most {num_samples}",
         where="global_batch, group_size, cluster.num_workers",
-        next_step=f"set global_batch to {nearest}"
-        if nearest >= least
-        else f"use at most {num_samples // group_size} ranks, or a smaller group_size",
+        next_step=advice,
     )
 
 

@@ -7,8 +7,13 @@ times fewer numbers and is torch's own in both forms.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +40,8 @@ def semantic_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: T
 
     u = W1 cell; s_lc = query . tanh(u_l * key_c); a = softmax of s over the cells; feature_c = sum_l a_lc cell_l.
 
-    Computed by the fused form on CUDA where triton is installed, by the chunked form elsewhere. Scores and softmax are
-    float32 or wider under autocast too; both products run in autocast's type.
+    Computed by the fused form on CUDA unless there is a `fused_obstacle`, by the chunked form elsewhere. Scores and
+    softmax are float32 or wider under autocast too; both products run in autocast's type.
 
     Args:
         cells: (B, L, D).
@@ -46,8 +51,25 @@ def semantic_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: T
 
     Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022), semantic decoupling.
     """
-    is_fused = cells.is_cuda and cells.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    is_fused = cells.is_cuda and cells.dtype != torch.float64 and fused_obstacle() is None
     return (fused_attention if is_fused else chunked_attention)(cells, keys, projection, query)
+
+
+@functools.cache
+def fused_obstacle() -> str | None:
+    """Why the fused form cannot be built on this machine; None where it can. Triton compiles its launchers in C."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler (gcc, clang, or the one that CC names)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"triton finds no {header} (install Python's development files)"
+
+
+def attention_notes() -> list[str]:
+    """What a person should know before a run: that it goes without the fused form although there is a device for it."""
+    obstacle = fused_obstacle() if torch.cuda.is_available() else None
+    return [] if obstacle is None else [f"semantic attention runs without its fused kernels, slower: {obstacle}"]
 
 
 def chunked_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:

@@ -147,4 +147,10 @@ def _slope(
 
 def _is_fast(operand: Tensor) -> bool:
     """True where the device has a tangent of its own and the operands are not precise enough to tell."""
-    return operand.is_cuda and torch.version.cuda is not None and operand.dtype in (torch.float16, torch.bfloat16)
+    is_coarse = operand.dtype in (torch.float16, torch.bfloat16)
+    return (
+        is_coarse
+        and operand.is_cuda
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(operand.device) >= (7, 5)
+    )

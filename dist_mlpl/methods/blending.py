@@ -13,6 +13,7 @@ from dist_mlpl import comm
 from dist_mlpl.banks.base import Bank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.data.label_store import Labels
+from dist_mlpl.kernels.semantic_attention import attention_notes
 from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, known_positives, step_output, training_targets
@@ -144,7 +145,7 @@ class Blending(Method):
 
     def read_labels(self, labels: Labels) -> None:
         counts = count_cooccurrence(labels, labels.samples.num_samples, self.num_classes)
-        self.notes += self.head.check_classes(labels.samples.manifest.class_ids)
+        self.notes += self.head.check_classes(labels.samples.manifest.class_ids) + attention_notes()
         self.head.set_cooccurrence(counts, is_biased=self.settings.faithful)
 
     def banks(self) -> dict[str, Bank]:
@@ -155,10 +156,12 @@ class Blending(Method):
         C, D, graph = self.num_classes, self.head.width, self.head.graph
         width = self.settings.head.head_width or D
         kept = C * ((graph.num_steps + 2) * D + width)  # numbers of one classification of an image
-        products = graph.num_steps * C * D * (2 * graph.num_neighbours + 9 * D) + C * width * (2 * D + 1)
+        messages, updates = (graph.num_steps * C * D * n for n in (2 * graph.num_neighbours, 9 * D))
+        classified = C * width * (2 * D + 1)
         return [
             self._prototypes.cost(scale),
-            Cost("mixtures", kept_bytes=2 * 4.0 * kept, flops=2 * 6.0 * products),
+            # Of updates the backward pass makes the forward once more.
+            Cost("mixtures", kept_bytes=2 * 4.0 * kept, flops=2 * (6.0 * (messages + classified) + 8.0 * updates)),
         ]
 
     def begin_epoch(self, progress: Progress) -> None:

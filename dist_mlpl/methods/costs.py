@@ -93,6 +93,41 @@ def bank_cost(name: str, bank: Bank, scale: Scale, *, reads: float = 1.0, writes
     return Cost(name, held_bytes=held_rows * row_bytes, sent_bytes=sent)
 
 
+def pair_counts(targets: Targets, num_neighbours: int | None, *, trains_all: bool) -> tuple[float, float]:
+    """What an average image gives SST's pair head to do.
+
+    Args:
+        targets: (n, C) int8.
+        num_neighbours: E, of which nobody knows yet which classes they are: any are taken for equally likely. None:
+            all pairs, counted exactly.
+        trains_all: the head learns from all pairs, not from those of known classes alone.
+
+    Returns:
+        Pairs, and their ends; a class that is the first of some pairs and the second of others is two.
+    """
+    present, is_open = targets == PRESENT, targets == UNKNOWN
+    known = np.ones_like(present) if trains_all else ~is_open
+    num_known, num_present, num_open = (kind.sum(axis=1) for kind in (known, present, is_open))
+    if num_neighbours is None:
+        num_pairs = num_known * (num_known - 1) / 2 + num_present * num_open
+        num_firsts = _first_ends(known, present, is_open)
+        num_seconds = _first_ends(known[:, ::-1], present[:, ::-1], is_open[:, ::-1])
+    else:
+        share = num_neighbours / (targets.shape[1] - 1)  # of all other classes
+        num_pairs = share * (num_known * (num_known - 1) + num_present * num_open)  # of known ones both ways
+        num_firsts = np.minimum(num_known, num_pairs)
+        num_seconds = np.minimum(targets.shape[1], num_pairs)
+    return float(num_pairs.mean()), float((num_firsts + num_seconds).mean())
+
+
+def _first_ends(
+    known: npt.NDArray[np.bool_], present: npt.NDArray[np.bool_], is_open: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """(n,) classes that are before the other one in some pair of two known ones, or of a present and an open one."""
+    after = [kind[:, ::-1].cumsum(axis=1)[:, ::-1] - kind > 0 for kind in (known, present, is_open)]
+    return ((known & after[0]) | (present & after[2]) | (is_open & after[1])).sum(axis=1)
+
+
 def exchange_bytes(num_rows: float, row_bytes: float, world_size: int, *, is_expected: bool = False) -> float:
     """Sent by an average rank in one `comm.exchange`, the destinations of its rows even over ranks.
 

@@ -14,12 +14,13 @@ from dist_mlpl.banks.base import Bank
 from dist_mlpl.banks.ring import Ring
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.data.label_store import Labels
+from dist_mlpl.kernels.semantic_attention import attention_notes
 from dist_mlpl.labels import PRESENT, UNKNOWN
 from dist_mlpl.losses.contrastive import contrastive_loss, num_contrasted
 from dist_mlpl.losses.cooccurrence import cooccurrence_loss
 from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, known_positives, step_output, training_targets
-from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes
+from dist_mlpl.methods.costs import Cost, Scale, bank_cost, exchange_bytes, pair_counts
 from dist_mlpl.models.cooccurrence import PairHead, Pairs, PairSettings
 from dist_mlpl.models.gated_graph import GatedGraphSettings
 from dist_mlpl.models.label_counts import count_cooccurrence
@@ -128,7 +129,7 @@ class Sst(Method):
 
     def read_labels(self, labels: Labels) -> None:
         counts = count_cooccurrence(labels, labels.samples.num_samples, self.num_classes)
-        self.notes += self.head.check_classes(labels.samples.manifest.class_ids)
+        self.notes += self.head.check_classes(labels.samples.manifest.class_ids) + attention_notes()
         self.head.set_cooccurrence(counts, is_biased=self.settings.faithful)
         self.pair_head.set_cooccurrence(counts)
 
@@ -137,20 +138,19 @@ class Sst(Method):
 
     def costs(self, scale: Scale) -> list[Cost]:
         """The ring with its means on every rank, and the pair head, which works in training alone."""
-        C, D, R, H = self.num_classes, self.head.width, scale.world_size, self.settings.pairs.pair_width
+        C, D, R, pairs = self.num_classes, self.head.width, scale.world_size, self.settings.pairs
         ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
         num_rows = scale.share_images * scale.num_positives + scale.num_touched_classes  # R times a share of 1 / R
         sent = exchange_bytes(num_rows, self._ring.record_bytes, R, is_expected=True)
         sent += (R - 1) * self._ring.note_bytes
-        num_known = (scale.targets != UNKNOWN).sum(axis=1)
-        num_pairs = float((num_known * (num_known - 1) / 2).mean()) + scale.num_positives * (C - scale.num_known)
-        if self.pair_head.num_neighbours is not None:
-            num_pairs *= 2 * self.pair_head.num_neighbours / C
-        num_ends = min(C, 2 * num_pairs)  # classes that some pair has
-        products = num_ends * self.settings.pairs.class_width * (D + 2 * H) + num_pairs * H
+        num_pairs, num_ends = pair_counts(
+            scale.targets, self.pair_head.num_neighbours, trains_all=self.settings.faithful
+        )  # fmt: skip
+        kept = num_ends * (D + pairs.class_width + pairs.pair_width)
+        products = num_ends * pairs.class_width * (D + pairs.pair_width) + num_pairs * pairs.pair_width
         return [
             ring._replace(held_bytes=ring.held_bytes + C * (4 * D + 8), sent_bytes=sent),
-            Cost("pairs", kept_bytes=4.0 * num_ends * (D + 2 * H), flops=6.0 * products),
+            Cost("pairs", kept_bytes=4.0 * kept + 24.0 * num_pairs, flops=6.0 * products),
         ]
 
     @torch.no_grad()

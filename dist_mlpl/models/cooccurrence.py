@@ -152,7 +152,15 @@ class _PairScores(torch.autograd.Function):
             joint = (u[i[part]] + v[j[part]]).relu_()  # (m, H)
             slope = grad_outputs[0][part, None]  # (m, 1)
             inner = torch.where(joint > 0, w[slot[part]], 0.0).mul_(slope)
-            u_slope.index_add_(0, i[part], inner)
-            v_slope.index_add_(0, j[part], inner)
-            w_slope.index_add_(0, slot[part], joint.mul_(slope))
+            _add_rows(u_slope, i[part], inner)
+            _add_rows(v_slope, j[part], inner)
+            _add_rows(w_slope, slot[part], joint.mul_(slope))
         return u_slope, v_slope, w_slope, None, None, None
+
+
+def _add_rows(totals: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows (m, H) to those at index (m,), some of which are the same, in an order that no two runs differ in."""
+    if totals.is_cuda:  # where `index_add_` is atomic; this one sorts
+        totals.index_put_((index,), rows, accumulate=True)
+    else:
+        totals.index_add_(0, index, rows)

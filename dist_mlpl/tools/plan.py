@@ -294,7 +294,7 @@ def plan_table(plan: Plan) -> Table:
 
 def largest_line(plan: Plan) -> str:
     """The sum of what comes on top of the trunk, for another number of classes."""
-    _, held, kept, sent, flops, share = _cells(plan.added, plan)
+    _, held, kept, sent, flops, share = (cell or "nothing" for cell in _cells(plan.added, plan))
     return (
         f"with {plan.num_classes:,} classes, heads and banks: {held} held, {kept} kept an image, {sent} sent a step, "
         f"{flops} FLOPs an image, {share} of the trunk's"

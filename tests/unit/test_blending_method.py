@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import tests.support.methods as contract
 from dist_mlpl.batch import Batch, Progress
 from dist_mlpl.losses.contrastive import contrastive_loss
 from dist_mlpl.methods.base import training_targets
 from dist_mlpl.methods.blending import Blending
+from dist_mlpl.methods.costs import Scale
 from dist_mlpl.methods.table import METHODS
 from tests.support.blending import (
     lloyd,
@@ -299,3 +302,13 @@ def test_both_coefficients_learn_while_blending():
 def test_settings_that_make_no_sense_are_refused(keys, word):
     with pytest.raises(ValidationError, match=word):
         METHODS["blending"](**{"name": "blending", "backbone": {"name": "resnet_small_gn"}, **keys})
+
+
+def test_the_plan_says_what_classifying_mixtures_computes():
+    method = tiny_method("blending", head={"feature_width": 64, "head_width": 48}, start_epoch=1)
+    features = torch.randn(2, NUM_CLASSES, method.head.width, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        method.head.classify(features).sum().backward()
+    scale = Scale(world_size=1, global_batch=2, num_cells=1, targets=np.zeros((1, NUM_CLASSES), dtype=np.int8))
+    (mixtures,) = (cost for cost in method.costs(scale) if cost.name == "mixtures")
+    assert counter.get_total_flops() == pytest.approx(mixtures.flops, rel=0.1)  # two mixtures of an image; two images

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_mlpl.losses.cooccurrence import cooccurrence_loss
+from dist_mlpl.methods.costs import pair_counts
 from dist_mlpl.models import recompute
 from dist_mlpl.models.cooccurrence import PairHead, PairSettings
 from tests.support.losses import random_targets
@@ -89,6 +90,33 @@ def test_before_any_labels_are_read_a_head_of_neighbours_has_no_pairs():
     head = PairHead(PairSettings(class_width=2, pair_width=3, num_neighbours=2), 4, 9)
     everything = torch.ones(3, 9, dtype=torch.bool)
     assert len(head.pairs(everything, everything).slot) == 0
+
+
+@pytest.mark.parametrize("trains_all", [False, True])
+@pytest.mark.parametrize("known", [0.05, 0.4, 1.0])
+def test_the_plan_counts_pairs_and_their_ends_as_the_head_makes_them(known, trains_all):
+    targets = random_targets((40, 12), known, torch.Generator().manual_seed(3))
+    head = PairHead(PairSettings(class_width=5, pair_width=7), 4, 12)
+    is_trained = torch.ones(40, 12, dtype=torch.bool) if trains_all else targets != 0
+    pairs = head.pairs(is_trained, is_trained).joined(head.pairs(targets == 1, targets == 0))
+    num_ends = sum(len((pairs.image * 12 + end).unique()) for end in (pairs.first, pairs.second))
+    counted = pair_counts(targets.numpy(), None, trains_all=trains_all)
+    assert counted == pytest.approx((len(pairs.slot) / 40, num_ends / 40))
+
+    features = torch.randn(40, 12, 4, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = head(features, pairs)
+    parameters = {p.data_ptr() for p in head.parameters()}
+    index = 8 * num_ends  # where each end's features came from
+    found = sum(size for place, size in kept.items() if place not in parameters) - index
+    assert found == num_ends * 4 * (4 + 5 + 7) + 24 * len(pairs.slot)
+    assert len(logits) == len(pairs.slot)
 
 
 def test_the_loss_is_the_printed_one():

@@ -97,6 +97,24 @@ def test_on_a_cpu_the_chunked_form_is_chosen(monkeypatch) -> None:
     assert torch.equal(semantic_attention(*case).class_features, chunked_attention(*case).class_features)
 
 
+@pytest.mark.parametrize("missing", ["triton", "compiler", "header"])
+def test_where_the_kernels_cannot_be_built_a_run_says_why_and_goes_without(monkeypatch, tmp_path, missing) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    found = {"triton": object(), "compiler": "/usr/bin/gcc", "header": str(tmp_path)}
+    found[missing] = str(tmp_path / "nowhere") if missing == "header" else None
+    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda name: found["triton"])
+    monkeypatch.setattr(rooms.shutil, "which", lambda name: found["compiler"])
+    monkeypatch.setattr(rooms.sysconfig, "get_path", lambda name: found["header"])
+    monkeypatch.setattr(rooms.torch.cuda, "is_available", lambda: True)
+    rooms.fused_obstacle.cache_clear()
+    try:
+        (note,) = rooms.attention_notes()
+    finally:
+        rooms.fused_obstacle.cache_clear()
+    assert {"triton": "not installed", "compiler": "no C compiler", "header": "Python.h"}[missing] in note
+
+
 # Cells, classes and widths beside, below and above the blocks: 64 cells x 32 classes of scores, 32 x 64 of slopes.
 SHAPES = [(2, 49, 24, 33, 13), (1, 196, 9, 5, 20), (3, 5, 33, 40, 7), (1, 20, 8, 10, 70), (1, 1, 1, 1, 1)]
 
