@@ -176,7 +176,9 @@ class HeatmapBank(WritableBank):
         )
 
     def write_slots(self, index: Tensor, slots: Slots) -> None:
-        """Replace the slots of images (n,), none of them twice; `visits` is the count with this one.
+        """Replace the slots of images (n,); `visits` is the count with this one.
+
+        Of an image that is in a step twice, in a mixture with weights above 1, the later row of the higher rank stays.
 
         Raises:
             BankError: a map outside [0, 1]; see `WritableBank.write`, also for scores; on all ranks, and nothing

@@ -99,8 +99,8 @@ class Prototypes(Bank):
             class_id: (n,) int64 in [0, C), n free on each rank.
             features: (n, D), any floating type and device.
             slot: (n,) int64 in [0, P); None: the nearest centre of the class.
-            position: (n,) int64, different for any two features of one class: a sample's place in the step, or its
-                index.
+            position: (n,) int64, a sample's place in the step, or its index; of two equal ones of a class the order is
+                that of ranks, then rows.
 
         Raises:
             BankError: a class or slot that is none, features that do not fit or are not finite; on all ranks, and

@@ -107,8 +107,9 @@ class Ring(Bank):
         Args:
             class_id: (n,) int64 in [0, C), n free on each rank.
             features: (n, D), any floating type and device.
-            position: (n,) int64 >= 0, different for any two features of one class: a sample's place in the step, or
-                its index.
+            position: (n,) int64 >= 0, a sample's place in the step, or its index. Of two features of one class with
+                the same one (a sample that a mixture has twice in a step) that of the later row, or higher rank, is
+                newer; ranks hold a step in the order of its lanes, so that any number of them agrees.
 
         Raises:
             BankError: a class that is none, features that do not fit or are not finite; on all ranks, and none of the
