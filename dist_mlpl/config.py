@@ -364,7 +364,7 @@ def run_config_url(run: str) -> str:
 
 
 def read_run_config(run: str) -> Config:
-    """The config a run began with.
+    """The config of a run as it was last started.
 
     Raises:
         CheckpointError: no run there.
