@@ -6,7 +6,9 @@ import time
 from typing import Any
 
 import ray
-from ray.train import UserCallback
+from ray.train import TrainingFailedError, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm
 from dist_mlpl.errors import MlplError
@@ -16,7 +18,11 @@ _PUSH_SECONDS = 0.3  # at least, between two rows of steps
 
 
 class Board:
-    """An actor between workers and the driver: rows go one way, the wish to stop the other."""
+    """An actor between workers and the driver: rows go one way, the wish to stop the other.
+
+    Ray's trainer runs in it too, beside the other calls: nobody but the owner of Ray's controller can end it, and with
+    this actor it ends, and the workers with it. From a thread of the driver it could not be ended at all.
+    """
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
@@ -24,11 +30,24 @@ class Board:
         self._fatal: MlplError | None = None
         self._is_running = False
 
+    @ray.method(concurrency_group="fit")
+    def fit(self, trainer: TorchTrainer) -> Exception | None:
+        """Run workers until they end; what Ray says of their failures, if it gave up on them."""
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return error
+        return None
+
     def push(self, rows: list[Row]) -> Action:
         """Rank 0 hands over rows and learns what the driver wants."""
         self._rows.extend(rows)
-        self._is_running |= any(row["event"] == "start" for row in rows)
         return self._action
+
+    def open(self) -> MlplError | None:
+        """A worker begins: from now on workers are at work. The error that none should repeat, if there is one."""
+        self._is_running = True
+        return self._fatal
 
     def lose(self) -> None:
         """A group of workers has ended in an error; Ray may start another when it finds room for one."""
@@ -50,6 +69,13 @@ class Board:
     def fatal(self) -> MlplError | None:
         """That error, if there is one."""
         return self._fatal
+
+
+def make_board() -> Any:
+    """The actor, on the driver's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(Board)
+    return actor.remote()
 
 
 class BoardSink:

@@ -291,6 +291,17 @@ class Checkpoint:
             raise _overtaken(self._attempt.name)
         return commit
 
+    def newest_head(self) -> Commit | None:
+        """The commit that the engine stands at or behind, the newest of the chain.
+
+        Raises:
+            OvertakenError: a newer attempt has begun or committed; on all ranks.
+
+        Collective: all ranks.
+        """
+        comm.on_first_rank(self._check_newest)
+        return self._head
+
     def _check_newest(self) -> None:
         """Give way to a newer attempt, whether it has committed yet or not."""
         newest = read_head(self._out)

@@ -13,7 +13,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,12 +20,12 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm, storage
-from dist_mlpl.board import Board, BoardSink, Losses
+from dist_mlpl.board import BoardSink, Losses, make_board
 from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.checkpoint import newest_job
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url, with_absolute_paths
@@ -163,38 +162,39 @@ def _run_workers(
     """
     with cluster_at(address or config.cluster.address, config):
         stop.listen()  # not before: ray.init takes SIGTERM for itself
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = make_board()
         arguments = arguments | {"config": config.model_dump(mode="json"), "board": board}
-        trainer = _trainer(work, config, arguments, callback=Losses(board))
-        failure: list[BaseException] = []
-        fit = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
-        fit.start()
+        end = board.fit.remote(_trainer(work, config, arguments, callback=Losses(board)))
         idle_since, is_told, is_given_up = time.monotonic(), False, False
+        fatal: MlplError | None = None
+        failure: Exception | None = None
         try:
-            while fit.is_alive():
-                fit.join(_POLL_SECONDS)
+            while not is_given_up and not ray.wait([end], timeout=_POLL_SECONDS)[0]:
                 if stop.is_asked:
                     ray.get(board.ask_stop.remote())
                 if _show(board, shown):
                     idle_since, is_told = time.monotonic(), False
                 elif stop.is_asked:
                     is_given_up = True
-                    break
                 elif not is_told and time.monotonic() - idle_since > _PATIENCE_SECONDS:
                     is_told = True
                     _note(shown, _waiting(config))
             _show(board, shown)
             fatal = ray.get(board.fatal.remote())
+            failure = None if is_given_up else ray.get(end)
             if is_given_up and fatal is None:
                 _note(shown, "stopped while no workers ran; the same command goes on from what is saved")
+        except RayError as error:
+            failure = error
         finally:
             for sink in shown:
                 sink.close()
+            with contextlib.suppress(RayError):  # it has ended by itself
+                ray.kill(board)
     if fatal is not None:
         raise fatal
-    if failure:
-        raise _failed(failure[0], config)
+    if failure is not None:
+        raise _failed(failure, config)
     return not is_given_up
 
 
@@ -271,17 +271,10 @@ def _trainer(
     )
 
 
-def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
-    try:
-        trainer.fit()
-    except Exception as error:
-        failure.append(error)
-
-
 def _train_worker(arguments: dict[str, Any]) -> None:
     """One worker: the recipe, with the board as rank 0's display."""
     board = arguments["board"]
-    if ray.get(board.fatal.remote()) is not None:
+    if ray.get(board.open.remote()) is not None:
         return  # all workers of a restarted group see the same, and the driver raises it
     config = Config.model_validate(arguments["config"])
     sink = BoardSink(board)
@@ -302,7 +295,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _relabel_worker(arguments: dict[str, Any]) -> None:
     """One worker: a round of labels, told to the board by rank 0."""
     board = arguments["board"]
-    if ray.get(board.fatal.remote()) is not None:
+    if ray.get(board.open.remote()) is not None:
         return
     config = Config.model_validate(arguments["config"])
     sink = BoardSink(board)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -37,7 +39,8 @@ class StopRequest:
         if self.is_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_asked = True
-        print(self._answer, file=sys.stderr)
+        with contextlib.suppress(OSError):  # told past Python's buffers, in which the signal may have come
+            os.write(sys.stderr.fileno(), f"{self._answer}\n".encode())
 
     def action(self) -> Action:
         """What the loop should do."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.build import build_cache, build_method, build_stream, build_view, check_cache, open_samples
-from dist_mlpl.chain import Commit, RunIdentity, read_head, read_model, read_newest
+from dist_mlpl.chain import Commit, RunIdentity, read_model, read_newest
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded, is_due
@@ -110,7 +110,7 @@ class Run:
         """
         config, curriculum, out = self.config, self.config.curriculum, self.config.run_folder
         if curriculum is not None and is_due(curriculum, progress.epoch):
-            head = comm.on_first_rank(lambda: read_head(out))
+            head = self.saved.newest_head()
             assert head is not None  # no round is due before the first epoch, which ends in a commit
             made = relabel(
                 out, head, curriculum, self.engine, self.store.at(0),

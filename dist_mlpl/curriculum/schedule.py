@@ -53,7 +53,9 @@ class CurriculumSettings(Settings):
 
     Similar are images by the cosine of their embeddings, as the scoring pass computes them, to float16.
 
-    Source: Durand et al., CVPR 2019, section 3.3; defaults are the paper's. class_precision and neighbours are ours.
+    Source: Durand et al., CVPR 2019: the first five strategies, and thresholds 2 and 5 and the fraction 0.8 as others
+        quote them; 0.3 and the ensemble's 2 are recalled, numbers of passes and of checkpoints and the first epoch are
+        choices of ours, and so are class_precision and neighbours.
     """
 
     strategy: Strategy

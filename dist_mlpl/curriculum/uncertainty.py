@@ -1,6 +1,6 @@
 """Owns the mean and the spread of a model's answers: over passes with dropout, mirror images, several models.
 
-Source: Gal and Ghahramani, ICML 2016 (dropout at inference); Durand et al., CVPR 2019, section 3.3, strategy (e).
+Source: Gal and Ghahramani, ICML 2016 (dropout at inference); Durand et al., CVPR 2019, its last strategy.
 Differs: the paper does not say which variance; ours is the unbiased one of the logits.
 """
 

@@ -96,7 +96,7 @@ def solve_normaliser(gamma: float, p0: float, g0: float) -> tuple[float, float]:
     Raises:
         ConfigError: no such normaliser exists.
 
-    Source: Durand et al., CVPR 2019, section 3.1.
+    Source: Durand et al., CVPR 2019.
     """
     if gamma == 0 or not 0 < p0 < 1:
         raise ConfigError(

@@ -19,6 +19,8 @@ in their released code, which EN has not. Logarithms are nl(v) = -log(v + 1e-5),
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,11 +120,16 @@ def estimator_loss(logits: Tensor, estimates: Tensor, targets: Tensor) -> Tensor
     )
 
 
+def num_expected_positives(expected_positives: float) -> int:
+    """K of an image as a whole number of labels, halves up."""
+    return math.floor(expected_positives + 0.5)
+
+
 def expected_negative_loss(logits: Tensor, targets: Tensor, scores: Tensor, *, expected_positives: float) -> Tensor:
     """Sum of -log p over present and -log(1 - p) over absent and expected absent labels.
 
-    Unknown labels are expected absent but for the likeliest of each image: round(K) less its present ones, by `scores`.
-    These have no part in value or gradient.
+    Unknown labels are expected absent but for the likeliest of each image, by `scores`: K, rounded, less its present
+    ones. These have no part in value or gradient.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
@@ -137,7 +144,7 @@ def expected_negative_loss(logits: Tensor, targets: Tensor, scores: Tensor, *, e
 
     Source: Verelst et al., WACV 2023, for the principle; no code is known and the rule here is a reconstruction.
     """
-    num_expected = round(expected_positives)
+    num_expected = num_expected_positives(expected_positives)
 
     def losses(x: Tensor, y: Tensor, ranking: Tensor) -> Tensor:
         num_present = (y == PRESENT).sum(dim=1, keepdim=True)

@@ -110,7 +110,8 @@ class Blending(Method):
     Differs always:
         Partners mirror each other in their group of images, not in a rank's batch.
         Prototypes are made of the training steps of the epoch before (the code: a pass in evaluation mode; DSRB's over
-            the first 100 images only). k-means goes one step a renewal, from the renewal before.
+            the first 100 positives of each class and quadrant only). k-means goes one step a renewal, from the renewal
+            before.
         DSRB's prototypes are summed over the cells, since a mixture is seen only after that sum.
         Draws are keyed by seed, step and sample; prototypes and position are saved.
 

@@ -24,6 +24,7 @@ FRACTIONS: Final[dict[Variant, float]] = {"ll_r": 0.005, "ll_ct": 0.002, "ll_cp"
 
 THRESHOLD: Final = "large_loss_threshold"
 CORRECTIONS: Final = "corrections"
+EARLIER: Final = "earlier_corrections"  # those that the step began with
 _NEWEST_SHARE = 0.1  # of the newest step in the threshold
 
 
@@ -80,17 +81,18 @@ class LargeLoss(UnknownLoss):
         threshold = recalled["threshold"].squeeze()
         targets, extras = rows.targets, {"fraction": recalled["fraction"]}
         if self._corrections is not None:
-            corrected = pick(recalled["remembered"], recalled[CORRECTIONS], rows.index)
-            targets = _with(corrected, targets)
-            extras[CORRECTIONS] = corrected | permanent_corrections(rows.logits, targets, threshold)
+            earlier = pick(recalled["remembered"], recalled[CORRECTIONS], rows.index)
+            targets = _with(earlier, targets)
+            extras[EARLIER] = earlier
+            extras[CORRECTIONS] = earlier | permanent_corrections(rows.logits, targets, threshold)
         scheme: Literal["reject", "correct"] = "reject" if self._variant == "ll_r" else "correct"
         loss = large_loss(rows.logits, targets, threshold, scheme=scheme)
         return {"large_loss": mean_share(loss, rows)}, extras
 
     def observe(self, index: Tensor, logits: Tensor, targets: Tensor, extras: Named) -> None:
         if self._corrections is not None:
-            corrected = extras[CORRECTIONS]
-            targets = _with(corrected, targets)
+            # What this step has corrected counts as unknown here: without it the threshold could only fall.
+            targets, corrected = _with(extras[EARLIER], targets), extras[CORRECTIONS]
             chosen = corrected.any(dim=1)  # a row that was corrected once is written again; its bits never fall
             packed = torch.from_numpy(np.packbits(corrected[chosen].cpu().numpy(), axis=1))
             stamps = torch.zeros(len(packed), dtype=torch.int32)

@@ -80,7 +80,7 @@ class PartialBce(PooledMethod):
 
     With a graph, the loss and the scores are of its corrected logits; heatmaps stay those of the head.
 
-    Source: Durand et al., CVPR 2019, sections 3.1 and 3.2.
+    Source: Durand et al., CVPR 2019.
     """
 
     def __init__(self, settings: PartialBceSettings, *, num_classes: int, image_size: int) -> None:

@@ -88,6 +88,8 @@ class SinglePositiveSettings(MethodSettings):
             raise ValueError(f"{', '.join(changed)} set, but loss {self.loss!r} does not use it")
         if self.loss in _READ_BY["expected_positives"] and self.expected_positives is None:
             raise ValueError(f"loss {self.loss!r} needs expected_positives: the positives of an average image")
+        if self.loss == "en" and self.expected_positives is not None and self.expected_positives < 0.5:
+            raise ValueError("expected_positives below 0.5 leaves no label out: loss 'en' would be 'an'")
         return self
 
     def build(self, *, num_classes: int, image_size: int) -> SinglePositive:

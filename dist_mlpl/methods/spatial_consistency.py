@@ -25,7 +25,7 @@ from dist_mlpl.batch import METRIC, Batch, Progress, StepOutput
 from dist_mlpl.labels import ABSENT, PRESENT
 from dist_mlpl.losses.consistency import consistency_loss, spatial_consistency_loss
 from dist_mlpl.losses.rowwise import NEVER
-from dist_mlpl.losses.single_positive import expected_negative_loss
+from dist_mlpl.losses.single_positive import expected_negative_loss, num_expected_positives
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
 from dist_mlpl.methods.costs import Cost, Scale
 from dist_mlpl.methods.unknown_loss import pick, valid_index
@@ -49,7 +49,8 @@ class SpatialConsistencySettings(MethodSettings):
         consistency_weight: gamma of CL; 0 leaves the term out.
         spatial_weight: beta of SCL; 0 leaves the term and the maps out.
         warmup_epochs: first epochs of AN alone; the memory is written from the start.
-        ramp_fraction: of the run, over which the weights of CL and SCL rise from 0; 0 for none.
+        ramp_fraction: of the run, from its start, over which the weights of CL and SCL rise from 0; 0 for none. Before
+            the end of `warmup_epochs` they are 0, so that after a long one they begin in the middle of the rise.
         momentum: mu of the running averages of scores and maps.
         num_slots: M, classes remembered an image; at most C are. Too few where a run reports that present labels
             have none (`present_in_slots_fraction` below 1) or that classes go on evicting one another.
@@ -65,7 +66,7 @@ class SpatialConsistencySettings(MethodSettings):
     needs_places: ClassVar[bool] = True
 
     name: Literal["spatial_consistency"] = "spatial_consistency"
-    expected_positives: float | None = Field(None, gt=0.0)
+    expected_positives: float | None = Field(None, ge=0.5)
     consistency_weight: float = Field(0.1, ge=0.0)
     spatial_weight: float = Field(0.1, ge=0.0)
     warmup_epochs: int = Field(1, ge=0)
@@ -84,7 +85,11 @@ class SpatialConsistencySettings(MethodSettings):
         if self.expected_positives is None and self.consistency_weight == self.spatial_weight == 0.0:
             raise ValueError("no term is left: set expected_positives, consistency_weight or spatial_weight, or take "
                              "method single_positive with loss an")  # fmt: skip
-        if self.expected_positives is not None and round(self.expected_positives) > self.num_slots:
+        num_expected = 0 if self.expected_positives is None else num_expected_positives(self.expected_positives)
+        if self.faithful and (self.dropout or self.pooling != "average"):
+            raise ValueError("dropout or pooling set, but with faithful an image's probability is the mean of its "
+                             "cells': leave it out")  # fmt: skip
+        if num_expected > self.num_slots and not self.faithful:
             raise ValueError(f"expected_positives {self.expected_positives:g} needs as many num_slots: classes outside "
                              "the slots are taken for absent")  # fmt: skip
         return self
@@ -103,10 +108,11 @@ class SpatialConsistency(Method):
         reconstructions.
     Differs: maps and scores of M classes an image, not of all: classes outside the slots are expected absent, and have
         no consistency terms. Cells never seen have no part; where a crop hides an annotated class, its label counts
-        less.
-    Faithful: as a third party's re-implementation has it: slots for all classes; maps that start at 0, at 1 for
-        annotated classes, so that SCL pulls unknown classes down until the average has forgotten; an image's
-        probability is the mean of its cells' probabilities; an even grid; labels count in full.
+        less in EN (CL draws it to 1 all the same).
+    Faithful: nearer to a third party's re-implementation: slots for all classes; maps that start at 0, those of
+        annotated classes elsewhere (here at 1), so that SCL pulls unknown classes down until the average has forgotten;
+        an image's probability is the mean of its cells' probabilities; an even grid; labels count in full. Its maps of
+        28 x 28 cells are `map_size: 28`.
     """
 
     def __init__(self, settings: SpatialConsistencySettings, *, num_classes: int, image_size: int) -> None:

@@ -95,15 +95,15 @@ class Sst(Method):
     yI and yC are y where it is known, and present where a score reaches theta: of yI how likely the class is beside
     those known present in the image, of yC how like the image's feature is to the class's known positives in the ring.
 
-    Source: Chen et al., AAAI 2022 (arXiv 2112.10941), sections 3.2 to 3.4, and its code for what the paper leaves open.
+    Source: Chen et al., AAAI 2022 (arXiv 2112.10941), and its code for what the paper leaves open.
     Differs, and `faithful` undoes it:
         A_ij counts only images where j is known (the code's is r times too small at a share r of known labels).
         L_ist is over pairs of which both labels are known (the code takes a pair with an unknown label as apart).
         The mean similarity is over the ring's filled entries (the code divides by K always).
         A group of images without a pair of positives has no part in L_cst (the code counts all its other pairs).
-        BCE is the paper's, a mean over images of means over their labels (the code's is one mean over all labels;
-            its count of transferred labels is that of a micro-batch on all ranks). `normalization: masked_mean` is
-            near the code's: transferred labels add to the sum, not to the count.
+        BCE is the paper's as we recall it, a mean over images of means over their labels (the code's is one mean over
+            all labels; its count of transferred labels is that of a micro-batch on all ranks). `normalization:
+            masked_mean` is near the code's: transferred labels add to the sum, not to the count.
     Differs always:
         Classes never seen have rows of the identity in A (NaN in the code).
         The ring is read before the step and written after it, and its means are one step late (the code writes first).
@@ -268,7 +268,7 @@ def likely_beside(logits: Tensor, pairs: Pairs, targets: Tensor) -> Tensor:
     Returns:
         (B, C) in [0, 1], a constant: the mean over the image's classes known present; 0 where there are none.
 
-    Source: SST, section 3.2, and its code.
+    Source: SST's IST, and its code.
     """
     receiver = torch.where(targets[pairs.image, pairs.second] == PRESENT, pairs.first, pairs.second)
     total = torch.zeros(targets.shape, dtype=logits.dtype, device=logits.device)
@@ -286,7 +286,7 @@ def mean_similarity(class_features: Tensor, means: Tensor) -> Tensor:
     Returns:
         (B, C) in [-1, 1].
 
-    Source: SST, section 3.3; exact to rounding.
+    Source: SST's CST; exact to rounding.
     """
     lengths = torch.linalg.vector_norm(class_features, dim=-1).clamp(min=_EPSILON)
     return torch.einsum("bcd,cd->bc", class_features, means.to(class_features.dtype)) / lengths

@@ -105,7 +105,7 @@ class PooledHead(nn.Module):
 
     def _dropped(self, feature_map: Tensor) -> Tensor:
         """The feature map (B, F, h, w) with one draw of dropout for all cells of an image."""
-        if self.dropout.p == 0.0 or not self.dropout.training:
+        if self.dropout.p == 0.0:
             return feature_map
         ones = torch.ones(feature_map.shape[:2], dtype=feature_map.dtype, device=feature_map.device)
         return feature_map * self.dropout(ones)[:, :, None, None]

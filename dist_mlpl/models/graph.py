@@ -67,7 +67,7 @@ class LabelGraph(nn.Module):
     Raises:
         ConfigError: identity `one_hot` with a width below C.
 
-    Source: Durand et al., CVPR 2019, section 3.2; the sum less the own message is the masked mean, exact to rounding.
+    Source: Durand et al., CVPR 2019; the sum less the own message is the masked mean, exact to rounding.
     Differs: sizes, number of steps, identity, readout and what a message sees are choices of ours (see
         `LabelGraphSettings`). With readout `both` a new graph changes no logit, so that one may be put on top of a
         trained model. All parameters belong to this module itself: blocks and recomputation stay within its call, as

@@ -41,8 +41,10 @@ def inner_products(rows: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (B, C), in the wider of both types.
     """
-    step = blocks(rows.shape[1], rows.shape[0] * rows.shape[2], rows.device)
-    return torch.cat([(rows[:, part] * weight[part]).sum(dim=2) for part in step], dim=1)
+    first = next(blocks(rows.shape[1], rows.shape[0] * rows.shape[2], rows.device))
+    # Split, not sliced: the slope of a slice is as large as the whole.
+    parts = zip(rows.split(first.stop, dim=1), weight.split(first.stop), strict=True)
+    return torch.cat([(row * own).sum(dim=2) for row, own in parts], dim=1)
 
 
 def pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

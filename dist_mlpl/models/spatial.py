@@ -31,8 +31,8 @@ class SpatialSettings(Settings):
             The maps that it normalises are nearly alike at first, so over few images it magnifies rounding by orders.
         chunk: classes whose maps exist at a time; null: as many as take 16 MB a map.
 
-    Source: Zhu et al., CVPR 2017, section 3, of ResNet-101: layer3, 512, 512, 4, 14. Whether they normalise is not
-        known; re-implementations differ.
+    Source: Zhu et al., CVPR 2017, of ResNet-101, as we recall it: layer3, 512, 512, 4, 14. Whether they normalise is
+        not known; re-implementations differ.
     """
 
     layer: str | None = "layer3"
@@ -73,7 +73,7 @@ class SpatialBranch(nn.Module):
     Raises:
         ConfigError: a grid that does not divide the map.
 
-    Source: Zhu et al., CVPR 2017, section 3.
+    Source: Zhu et al., CVPR 2017.
     Differs: the bias of a_l is left out: it cancels in the softmax. Exact otherwise, to rounding, but for `use_scale`.
     """
 

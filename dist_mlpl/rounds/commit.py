@@ -46,7 +46,7 @@ from dist_mlpl.data.overlays import (
 )
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK
-from dist_mlpl.errors import CheckpointError, OvertakenError
+from dist_mlpl.errors import CheckpointError, OvertakenError, ShardError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 
 T = TypeVar("T")
@@ -255,7 +255,15 @@ class RoundCommitter:
             content = storage.read_bytes(url)
         except FileNotFoundError:
             raise dropped(self._run, self._plan.round) from None
-        return decode_part(content, origin=self._origin, where=url)
+        part = decode_part(content, origin=self._origin, where=url)
+        if part.num_samples + part.num_undecodable != piece.num_samples:
+            raise ShardError(
+                f"scores of {part.num_samples + part.num_undecodable} images",
+                expected=f"{piece.num_samples}, all of this part of the shard",
+                where=storage.shown(url),
+                next_step="drop the unfinished round with `dist-mlpl labels rollback RUN`, and make it again",
+            )
+        return part
 
     def _shards(self, found: _Found) -> Iterator[tuple[int, _Shard]]:
         for shard, part in self._parts():

@@ -51,7 +51,10 @@ class Scores(NamedTuple):
 
 
 class Writer(Protocol):
-    """Puts scored blocks into files, each written when its piece is done. Used by one thread."""
+    """Puts scored blocks into files, each written when its piece is done. Used by one thread.
+
+    A piece of which a block is refused gets no file: blocks of it that were on their way already are passed over.
+    """
 
     def add(self, batch: Batch, scores: Scores, piece: Piece, row: int) -> None:
         """One block, in order, which begins at a row of the piece's shard.
@@ -81,11 +84,13 @@ class PartWriter:
         variance = None if scores.variance is None else scores.variance.cpu()
         bad = check_scores(mean if variance is None else mean + variance, valid)
         if bad is not None:
+            self._maker = None
             what = f"{float(mean[bad])} for class {self._index.manifest.class_ids[bad[1]]!r}"
             raise _not_finite(what, self._index, piece, row + bad[0])
         if row == piece.first:
             self._maker = PartMaker(self._settings, self._index.manifest.num_classes, first_row=row)
-        assert self._maker is not None
+        if self._maker is None:
+            return
         variances = None if variance is None else rounded(variance)
         self._maker.add(rounded(mean), variances, targets, valid.numpy(), batch.num_images)
         if row + batch.num_images == piece.stop:
@@ -111,11 +116,13 @@ class EmbeddingWriter:
         valid, embeddings = batch.valid.cpu(), scores.mean.cpu()
         bad = check_scores(embeddings, valid)
         if bad is not None:
+            self._maker = None
             what = f"{float(embeddings[bad])} in an embedding"
             raise _not_finite(what, self._index, piece, row + bad[0])
         if row == piece.first:
             self._maker = EmbeddedMaker(first_row=row)
-        assert self._maker is not None
+        if self._maker is None:
+            return
         halves = unit_vectors(embeddings).half().numpy()
         self._maker.add(halves, batch.targets.cpu().numpy(), valid.numpy(), batch.num_images)
         if row + batch.num_images == piece.stop:

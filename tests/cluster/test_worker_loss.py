@@ -98,7 +98,7 @@ def test_a_stop_is_heard_while_ray_waits_for_the_place_of_a_lost_node(
     out = storage.join(bucket, "lost-node")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the cluster listens on this machine alone
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    node = cluster.add_node(num_cpus=1)
+    node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.2")  # of another host: not the driver's raylet
     try:
         child = start("train", config, "--out", out, "--address", cluster.address, "--set", "num_epochs=400")
         wait_for_commit(out, 4, child)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from dist_mlpl.rounds.models import Model
 from dist_mlpl.rounds.relabel import Scorer, make_round, plan_round
 from dist_mlpl.rounds.truth import measure
 from dist_mlpl.world import World
+from tests.support.images import tiny_jpeg
+from tests.support.label_sets import label_split, write_label_set
 from tests.support.methods import tiny_method
 from tests.support.ranks import run_ranks
 from tests.support.runs import tiny_shards
@@ -121,6 +124,25 @@ def two_rounds(rank: int, size: int, manifest: str, out: str, is_disturbed: bool
             comm.gather_objects(None)
         measured[name] = measure(run, commit, place.labels)
     return measured, fail(rank, size, manifest, f"{out}-failing") if is_disturbed else []
+
+
+def test_a_pass_that_stopped_at_a_score_which_is_no_number_leaves_nothing_that_a_later_one_would_believe(
+    tmp_path: Path,
+) -> None:
+    generator = np.random.default_rng(0)
+    split = label_split(generator.choice([-1, 0, 1], (256, 5)).astype(np.int8), num_shards=1)
+    images = [tiny_jpeg(seed) for seed in range(256)]
+    set_url = write_label_set(tmp_path / "set", {"train": split._replace(images=images)}, unlisted="unknown").url
+    place = Place(set_url, 0, 1, CurriculumSettings(strategy="score_threshold", threshold=0.0))
+    place.round(str(tmp_path / "clean"))
+    for spoilt in (170, 3):  # in the sixth block of eight; in the first
+        place.spoilt = spoilt
+        for _ in range(2):
+            with pytest.raises(RunError, match="nan"):
+                place.round(str(tmp_path / "run"))
+    place.spoilt = -1
+    place.round(str(tmp_path / "run"))
+    assert_same(files_of(tmp_path / "run"), files_of(tmp_path / "clean"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_mlpl.errors import ConfigError, StorageError
 from dist_mlpl.models import recompute
@@ -257,3 +258,28 @@ def test_under_bfloat16_the_backward_pass_keeps_no_casts_of_blocks_that_are_done
         return most_bytes(total.backward)
 
     assert peak(1) < peak(16)
+
+
+def test_the_slope_of_a_product_of_many_blocks_writes_no_more_than_that_of_one(monkeypatch):
+    rows = torch.randn(2, 256, 16, requires_grad=True)
+    weight = torch.randn(256, 16, requires_grad=True)
+
+    class Written(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            Written.total += out.numel() if isinstance(out, torch.Tensor) else 0
+            return out
+
+    def written(num_classes: int) -> int:
+        """Numbers that the backward pass makes, in blocks of so many classes."""
+        monkeypatch.setattr(recompute, "_CPU_ENTRIES", num_classes * 2 * 16)
+        product = recompute.inner_products(rows, weight)
+        torch.testing.assert_close(product, torch.einsum("bcn,cn->bc", rows, weight))
+        Written.total = 0
+        with Written():
+            torch.autograd.grad(product.sum(), [rows, weight])
+        return Written.total
+
+    assert written(1) < 2 * written(256)

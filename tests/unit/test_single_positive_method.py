@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,7 +16,9 @@ from torch import Tensor
 import tests.support.methods as contract
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.methods.base import Method
+from dist_mlpl.methods.large_loss import LargeLoss
 from dist_mlpl.methods.table import METHODS
+from dist_mlpl.methods.unknown_loss import ValidRows
 from tests.support.losses import (
     assume_negative_oracle,
     count_penalty_oracle,
@@ -250,6 +255,30 @@ def test_corrections_last_and_grow_and_never_touch_a_known_label():
     everything_known = absent._replace(targets=torch.where(absent.targets == 0, -1, absent.targets).to(torch.int8))
     losses = [float(m(everything_known, m.recall(everything_known, LATER)).loss.detach()) for m in (method, plain)]
     assert losses[0] == losses[1]
+
+
+def test_lasting_corrections_are_about_the_share_of_all_labels_that_is_asked_for_however_long_a_run_goes_on():
+    num_samples, num_classes, share = 480, 40, 0.005
+    generator = torch.Generator().manual_seed(0)
+    answers = 1.5 * torch.randn(num_samples, num_classes, generator=generator) - 3.0  # of a model that learns nothing
+    loss = LargeLoss("ll_cp", num_classes=num_classes, fraction=share, folder=None)
+    loss.begin_run(num_samples=num_samples, seed=0)
+    targets, thresholds, num_corrected = torch.zeros(16, num_classes, dtype=torch.int8), [], []
+    for epoch in range(7):
+        for index in torch.randperm(num_samples, generator=generator).split(16):
+            batch = SimpleNamespace(index=index, valid=torch.ones(16, dtype=torch.bool), targets=targets)
+            logits = answers[index] + 0.5 * torch.randn(16, num_classes, generator=generator)
+            recalled = loss.recall(batch, Progress(epoch=epoch))
+            rows = ValidRows(logits, targets, targets, None, None, index, [16], torch.tensor(16.0))
+            loss.observe(index, logits, targets, loss.losses(rows, recalled)[1])
+            thresholds.append(float(recalled["threshold"]))
+        kept = loss.banks()["corrections"].read(torch.arange(num_samples))["rows"].numpy()
+        num_corrected.append(int(np.unpackbits(kept, axis=1, count=num_classes).sum()))
+    most = share * num_samples * num_classes
+    assert num_corrected[0] == 0
+    assert all(0 < later - earlier < 1.5 * most for earlier, later in pairwise(num_corrected))
+    finite = [threshold for threshold in thresholds if math.isfinite(threshold)]
+    assert any(later > earlier for earlier, later in pairwise(finite))
 
 
 # Settings ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,12 @@ def test_scoring_moves_no_weight_and_no_statistic() -> None:
     with scorer_of(method, UNCERTAIN).scoring(1) as score:
         score(random_batch(8, seed=2), 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in method.state_dict().items())
+
+
+@pytest.mark.parametrize("pooling", ["average", "max", "weldon", {"name": "weldon", "num_top": 2, "num_bottom": 2}])
+def test_passes_of_every_pooling_differ(pooling: str | dict[str, Any]) -> None:
+    method = tiny_method("partial_bce", dropout=0.5, pooling=pooling).eval()
+    images = random_batch(4, seed=0)
+    with dropping(method), torch.no_grad():
+        first, second = (method(images, None).logits for _ in range(2))
+    assert not torch.isclose(first, second).all(dim=1).any()
