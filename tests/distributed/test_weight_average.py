@@ -132,6 +132,7 @@ def resume_with_an_average(rank: int, world_size: int) -> dict[str | int, bool]:
     return found
 
 
+@pytest.mark.long
 def test_a_resumed_average_goes_on_to_the_bit():
     for found in run_ranks(resume_with_an_average, 2):
         assert found == dict.fromkeys(KINDS, True)
@@ -169,6 +170,7 @@ def save_or_load(rank: int, world_size: int, states: dict[str | int, Any]) -> di
     return is_whole
 
 
+@pytest.mark.long
 def test_an_average_of_any_stage_and_rank_count_loads_at_any_other():
     states = run_ranks(save_or_load, 2, {})[0]
     for found in run_ranks(save_or_load, 3, states):
