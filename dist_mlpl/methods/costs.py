@@ -114,10 +114,16 @@ def pair_counts(targets: Targets, num_neighbours: int | None, *, trains_all: boo
         num_seconds = _first_ends(known[:, ::-1], present[:, ::-1], is_open[:, ::-1])
     else:
         share = num_neighbours / (targets.shape[1] - 1)  # of all other classes
-        num_pairs = share * (num_known * (num_known - 1) + num_present * num_open)  # of known ones both ways
-        num_firsts = np.minimum(num_known, num_pairs)
-        num_seconds = np.minimum(targets.shape[1], num_pairs)
+        to_known, to_open = share * (num_known - 1).clip(min=0), share * num_open  # pairs of a first of either kind
+        num_pairs = num_known * to_known + num_present * to_open  # of two known classes both ways
+        num_firsts = (num_known - num_present) * _chance(to_known) + num_present * _chance(to_known + to_open)
+        num_seconds = num_known * _chance(to_known) + num_open * _chance(share * num_present)
     return float(num_pairs.mean()), float((num_firsts + num_seconds).mean())
+
+
+def _chance(mean: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """That there is any where there are so many on average, by chance."""
+    return 1.0 - np.exp(-mean)
 
 
 def _first_ends(

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.distributed
 GLOBAL_BATCH = 16
 
 
-def stopped_by(rank: int, world_size: int, out: str, fault: str) -> str:
-    """The error of a save of which rank 0 or the last rank alone can see what is wrong."""
+def stopped_by(rank: int, world_size: int, out: str, fault: str, verb: str) -> str:
+    """The error of a save, or of asking for the head, of which rank 0 or the last rank alone can see what is wrong."""
     attempt = begin_attempt(out, "config")
     engine = make_engine("plain", global_batch=GLOBAL_BATCH)
     train(engine, 1)
@@ -44,10 +44,13 @@ def stopped_by(rank: int, world_size: int, out: str, fault: str) -> str:
         Path(commit_url(out, 1)).write_text("not a record")
     comm.gather_objects(None)  # the fault is there before anyone saves
     try:
-        saved.save(Progress(samples_consumed=GLOBAL_BATCH, step=1))
+        if verb == "head":
+            saved.newest_head()
+        else:
+            saved.save(Progress(samples_consumed=GLOBAL_BATCH, step=1))
     except MlplError as error:
         return type(error).__name__
-    return "saved"
+    return "saved"  # or its own head stands
 
 
 @pytest.mark.parametrize(
@@ -60,4 +63,9 @@ def stopped_by(rank: int, world_size: int, out: str, fault: str) -> str:
     ],
 )
 def test_what_stops_a_save_on_one_rank_stops_it_on_all(fault: str, expected: str, tmp_path: Path) -> None:
-    assert run_ranks(stopped_by, 3, str(tmp_path), fault) == [expected] * 3
+    assert run_ranks(stopped_by, 3, str(tmp_path), fault, "save") == [expected] * 3
+
+
+@pytest.mark.parametrize(("fault", "expected"), [("none", "saved"), ("attempt", "OvertakenError")])
+def test_no_rank_takes_a_newer_attempts_head_for_its_own(fault: str, expected: str, tmp_path: Path) -> None:
+    assert run_ranks(stopped_by, 2, str(tmp_path), fault, "head") == [expected] * 2

@@ -21,7 +21,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import Stream
 from dist_mlpl.data.transform import Transform, TransformSettings
 from dist_mlpl.data.views import View
-from dist_mlpl.errors import MlplError, OvertakenError, RunError
+from dist_mlpl.errors import MlplError, OvertakenError, RunError, ShardError
 from dist_mlpl.rounds import commit as round_commit
 from dist_mlpl.rounds import relabel
 from dist_mlpl.rounds.models import Model
@@ -143,6 +143,26 @@ def test_a_pass_that_stopped_at_a_score_which_is_no_number_leaves_nothing_that_a
     place.spoilt = -1
     place.round(str(tmp_path / "run"))
     assert_same(files_of(tmp_path / "run"), files_of(tmp_path / "clean"))
+
+
+def test_scores_that_lack_images_are_refused_and_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = relabel.PartWriter.add
+
+    def losing(self: Any, batch: Batch, scores: Any, piece: Any, row: int) -> None:
+        if row == piece.first or batch.num_images < 4:
+            add(self, batch, scores, piece, row)
+        else:
+            add(self, batch.rows(0, 4), scores._replace(mean=scores.mean[:4]), piece, row + batch.num_images - 4)
+
+    monkeypatch.setattr(relabel.PartWriter, "add", losing)
+    generator = np.random.default_rng(0)
+    split = label_split(generator.choice([-1, 0, 1], (96, 5)).astype(np.int8), num_shards=1)
+    images = [tiny_jpeg(seed) for seed in range(96)]
+    set_url = write_label_set(tmp_path / "set", {"train": split._replace(images=images)}, unlisted="unknown").url
+    place = Place(set_url, 0, 1, CurriculumSettings(strategy="score_threshold", threshold=0.0))
+    with pytest.raises(ShardError, match="scores of 40 images"):
+        place.round(str(tmp_path / "run"))
+    assert newest_round(str(tmp_path / "run")) == 0
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ from dist_mlpl.kernels.semantic_attention import chunked_attention, fused_attent
 from dist_mlpl.methods.table import METHODS
 from tests.support.attention import Case, materialised_attention, random_case
 from tests.support.images import tiny_jpeg
+from tests.support.losses import random_targets
 from tests.support.methods import random_batch, tiny_method
+from tests.support.semantic import random_pair_head
 from tests.support.training import make_engine, train
 
 DEVICE = torch.device(os.environ.get("MLPL_TEST_DEVICE", "cuda"))
@@ -84,6 +86,20 @@ def test_steps_on_the_device_agree_with_steps_on_the_cpu(name):
     method.begin_run(num_samples=10_000, epoch_samples=10_000, group_size=4, seed=0)
     expected = method.train()(batch, method.recall(batch, contract.PROGRESS._replace(step=0, fraction=0.0)))
     assert steps[0].loss == pytest.approx(float(expected.loss), rel=1e-3)
+
+
+def test_pairs_that_share_their_ends_have_the_same_slopes_to_the_bit_each_time():
+    head = random_pair_head(30, 8).to(DEVICE)
+    targets = random_targets((6, 30), 0.7, torch.Generator().manual_seed(0)).to(DEVICE)
+    pairs = head.pairs(targets != 0, targets != 0)
+    features = torch.randn(6, 30, head.class_weight.shape[1], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def slopes() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(head(features, pairs).square().sum(), list(head.parameters())))
+
+    first = slopes()
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(first, slopes(), strict=True))
 
 
 def test_batches_copied_ahead_arrive_whole_and_in_order():

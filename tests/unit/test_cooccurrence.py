@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_mlpl.losses.cooccurrence import cooccurrence_loss
 from dist_mlpl.methods.costs import pair_counts
@@ -110,13 +111,28 @@ def test_the_plan_counts_pairs_and_their_ends_as_the_head_makes_them(known, trai
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = head(features, pairs)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = head(features, pairs)
+        logits.sum().backward()
+    assert counter.get_total_flops() == 6 * num_ends * 5 * (4 + 7)  # its products; those of pairs are elementwise
     parameters = {p.data_ptr() for p in head.parameters()}
     index = 8 * num_ends  # where each end's features came from
     found = sum(size for place, size in kept.items() if place not in parameters) - index
     assert found == num_ends * 4 * (4 + 5 + 7) + 24 * len(pairs.slot)
     assert len(logits) == len(pairs.slot)
+
+
+def test_the_plan_of_neighbours_is_near_what_any_neighbours_give():
+    generator = torch.Generator().manual_seed(5)
+    targets = random_targets((64, 300), 0.1, generator)
+    head = PairHead(PairSettings(num_neighbours=20, class_width=5, pair_width=7), 4, 300)
+    others = torch.rand(300, 300, generator=generator).fill_diagonal_(-1.0).topk(20, dim=1).indices
+    head.neighbours.copy_(others)
+    pairs = head.pairs(targets != 0, targets != 0).joined(head.pairs(targets == 1, targets == 0))
+    num_ends = sum(len((pairs.image * 300 + end).unique()) for end in (pairs.first, pairs.second))
+    counted = pair_counts(targets.numpy(), 20, trains_all=False)
+    assert counted == pytest.approx((len(pairs.slot) / 64, num_ends / 64), rel=0.05)
 
 
 def test_the_loss_is_the_printed_one():

@@ -140,6 +140,15 @@ def test_entropy_and_pseudo_labels_agree_with_loops(seed, shape, known_fraction)
         )
 
 
+@pytest.mark.parametrize(("expected", "num_left_out"), [(0.5, 1), (1.4, 1), (1.5, 2), (2.5, 3), (2.9, 3)])
+def test_expected_positives_are_rounded_halves_up(expected, num_left_out):
+    logits, targets = torch.arange(6.0)[None], torch.zeros(1, 6, dtype=torch.int8)
+    _, gradient = gradient_of(
+        lambda x: expected_negative_loss(x, targets, logits, expected_positives=expected), logits.double()
+    )
+    assert int((gradient == 0).sum()) == num_left_out
+
+
 def test_labels_that_are_not_expected_negatives_get_exactly_no_gradient():
     logits, targets = random_case(0, (6, 10), known_fraction=0.3)
     scores, _ = random_case(1, (6, 10))

@@ -293,6 +293,7 @@ def test_lasting_corrections_are_about_the_share_of_all_labels_that_is_asked_for
         ({"loss": "ll_r", "bank_folder": "/tmp"}, "bank_folder"),
         ({"loss": "role"}, "expected_positives"),
         ({"loss": "en"}, "expected_positives"),
+        ({"loss": "en", "expected_positives": 0.4}, "expected_positives"),
         ({"loss": "ROLE", "expected_positives": 2.0}, "loss"),
     ],
 )

@@ -312,12 +312,21 @@ def test_a_cell_of_the_small_residual_net_answers_most_to_the_pixel_it_is_said_t
         ({"consistency_weight": 0.0, "spatial_weight": 0.0}, "no term"),
         ({"expected_positives": 31.4, "num_slots": 16}, "num_slots"),
         ({"momentum": 1.0}, "momentum"),
+        ({"expected_positives": 0.4}, "expected_positives"),
+        ({"expected_positives": 2.9, "faithful": True, "dropout": 0.5}, "faithful"),
+        ({"expected_positives": 2.9, "faithful": True, "pooling": "max"}, "faithful"),
         ({"heatmap_size": 14}, "heatmap_size"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(keys, word):
     with pytest.raises(ValidationError, match=word):
         METHODS["spatial_consistency"](backbone={"name": "resnet_small"}, **keys)
+
+
+def test_faithful_has_a_slot_for_each_class_however_many_are_asked_for():
+    METHODS["spatial_consistency"](
+        backbone={"name": "resnet_small"}, expected_positives=31.4, num_slots=16, faithful=True
+    )  # fmt: skip
 
 
 def test_of_classes_without_a_told_slot_all_are_expected_absent() -> None:
