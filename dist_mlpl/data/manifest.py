@@ -139,7 +139,8 @@ class Manifest(Settings):
                 f"no split named {name!r}",
                 expected=nearest_names(name, self.splits),
                 where=self.place or "manifest",
-                next_step="correct the split's name, or pack the data set with that split",
+                next_step="correct the split's name, pack the data set with that split, or judge on a part of train: "
+                "data.held_out_fraction 0.2 and data.eval_split held_out",
             )
         return self.splits[name]
 
