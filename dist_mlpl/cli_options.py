@@ -19,17 +19,18 @@ def parse_storage_options(text: str | None) -> dict[str, Any] | None:
     """`--storage-options` as a dict.
 
     Raises:
-        ConfigError: it is no JSON object.
+        ConfigError: it is no JSON object. The message does not hold the text, which may have secrets in it.
     """
     if text is None:
         return None
+    options, found = None, "JSON that is no object"
     try:
         options = json.loads(text)
-    except json.JSONDecodeError:
-        options = None
+    except json.JSONDecodeError as error:
+        found = f"text that is no JSON: {error.msg} at character {error.pos + 1} of {len(text)}"
     if not isinstance(options, dict):
         raise ConfigError(
-            f"--storage-options {text!r}",
+            found,
             expected="a JSON object",
             where="--storage-options",
             next_step="""write it like '{"endpoint_url": "http://127.0.0.1:9000"}'""",

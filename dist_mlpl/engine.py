@@ -164,7 +164,7 @@ class Engine:
         self._num_micro_batches = -(-share_groups // micro_groups)
 
         method.begin_run(
-            num_samples=num_samples or length.num_samples,
+            num_samples=length.num_samples if num_samples is None else num_samples,
             epoch_samples=length.num_samples,
             group_size=group_size,
             seed=seed,

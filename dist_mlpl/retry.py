@@ -259,7 +259,7 @@ def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float
         step = "correct data.storage_options; options of one scheme go under its name: {s3: {...}, https: {...}}"
         return said("was not understood", "storage options that this store takes", step)
     if status == _RANGE_NOT_THERE:
-        step = "the object is shorter than its index says: run `dist-mlpl shards verify`"
+        step = "it is shorter than what refers to it says: restore it (a shard: `dist-mlpl shards verify`)"
         return said("asked for bytes behind its end", "an object that holds them", step)
     hint = " (an expired token is answered like this, too)" if status == _BAD_REQUEST else ""
     return said(

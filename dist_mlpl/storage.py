@@ -7,14 +7,12 @@ store. All may be called from many threads at once. Messages show URLs without t
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -22,8 +20,9 @@ from typing import IO, Any
 
 import pyarrow.fs
 
-from dist_mlpl import retry, stores
+from dist_mlpl import local_files, retry, stores
 from dist_mlpl.errors import StorageError
+from dist_mlpl.listings import list_files, list_names, list_sizes
 from dist_mlpl.retry import DEADLINE_SECONDS, Traffic, failure, http_status, is_transient, retried, traffic
 from dist_mlpl.stores import STALL_SECONDS
 from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name, parent, shown
@@ -41,7 +40,6 @@ _PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
 _STREAM_BYTES = 4 << 20
 _PARTS_FROM_BYTES = 64 << 20  # larger objects are sent in parts, of which one that fails is sent again
-_LISTERS = 16  # parts of an S3 folder that are listed at once
 _CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
 
 
@@ -73,9 +71,9 @@ def configuration() -> dict[str, Any]:
 
 
 def missing(url: str, *, what: str, next_step: str) -> StorageError:
-    """The error for an object that must exist and does not."""
+    """The error for an object, or a folder, that must exist and does not."""
     where = shown(url)
-    return StorageError(f"{what} not found", expected=f"an object at {where}", where=where, next_step=next_step)
+    return StorageError(f"{what} not found", expected=f"one at {where}", where=where, next_step=next_step)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -108,7 +106,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
             f"{len(content)} bytes came back",
             expected=f"{end - (start or 0)} bytes at [{start or 0}, {end})",
             where=shown(url),
-            next_step="the object is shorter than its index says: run `dist-mlpl shards verify`",
+            next_step="it is shorter than what refers to it says: restore it (a shard: `dist-mlpl shards verify`)",
         )
     return content
 
@@ -209,124 +207,6 @@ def exists(url: str) -> bool:
     return True
 
 
-def list_names(url: str) -> list[str]:
-    """Sorted names directly under a folder URL, dot files left out; empty when the folder does not exist."""
-
-    def ask() -> list[str]:
-        if not is_remote(url):
-            return sorted(entry.name for entry in local_path(url).iterdir())
-        filesystem, path = stores.remote(url)
-        filesystem.invalidate_cache(path)
-        found = filesystem.ls(path, detail=False)
-        return sorted({name(entry) for entry in found} - {"", name(path)})
-
-    try:
-        return [entry for entry in retried(ask, url=url, doing="listing") if not entry.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def list_files(url: str) -> Iterator[str]:
-    """Paths of all files below a folder URL, relative to it, sorted.
-
-    Raises:
-        FileNotFoundError: no such folder.
-    """
-
-    def ask() -> list[str]:
-        if not is_remote(url):
-            root = local_path(url)
-            if not root.is_dir():
-                raise FileNotFoundError(url)
-            return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-        filesystem, path = stores.remote(url)
-        filesystem.invalidate_cache(path)
-        found = filesystem.find(path)
-        if not found:
-            raise FileNotFoundError(url)
-        return sorted(entry[len(path.rstrip("/")) + 1 :] for entry in found)
-
-    yield from retried(ask, url=url, doing="listing")
-
-
-def list_sizes(url: str, *, starts: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """Paths of all files below a folder URL, relative to it, and their sizes; in any order.
-
-    S3 is listed a page at a time, so millions of files need little memory; other object stores in one piece.
-
-    Args:
-        url: of the folder.
-        starts: some of the paths, ascending. On S3 the parts between them are listed at once.
-
-    Raises:
-        FileNotFoundError: no such folder, or, in an object store, nothing in it.
-        StorageError: it could not be listed; no HTTP server can.
-    """
-    if is_http(url):
-        raise StorageError(
-            "a web server cannot be asked for a list", expected="a disk or an object store", where=shown(url),
-            next_step="ask for the size of every file by itself",
-        )  # fmt: skip
-    if not is_remote(url):
-        found = _sizes_below(local_path(url))
-    elif url.startswith(("s3://", "s3a://")):
-        found = _pages(url, starts)
-    else:
-        found = _find_sizes(url)
-    is_empty = True
-    for entry in found:
-        is_empty = False
-        yield entry
-    if is_empty and is_remote(url):
-        raise FileNotFoundError(shown(url))
-
-
-def _sizes_below(root: Path) -> Iterator[tuple[str, int]]:
-    if not root.is_dir():
-        raise FileNotFoundError(str(root))
-    folders = [""]
-    while folders:
-        below = folders.pop()
-        with os.scandir(root / below) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{below}{entry.name}/")
-                elif entry.is_file():
-                    yield f"{below}{entry.name}", entry.stat().st_size
-
-
-def _pages(url: str, starts: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """All objects of an S3 folder: every part between two starts page after page, several parts at once."""
-
-    def page(after: str) -> tuple[list[tuple[str, int]], bool]:
-        return retried(lambda: stores.list_page(url, after), url=url, doing="listing")
-
-    edges = ["", *(start for start in starts if start)]
-    with ThreadPoolExecutor(_LISTERS, "list") as pool:
-        parts = {pool.submit(page, first): last for first, last in zip(edges, [*edges[1:], None], strict=True)}
-        while parts:
-            for done in wait(parts, return_when=FIRST_COMPLETED).done:
-                last = parts.pop(done)
-                found, is_end = done.result()
-                if not is_end and (last is None or found[-1][0] < last):
-                    parts[pool.submit(page, found[-1][0])] = last
-                yield from (
-                    entry for entry in found if (last is None or entry[0] <= last) and not entry[0].endswith("/")
-                )
-
-
-def _find_sizes(url: str) -> Iterator[tuple[str, int]]:
-    filesystem, path = stores.remote(url)
-
-    def find() -> dict[str, Any]:
-        filesystem.invalidate_cache(path)
-        return filesystem.find(path, detail=True)
-
-    skipped = len(path.rstrip("/")) + 1
-    for entry, about in retried(find, url=url, doing="listing").items():
-        yield entry[skipped:], int(about["size"])
-
-
 def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str | None = None) -> None:
     """Write an object whole: a reader sees the old bytes or the new ones, never a part.
 
@@ -345,11 +225,11 @@ def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str 
             filesystem, path = stores.remote(url, in_parts=len(content) >= _PARTS_FROM_BYTES)
             filesystem.pipe_file(path, content)
             return
-        with _temporary_beside(local_path(url), scratch) as temporary:
-            (_write_durably if durable else Path.write_bytes)(temporary, content)
+        with local_files.temporary_beside(local_path(url), _folder(scratch)) as temporary:
+            (local_files.write_durably if durable else Path.write_bytes)(temporary, content)
             os.replace(temporary, local_path(url))
         if durable:
-            _sync_folder(local_path(url))
+            local_files.sync_folder(local_path(url))
 
     _no_missing(write, url=url)
 
@@ -378,11 +258,11 @@ def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
         nonlocal attempts
         attempts += 1
         if not is_remote(url):
-            with _temporary_beside(local_path(url)) as temporary:
-                (_write_durably if durable else Path.write_bytes)(temporary, content)
+            with local_files.temporary_beside(local_path(url)) as temporary:
+                (local_files.write_durably if durable else Path.write_bytes)(temporary, content)
                 os.link(temporary, local_path(url))
             if durable:
-                _sync_folder(local_path(url))
+                local_files.sync_folder(local_path(url))
             return
         filesystem, path = stores.remote(url)
         try:
@@ -429,10 +309,11 @@ def download(url: str, path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such object.
-        StorageError: it could not be read, or the local disk is full.
+        StorageError: it could not be read; or the local file not written: its folder is missing, its disk is full.
     """
-    digest = hashlib.sha256()
-    num_bytes = size(url)
+    digest, num_bytes = hashlib.sha256(), size(url)
+    if not path.parent.is_dir():
+        raise missing(str(path.parent), what="the folder to write to", next_step="create it, or correct the path")
     try:
         with open(path, "wb") as target:
             for start in range(0, num_bytes, _BLOCK_BYTES):
@@ -454,7 +335,7 @@ def upload(path: Path, url: str) -> None:
             filesystem, remote_path = stores.remote(url, in_parts=True)
             filesystem.put_file(str(path), remote_path)
             return
-        with _temporary_beside(local_path(url)) as temporary:
+        with local_files.temporary_beside(local_path(url)) as temporary:
             with open(path, "rb") as source, open(temporary, "wb") as target:
                 while block := source.read(_BLOCK_BYTES):
                     target.write(block)
@@ -488,7 +369,7 @@ def create_file(url: str, *, scratch: str | None = None) -> Iterator[io.FileIO]:
                 filesystem, remote_path = stores.remote(url, in_parts=True)
                 _no_missing(lambda: filesystem.put_file(path, remote_path), url=url)
             return
-        with _temporary_beside(local_path(url), scratch) as temporary:
+        with local_files.temporary_beside(local_path(url), _folder(scratch)) as temporary:
             with open(temporary, "r+b", buffering=0) as file:  # ext4 flushes at its close what "w" has truncated
                 yield file
             os.replace(temporary, local_path(url))
@@ -519,7 +400,7 @@ def remove_folder(url: str) -> None:
 
     def delete() -> None:
         if not is_remote(url):
-            _remove_tree(local_path(url))
+            local_files.remove_tree(local_path(url))
             return
         filesystem, path = stores.remote(url)
         filesystem.invalidate_cache()
@@ -565,6 +446,10 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _folder(scratch: str | None) -> Path | None:
+    return None if scratch is None else local_path(scratch)
+
+
 def _no_missing(write: Callable[[], None], *, url: str) -> None:
     """Run a write; a FileNotFoundError then means a bucket that does not exist."""
     _refuse_http(url)
@@ -584,48 +469,3 @@ def _refuse_http(url: str) -> None:
             where=shown(url),
             next_step="name a folder or a bucket for what is written",
         )
-
-
-def _remove_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root, topdown=False):
-        for file in files:
-            Path(folder, file).unlink(missing_ok=True)
-        try:
-            os.rmdir(folder)
-        except OSError as error:  # removed by another process, or filled by one that removes it later
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-                raise
-
-
-@contextlib.contextmanager
-def _temporary_beside(path: Path, scratch: str | None = None) -> Iterator[Path]:
-    """A name in the same folder, or in `scratch`, so that a rename or link stays on one disk; removed at the end if
-    still there."""
-    folder = path.parent if scratch is None else local_path(scratch)
-    for needed in {path.parent, folder}:
-        needed.mkdir(parents=True, exist_ok=True)
-    handle, text = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-    os.close(handle)
-    temporary = Path(text)
-    temporary.chmod(0o644)
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a name as durable as the file it names, and the folder's own name with it."""
-    for folder in (path.parent, path.parent.parent):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -24,6 +24,7 @@ FLOORS = {
     "dist_mlpl.settings": 0, "dist_mlpl.keyed": 0, "dist_mlpl.environment": 0,
     "dist_mlpl.storage": 1, "dist_mlpl.comm": 1, "dist_mlpl.kernels": 1, "dist_mlpl.spans": 1,
     "dist_mlpl.urls": 1, "dist_mlpl.retry": 1, "dist_mlpl.stores": 1,
+    "dist_mlpl.listings": 1, "dist_mlpl.local_files": 1,
     "dist_mlpl.data": 2, "dist_mlpl.models": 2, "dist_mlpl.losses": 2, "dist_mlpl.banks": 2,
     "dist_mlpl.curriculum": 2, "dist_mlpl.metrics": 2,
     "dist_mlpl.methods": 3, "dist_mlpl.optimizer": 3,

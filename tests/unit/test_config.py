@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dist_mlpl.cli_options import parse_storage_options
 from dist_mlpl.config import (
     Config,
     check_config,
@@ -416,3 +417,12 @@ def test_dropout_where_a_method_has_none_is_refused(name: str) -> None:
     document = {"num_epochs": 1, "global_batch": 8, "data": {"manifest": "set"}, "method": method}
     with pytest.raises(ConfigError, match="dropout set"):
         check_config(document, where="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{'key': 'XYZZY'}", "no JSON: Expecting .* at character 2 of 16"), ('["XYZZY"]', "no object")]
+)
+def test_storage_options_that_are_refused_are_not_printed(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        parse_storage_options(text)
+    assert "XYZZY" not in str(refused.value)

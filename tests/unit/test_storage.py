@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3fs.errors import translate_boto_error
 
-from dist_mlpl import retry, storage, stores
+from dist_mlpl import local_files, retry, storage, stores
 from dist_mlpl.errors import ConfigError, StorageError
 from tests.support.processes import call_forked, killed_at_the_end
 
@@ -207,7 +207,7 @@ def test_a_writer_killed_before_its_end_leaves_the_old_bytes(tmp_path: Path, mon
         at_half.mkdir()
         os.kill(os.getpid(), 9)
 
-    monkeypatch.setattr(storage, "_write_durably", write_half)
+    monkeypatch.setattr(local_files, "write_durably", write_half)
     for write in (storage.write_bytes, storage.create_exclusive):
         with killed_at_the_end(lambda write=write: write(url, b"new and longer")) as kill:
             while not at_half.exists():
@@ -494,6 +494,12 @@ def test_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/x", b"1" * 100_000)
     with pytest.raises(StorageError, match="no room"):
         storage.download(f"{tmp_path}/x", Path("/dev/full"))
+
+
+def test_a_download_into_no_folder_is_not_called_a_missing_object(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/x", b"1")
+    with pytest.raises(StorageError, match="folder to write to not found"):
+        storage.download(f"{tmp_path}/x", tmp_path / "none" / "copy")
 
 
 def test_a_local_file_that_may_not_be_read_is_no_matter_of_cloud_keys(
