@@ -189,9 +189,41 @@ def shared_errors() -> Iterator[None]:
         yield
     except MlplError as error:
         own = error
-    for error_of_rank in gather_objects(own):
+    raise_first(own)
+
+
+def raise_first(error: MlplError | None) -> None:
+    """Raise, on all ranks, the error of the lowest rank that has one; return if none has.
+
+    Collective: all ranks, one gather of pickles.
+
+    Args:
+        error: this rank's.
+
+    Raises:
+        MlplError: of the lowest rank that handed one in.
+    """
+    for error_of_rank in gather_objects(error):
         if error_of_rank is not None:
             raise error_of_rank
+
+
+def is_stop_asked(is_asked: bool, failure: MlplError | None) -> bool:
+    """Whether any rank was asked to stop; the same on every rank, so that all leave a loop in the same turn.
+
+    Collective: all ranks, one all-reduce of 4 bytes; a gather of pickles too when a rank has failed.
+
+    Args:
+        is_asked: whether this rank was asked.
+        failure: what went wrong here since the last call; None if nothing did.
+
+    Raises:
+        MlplError: the failure of the lowest rank that has one, on all ranks.
+    """
+    worst = int(reduce_max(torch.tensor([2 if failure is not None else int(is_asked)], dtype=torch.int32)))
+    if worst == 2:
+        raise_first(failure)
+    return worst == 1
 
 
 def exchange(
@@ -317,7 +349,7 @@ def _exchange(
     told = _read_heads([arrived[start : start + HEAD_BYTES] for start in starts])
     num_received, codes, nums_left = zip(*told, strict=True)
     if _FAULT in num_received:
-        raise next(fault for fault in gather_objects(error) if fault is not None)
+        raise_first(error)
     if codes.count(code) < size:
         kinds = gather_objects(kind)
         raise _exchange_error(f"rows of {', '.join(kinds)}", expected="rows of one type and shape on every rank")

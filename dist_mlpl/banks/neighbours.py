@@ -1,4 +1,4 @@
-"""Owns exact search for the most similar images over all ranks: one embedding an image, rows spread, queries sent."""
+"""Owns exact search for the most similar images: one embedding per image, spread over ranks; queries go to all."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dist_mlpl.errors import MlplError
 
 NOBODY: Final = -1  # the index of a neighbour where there are fewer than were asked for
 
-_QUERIES: Final = 1024  # of all ranks, answered at once
-_BLOCK: Final = 8192  # embeddings that queries are multiplied with at once; 32 MB of cosines
-_TILE: Final = 16  # cosines that are looked at only if the largest of them counts
-_MORE: Final = 32  # found beyond k before cosines are computed exactly
-_EXACT_NUMBERS: Final = 1 << 16  # of embeddings in float64 at once: half a megabyte, which caches hold
-_UNSURE_NUMBERS: Final = 1 << 24  # of cosines, or of embeddings in float64 on an accelerator
+_QUERIES: Final = 1024  # queries of all ranks answered at once
+_BLOCK: Final = 8192  # embeddings multiplied with the queries at once; 32 MB of cosines
+_TILE: Final = 16  # cosines in a group; a group is looked at only if its largest can count
+_MORE: Final = 32  # candidates kept beyond k before cosines are computed exactly
+_EXACT_NUMBERS: Final = 1 << 16  # float64 numbers of embeddings at once on the CPU: half a megabyte, which caches hold
+_UNSURE_NUMBERS: Final = 1 << 24  # numbers at once: of candidates' cosines, or float64 of embeddings on an accelerator
 
 
 class Neighbours(KeyedBank):
     """A keyed bank of embeddings (N, D) that finds, for any embedding, the k images with the largest cosine.
 
     A cosine is the sum in float64 of the products of unit vectors in float32, rounded to float32; of equal ones the
-    lower sample index comes first. That fixes the answer: it is exact, and the same on any number of ranks.
+    lower sample index comes first. So the answer is exact, and the same on any number of ranks.
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_samples: N of the split.
         width: D.
-        dtype: of stored embeddings, `f32` or `f16`.
-        folder: see `Bank`.
+        dtype: type of the stored embeddings, `f32` or `f16`.
+        folder: see `HeldRows`.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Neighbours(KeyedBank):
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The k most similar of all images whose embedding was written, their own included.
+        """Find the k most similar of all images whose embedding was written, an image that is itself a query included.
 
         Args:
             queries: (q, D) any floating type, q free on each rank.
             k: at least 1.
-            device: that multiplies, and holds the rank's unit vectors, n_r D float32, until rows are written; None:
+            device: does the products and holds the rank's unit vectors, n_r D float32, until rows are written; None:
                 the CPU. Its float32 products must be float32 (no TF32).
 
         Returns:
@@ -66,11 +66,11 @@ class Neighbours(KeyedBank):
             are fewer than k images.
 
         Raises:
-            BankError: queries that do not fit or are not finite, or what `write` says of rows that waited; on all
+            BankError: queries that are not (q, D) or not finite, or an error of `write` about rows that waited; on all
                 ranks.
 
-        Collective: all ranks; what waits, see `flush`; every query goes to every rank, 4 D bytes, and 12 k bytes come
-        back.
+        Collective: all ranks; first `flush`; then each query goes to every rank, 4 D bytes, and 12 k bytes come back
+        from each.
         """
         self.flush()
         queries = queries.detach().cpu()
@@ -90,7 +90,7 @@ class Neighbours(KeyedBank):
         return scores, index
 
     def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
-        """See `Bank`."""
+        """See `HeldRows.unpack`."""
         super().unpack(packed, wanted)
         self._ready = None
 
@@ -99,7 +99,13 @@ class Neighbours(KeyedBank):
         self._ready = None
 
     def _sizes(self, queries: Tensor) -> list[int]:
-        """Queries of each rank."""
+        """Number of queries of each rank.
+
+        Raises:
+            BankError: queries that are not (q, D) or not finite; on all ranks.
+
+        Collective: all ranks, one gather.
+        """
         error: MlplError | None = None
         if queries.ndim != 2 or queries.shape[1] != self._width or not bool(queries.isfinite().all()):
             is_shaped = queries.ndim == 2 and queries.shape[1] == self._width
@@ -111,11 +117,11 @@ class Neighbours(KeyedBank):
         number = torch.tensor([-1 if error is not None else len(queries)])
         sizes: list[int] = comm.gather_rows(number).tolist()
         if min(sizes) < 0:
-            raise next(fault for fault in comm.gather_objects(error) if fault is not None)
+            comm.raise_first(error)
         return sizes
 
     def _own_nearest(self, queries: Tensor, k: int, device: torch.device | None) -> list[Tensor]:
-        """The nearest of the images that this rank holds."""
+        """(q, k) cosines and (q, k) sample indices of the nearest images that this rank holds, on the CPU."""
         units, index = self._units(device or torch.device("cpu"))
         scores, places = nearest_rows(units, queries.to(units.device), k)
         is_somebody = places >= 0
@@ -124,7 +130,7 @@ class Neighbours(KeyedBank):
         return [scores.cpu(), found.cpu()]
 
     def _units(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Unit vectors (n, D) of the rows written and their sample indices (n,), rising."""
+        """Unit vectors (n, D) of this rank's written rows, and their sample indices (n,), rising."""
         if self._ready is None or self._ready[0].device != device:
             memory, held = self._memory(), self.held_rows()
             written = (memory["stamps"] >= 0).nonzero().squeeze(1)
@@ -137,7 +143,7 @@ class Neighbours(KeyedBank):
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """(n, D) of length 1, float32, computed in float64; zero stays zero."""
+    """(n, D) float32 vectors scaled to length 1, computed in float64; zero stays zero."""
     return torch.cat(
         [
             (part.double() / part.double().norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM)).float()
@@ -147,10 +153,11 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 
 
 def nearest_rows(units: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows with the largest cosine, exactly; of equal ones the lower rows first.
+    """Find the k rows with the largest cosine, exactly; of equal ones the lower rows first.
 
-    Products in float32 find some more than k. Their cosines are then computed exactly; if the k-th is not larger than
-    what any other row can have, given how far products in float32 may be off, more are looked at.
+    Products in float32 find somewhat more than k candidates, whose cosines are then computed exactly. If the k-th does
+    not exceed the largest that any other row can have, given the error bound of float32 products, the search is
+    repeated with more candidates.
 
     Args:
         units: (n, D) float32 unit vectors, on any device.
@@ -162,7 +169,7 @@ def nearest_rows(units: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor
     """
     scores = queries.new_full((len(queries), k), -torch.inf)
     places = torch.full_like(scores, -1, dtype=torch.int64)
-    off = (units.shape[1] + 8) * 2.0**-23  # products of unit vectors, summed in any order, and rounding to float32
+    off = (units.shape[1] + 8) * 2.0**-23  # error bound: products of unit vectors summed in any order, rounding to float32
     kept = min(len(units), k + _MORE + k // 4)
     todo = torch.arange(len(queries) if kept else 0, device=queries.device)
     while len(todo):
@@ -195,16 +202,16 @@ def _rough_nearest(units: Tensor, queries: Tensor, kept: int) -> tuple[Tensor, T
 
 
 def _hits(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of a block in groups, and of these only such in which anything is larger than a query's least.
+    """Keep those groups of a block's columns that have a score above a query's least.
 
-    A group is _TILE columns far apart: the largest of each is then found fast.
+    A group is _TILE columns spaced evenly over the block, so that its maximum is found fast.
 
     Args:
         scores: (q, block).
-        least: (q,).
+        least: (q,) the least score that each query keeps so far.
 
     Returns:
-        (q, m) scores and their columns, m the most that any query has; -inf where one has fewer.
+        (q, m) scores and (q, m) their columns, m the most that any query has; -inf where a query has fewer.
     """
     num_queries, size = scores.shape
     num_groups = -(-size // _TILE)
@@ -224,7 +231,7 @@ def _hits(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosines(units: Tensor, queries: Tensor, places: Tensor) -> Tensor:
     """(q, m) cosines of each query with m rows, summed in float64."""
-    at_once = _EXACT_NUMBERS if units.device.type == "cpu" else _UNSURE_NUMBERS  # elsewhere a launch costs more
+    at_once = _EXACT_NUMBERS if units.device.type == "cpu" else _UNSURE_NUMBERS  # on an accelerator kernel launches dominate
     pairs = max(1, at_once // units.shape[1])
     step, width = max(1, pairs // places.shape[1]), min(pairs, places.shape[1])
     cosines = torch.empty(places.shape, device=places.device)
@@ -237,10 +244,10 @@ def _cosines(units: Tensor, queries: Tensor, places: Tensor) -> Tensor:
 
 
 def _merged(scores: Tensor, index: Tensor, *, num_parts: int) -> tuple[Tensor, Tensor]:
-    """The k best of several answers to each query.
+    """Merge the answers of all ranks to each query into the k best.
 
     Args:
-        scores, index: (parts * q, k), one part after the other.
+        scores, index: (R * q, k), one rank's answers after another's.
         num_parts: R.
 
     Returns:

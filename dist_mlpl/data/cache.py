@@ -1,9 +1,9 @@
 """Owns fetched extents on this node's disk: shared by its ranks, bounded in bytes, each whole under its name or absent.
 
-KEY.bytes   an extent, checked; its time of change is when it was last read
-KEY.part    one that is being fetched, already as long as it will be, locked by the one that fetches it;
-            a part whose lock is free was left by a killed process
-room.lock   held while room is made
+KEY.bytes   a verified extent; its modification time is when it was last read
+KEY.part    an extent being fetched, preallocated at full length and locked by the process that fetches it;
+            a part that nobody locks was left behind by a killed process
+room.lock   held while extents are evicted
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from dist_mlpl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_FULL_DISK_SECONDS = 60.0  # how long a disk found full is left alone
-_PARTS_BETWEEN_SCANS = 8  # the folder is listed once for every eighth of the limit fetched, and emptied to 7/8
+_FULL_DISK_SECONDS = 60.0  # how long to wait before writing again to a disk that was found full
+_PARTS_BETWEEN_SCANS = 8  # the folder is listed after each eighth of the limit fetched, and evicted down to 7/8
 
 
 def cache_folder() -> Path:
-    """MLPL_CACHE_DIR, or a folder of this user's under the system's temporary one."""
+    """The cache folder: MLPL_CACHE_DIR, or a folder of this user's in the system's temporary folder."""
     return Path(os.environ.get("MLPL_CACHE_DIR") or Path(tempfile.gettempdir()) / f"dist-mlpl-cache-{os.getuid()}")
 
 
 class ExtentCache:
-    """Runs of bytes under keys. Safe from many threads and processes.
+    """A disk cache of byte runs (extents) by key. Safe to use from many threads and processes.
 
     Args:
-        limit_bytes: of the whole folder, parts included; the least recently read extents make room.
-        num_processes: how many use the folder at once; each may be behind with its count by a share of the limit.
-        folder: where; every rank of a node names the same one. None for `cache_folder`.
+        limit_bytes: most bytes in the whole folder, parts included; the least recently read extents are evicted.
+        num_processes: how many processes use the folder at once; each may fetch 1 / (8 num_processes) of the limit
+            between two listings of the folder.
+        folder: where extents lie; every rank of a node names the same one. None for `cache_folder`.
 
     Raises:
-        ConfigError: the folder may not be written.
+        ConfigError: no permission to write the folder.
     """
 
     def __init__(self, *, limit_bytes: int, num_processes: int = 1, folder: Path | None = None) -> None:
@@ -51,10 +52,11 @@ class ExtentCache:
         self._unscanned_limit = limit_bytes // _PARTS_BETWEEN_SCANS // num_processes
         self._unscanned_bytes = 0  # reserved since this process last listed the folder
         self._lock = threading.Lock()
-        self._full_until = 0.0  # of the monotonic clock: until then the disk is taken for full
+        self._full_until = 0.0  # on the monotonic clock: until then the disk counts as full
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._has_room(0, is_scan_forced=True)  # what a killed process left, or a larger limit of an earlier run
+            # Clear what a killed process or an earlier run with a larger limit left.
+            self._has_room(0, is_scan_forced=True)
         except PermissionError as error:
             raise ConfigError(
                 f"a cache folder that may not be written: {error}",
@@ -64,31 +66,34 @@ class ExtentCache:
             ) from error
 
     def has(self, key: str) -> bool:
-        """Whether an extent is here now; another process may make room of it at any time."""
+        """Whether an extent is cached now; another process may evict it at any time."""
         return self._path(key).exists()
 
     def read(self, key: str, start: int, num_bytes: int) -> bytes | None:
-        """Bytes [start, start + num_bytes) of an extent, or None when it is not here."""
+        """Bytes [start, start + num_bytes) of an extent, or None when it is not cached or cannot be read.
+
+        The result may be shorter than `num_bytes`; the caller checks it.
+        """
         try:
             with open(self._path(key), "rb", buffering=0) as file:
-                os.utime(file.fileno())  # the least recently read makes room first
+                os.utime(file.fileno())  # the least recently read extent is evicted first
                 return os.pread(file.fileno(), num_bytes, start)
         except FileNotFoundError:
             return None
-        except OSError as error:  # of this node's disk: the store has the bytes
+        except OSError as error:  # a fault of this node's disk; the store still has the bytes
             log.warning("an extent of the cache cannot be read: %s", error)
             return None
 
     def add(self, key: str, num_bytes: int, fetch: Callable[[], bytes]) -> bool:
-        """Make sure that an extent is here; of several that ask at once, one fetches and the others wait.
+        """Make sure that an extent is cached; of several callers at once, one fetches and the others wait.
 
         Args:
-            key: letters, digits, `-`.
-            num_bytes: its length.
-            fetch: gives the checked bytes; what it raises passes through.
+            key: letters, digits and `-`.
+            num_bytes: length of the extent.
+            fetch: returns the verified bytes; its exceptions propagate.
 
         Returns:
-            False when there is no room for it, by the limit or on the disk.
+            False when the limit or the disk leaves no room for it.
         """
         path, part = self._path(key), self.folder / f"{key}.part"
         while not path.exists():
@@ -97,7 +102,7 @@ class ExtentCache:
             try:
                 with _locked(part) as file:
                     if not _is_same(part, file):
-                        continue  # renamed or removed by the one before us
+                        continue  # renamed or removed by the lock's previous holder
                     if path.exists():
                         part.unlink()
                         break
@@ -113,18 +118,19 @@ class ExtentCache:
         return True
 
     def _fill(self, file: IO[bytes], part: Path, path: Path, num_bytes: int, fetch: Callable[[], bytes]) -> bool:
-        """Fetch into a part whose lock is held, and give it its name."""
+        """Fetch into a part whose lock is held, then rename it to `path`. False when there is no room."""
         is_whole = False
         try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # counts from now on; a full disk says so before the fetch
+            # The part counts towards the limit from now on, and a full disk fails before the fetch.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
             if self._has_room(num_bytes):
                 file.write(fetch())
                 file.flush()
-                os.fsync(file.fileno())  # or a machine that goes down may keep the name without the bytes
+                os.fsync(file.fileno())  # else a machine that crashes may keep the name without the bytes
                 os.replace(part, path)
                 is_whole = True
         finally:
-            if not is_whole:  # else a part of that name is another's
+            if not is_whole:  # otherwise a part of that name belongs to another process
                 part.unlink(missing_ok=True)
         return is_whole
 
@@ -132,22 +138,25 @@ class ExtentCache:
         return self.folder / f"{key}.bytes"
 
     def _has_room(self, num_bytes: int, *, is_scan_forced: bool = False) -> bool:
-        """Count a part that is there, and make room for it; listing thousands of files for each would cost too much."""
+        """Count an allocated part; once enough were added, list the folder and evict. False when no room can be made.
+
+        Listing thousands of files for every part would cost too much.
+        """
         with self._lock:
             self._unscanned_bytes += num_bytes
             if self._unscanned_bytes <= self._unscanned_limit and not is_scan_forced:
                 return True
             with _locked(self.folder / "room.lock"):
                 has_room = self._make_room()
-            if has_room:  # else the folder is as full as before, and the next one looks again
+            if has_room:  # otherwise the folder is still full, so the next call lists it again
                 self._unscanned_bytes = 0
             return has_room
 
     def _make_room(self) -> bool:
-        """Delete parts that nobody fetches, then least recently read extents, until the rest fits."""
+        """Delete orphaned parts, then least recently read extents until the rest fits; False if it never does."""
         used, extents = 0, []
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it was renamed or deleted since
+            with contextlib.suppress(FileNotFoundError):  # renamed or deleted since the folder was listed
                 if path.suffix == ".bytes":
                     state = path.stat()
                     extents.append((state.st_mtime_ns, state.st_size, path))
@@ -163,7 +172,7 @@ class ExtentCache:
 
 
 def _removed_as_orphan(part: Path) -> bool:
-    """Delete a part whose lock nobody holds, and say so."""
+    """Delete a part whose lock nobody holds; return whether nobody held it."""
     with open(part, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +184,7 @@ def _removed_as_orphan(part: Path) -> bool:
 
 
 def _is_same(path: Path, file: IO[bytes]) -> bool:
-    """Whether the name still leads to the open file."""
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -184,7 +193,7 @@ def _is_same(path: Path, file: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, making it if need be, and hold its lock, which the kernel drops with the process."""
+    """Open a file, creating it if need be, and hold its lock, which the kernel releases when the process dies."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:  # buffered: it writes all, or raises
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file

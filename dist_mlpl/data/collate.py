@@ -1,4 +1,4 @@
-"""Owns the memory of one batch on the host: made empty, filled row by row from many threads, moved in one copy."""
+"""Owns the host memory of a batch: allocated empty, filled row by row from many threads, moved to the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class BadSample(NamedTuple):
-    """A sample that kept its place with `valid` False."""
+    """An undecodable sample, whose row stays in the batch with `valid` False."""
 
     index: int  # type: ignore[assignment]
     name: str
@@ -29,30 +29,30 @@ class BadSample(NamedTuple):
 
 
 class HostBatch(NamedTuple):
-    """One rank's share of a step on the host, and what `audit` will want to know of it."""
+    """One rank's share of a step on the host, and what `audit` needs to know about it."""
 
-    batch: Batch  # images uint8, (B, 3, size, size) in rows of pixels: a quarter of the bytes of float32 to move
-    positions: Indices  # (B,) int64 of the epoch's order, -1 on padding
-    indices: Indices  # (B,) int64, those of `batch.index`
+    batch: Batch  # images (B, 3, size, size) uint8, channels last in memory: a quarter of float32's bytes to move
+    positions: Indices  # (B,) int64 in the epoch's order, -1 on padding
+    indices: Indices  # (B,) int64, equal to `batch.index`
     bad: list[BadSample]
-    encoded: Sequence[bytes | None] = ()  # a JPEG for each row that is still to be decoded on the device
+    encoded: Sequence[bytes | None] = ()  # (B,) JPEGs still to be decoded on the device, None on padding; else empty
 
 
 class ImageMemory:
-    """Memory of batches of images, used again as soon as no tensor is left of the batch it held.
+    """A pool of memory for image batches, reused as soon as no tensor refers to the batch it held.
 
-    A large batch's memory would else come from the system each time, and be cleared page by page first. Batches that
-    go to a GPU lie in pinned memory, of which torch keeps account in the same way.
+    Otherwise a large batch's memory would come from the system each time and be zeroed page by page. Batches bound
+    for a GPU lie in pinned memory, which torch pools in the same way.
     """
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, ...], list[npt.NDArray[np.uint8]]] = {}
 
     def take(self, *shape: int) -> Tensor:
-        """A uint8 tensor that holds anything."""
+        """An uninitialised uint8 tensor of this shape."""
         free = self._free.setdefault(shape, [])
         memory = free.pop() if free else np.empty(shape, dtype=np.uint8)
-        view = memory[...]  # what the tensor and all its views keep alive
+        view = memory[...]  # the tensor and all its views keep this alive
         weakref.finalize(view, free.append, memory).atexit = False
         return torch.from_numpy(view)
 
@@ -67,16 +67,16 @@ def empty_batch(
     has_beliefs: bool = False,
     has_soft: bool = False,
 ) -> Batch:
-    """A batch in which no row is valid yet; `put` and `clear` make its rows.
+    """A batch in which no row is valid yet; `put` and `clear` fill its rows.
 
     Args:
         indices: (B,) int64, -1 on padding.
         num_classes: C.
-        image_size: side of the square images.
-        is_pinned: page-locked, so that a copy to a GPU needs nobody's attention; torch reuses such memory.
-        memory: of images that are not pinned; None: new.
-        has_beliefs: with `pseudo_targets`.
-        has_soft: with `soft_targets`.
+        image_size: side of the square images, in pixels.
+        is_pinned: use page-locked memory, so that a copy to a GPU runs asynchronously; torch reuses such memory.
+        memory: pool for images that are not pinned; None allocates new memory.
+        has_beliefs: allocate `pseudo_targets`.
+        has_soft: allocate `soft_targets`.
     """
     num_images = len(indices)
 
@@ -105,7 +105,16 @@ def put(
     pseudo_targets: npt.NDArray[np.int8] | None = None,
     soft_targets: npt.NDArray[np.float32] | None = None,
 ) -> None:
-    """Fill one row with a sample: its image, unless that comes later, and its (C,) labels of each kind."""
+    """Fill one row with a sample and mark it valid.
+
+    Args:
+        batch: from `empty_batch`.
+        row: in [0, B).
+        decoded: the image; None when the device decodes it later.
+        targets: (C,) int8, human labels.
+        pseudo_targets: (C,) int8 beliefs; ignored in a batch without that field.
+        soft_targets: (C,) float32 in [0, 1]; ignored in a batch without that field.
+    """
     if decoded is not None:
         batch.images[row].copy_(decoded.image)
         batch.crop[row].copy_(decoded.crop)
@@ -119,7 +128,7 @@ def put(
 
 
 def clear(batch: Batch, row: int) -> None:
-    """Make one row that of padding, or of a sample that could not be decoded: black, nothing known."""
+    """Fill one row as padding or an undecodable sample: black, all labels unknown. `valid` is left as it is."""
     batch.images[row].zero_()
     batch.targets[row].zero_()
     if batch.pseudo_targets is not None:
@@ -131,14 +140,20 @@ def clear(batch: Batch, row: int) -> None:
 
 
 def normalised(host: HostBatch, transform: Transform) -> HostBatch:
-    """Images as the model wants them, on the device that they are on."""
+    """The batch with its images normalised for the model, on the device they are on."""
     return host._replace(batch=host.batch._replace(images=transform.normalise(host.batch.images)))
 
 
 def decoded_on_device(host: HostBatch, transform: Transform, *, epoch: int, name_of: Callable[[int], str]) -> HostBatch:
-    """Images decoded and transformed on the device, for a batch that brought its JPEGs along.
+    """The batch with its JPEGs decoded, transformed and normalised on the device.
 
-    The draws are those of decoding on the host; pixels differ from it as one JPEG decoder's do from another's.
+    Random draws are the same as when decoding on the host; pixels differ only as two JPEG decoders' do.
+
+    Args:
+        host: a batch on the device, with `encoded`.
+        transform: of the split.
+        epoch: counted from 0; keys the draws.
+        name_of: sample index to name, for reports of undecodable samples.
     """
     batch, bad = host.batch, list(host.bad)
     rows = [row for row, content in enumerate(host.encoded) if content is not None]
@@ -160,15 +175,15 @@ def decoded_on_device(host: HostBatch, transform: Transform, *, epoch: int, name
 def to_device(
     batches: Iterable[HostBatch], device: torch.device, finish: Callable[[HostBatch], HostBatch]
 ) -> Iterator[HostBatch]:
-    """Batches on `device`, finished there.
+    """Move batches to `device` and finish them there.
 
-    On a GPU each batch is copied and finished on a stream of its own while the step before it computes: one batch
-    ahead, which costs the memory of one more batch.
+    On a GPU each batch is copied and finished on a separate stream while the previous step computes: one batch ahead,
+    which costs the memory of one more batch.
 
     Args:
         batches: on the host, pinned if the device is a GPU.
         device: where the step runs.
-        finish: what is left to do on the device, `normalised` at least.
+        finish: the work left for the device: `normalised` or `decoded_on_device`.
     """
     if device.type != "cuda":
         for host in batches:
@@ -190,12 +205,12 @@ def to_device(
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream that copies to a GPU, one for all passes: freed memory stays with the stream that it was taken on."""
+    """The copy stream of a GPU, one for all passes: torch's allocator keeps freed memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def _arrived(host: HostBatch, copied: torch.cuda.Event) -> HostBatch:
-    """Let the computing stream wait for the copy, and the allocator know that it uses the memory."""
+    """Make the compute stream wait for the copy, and tell the allocator that it uses the memory."""
     computing = torch.cuda.current_stream()
     computing.wait_event(copied)
     for field in host.batch:

@@ -1,4 +1,4 @@
-"""Owns the known labels of a shard as a list, row by row, without the unknown between them."""
+"""Owns the known labels of a shard as a sparse list in row-major order."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy.typing as npt
 from dist_mlpl.data.shard_index import ShardIndex
 from dist_mlpl.labels import ABSENT, PRESENT, Targets, Unlisted
 
-_BLOCK_ENTRIES = 1 << 20  # of rows listed at once: about 30 MB while they are sorted
+_BLOCK_ENTRIES = 1 << 20  # labels listed at once: about 30 MB while they are sorted
 _CLASS_BITS = 16  # class columns are uint16
 
 
 class Entries(NamedTuple):
-    """k known labels of a shard, in row-major order, or what a view makes of them.
+    """k known labels of a shard, in row-major order, or the labels that a view puts in their place.
 
     Args:
         rows: (k,) int32, row of the shard.
         classes: (k,) uint16, class column.
-        values: (k,) int8, the label.
+        values: (k,) int8, the label: -1 absent, 0 unknown, +1 present.
     """
 
     rows: npt.NDArray[np.int32]
@@ -30,16 +30,16 @@ class Entries(NamedTuple):
 
     @property
     def codes(self) -> npt.NDArray[np.int64]:
-        """(k,) one number for each place, rising in row-major order."""
+        """(k,) one number per (row, class), ascending in row-major order."""
         return self.rows.astype(np.int64) << _CLASS_BITS | self.classes
 
     def where(self, mask: npt.NDArray[np.bool_]) -> Entries:
-        """Those of a (k,) mask."""
+        """The entries that a (k,) mask selects."""
         return Entries(self.rows[mask], self.classes[mask], self.values[mask])
 
     @classmethod
     def join(cls, parts: list[Entries]) -> Entries:
-        """Lists end to end."""
+        """Concatenate lists."""
         empty = Entries(np.empty(0, np.int32), np.empty(0, np.uint16), np.empty(0, np.int8))
         return cls(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
 
@@ -48,12 +48,12 @@ def known_entries(index: ShardIndex, *, num_classes: int, unlisted: Unlisted) ->
     """Every known label of a shard, in blocks of whole rows.
 
     Args:
-        index: of the shard.
+        index: the shard's index.
         num_classes: C.
         unlisted: what a class in neither list of a sample means. With `absent`, every label is known.
 
     Yields:
-        Lists of about a million labels, or of one row if that has more.
+        Lists of up to about a million labels, or of one row if it has more.
     """
     if unlisted == "absent":
         columns = np.arange(num_classes, dtype=np.uint16)
@@ -67,14 +67,14 @@ def known_entries(index: ShardIndex, *, num_classes: int, unlisted: Unlisted) ->
 
 
 def positive_entries(index: ShardIndex) -> Entries:
-    """The labels of a shard that are present."""
+    """The present labels of a shard."""
     lists = index.positives
     rows = np.repeat(np.arange(index.num_samples, dtype=np.int32), np.diff(lists.offsets))
     return Entries(rows, lists.values, np.full(len(rows), PRESENT, dtype=np.int8))
 
 
 def _listed(index: ShardIndex, start: int, stop: int) -> Entries:
-    """The listed labels of rows [start, stop). The lists of a row have nothing in common, or presence wins."""
+    """The listed labels of rows [start, stop); a class in both lists of a row counts as present."""
     codes, values = [], []
     for lists, value in ((index.positives, PRESENT), (index.negatives, ABSENT)):
         rows = np.repeat(np.arange(start, stop, dtype=np.int64), np.diff(lists.offsets[start : stop + 1]))
@@ -85,10 +85,10 @@ def _listed(index: ShardIndex, start: int, stop: int) -> Entries:
 
 
 def _row_blocks(ends: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Cut rows into blocks of bounded content.
+    """Cut rows into blocks of at most _BLOCK_ENTRIES labels, or of one row; yields (start, stop).
 
     Args:
-        ends: (n + 1,) labels before each row, then in all.
+        ends: (n + 1,) number of labels before each row, then the total.
     """
     start, num_rows = 0, len(ends) - 1
     while start < num_rows:

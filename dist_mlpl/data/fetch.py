@@ -1,8 +1,8 @@
-"""Owns where a sample's bytes come from: a local tar, an extent fetched ahead into the cache, or a read of its own.
+"""Owns where a sample's bytes come from: a local tar, an extent prefetched into the cache, or a single read.
 
 A remote tar is fetched in extents, runs of whole samples of about EXTENT_BYTES, window after window in the order in
-which training needs them. What is wanted sooner (the first steps after a start, at any position of an epoch) is read
-by itself, several at once, so that a run never waits for a window. Whatever was fetched is checked before use.
+which training needs them. Samples needed sooner (the first steps after a start, at any position of an epoch) are read
+singly, several at once, so that a run never waits for a window. All fetched bytes are verified before use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from isal.isal_zlib import crc32  # zlib's numbers, ten times as fast
+from isal.isal_zlib import crc32  # the same checksums as zlib's, ten times as fast
 
 from dist_mlpl import storage
 from dist_mlpl.data.cache import ExtentCache
@@ -30,9 +30,9 @@ from dist_mlpl.errors import ConfigError, ShardError
 log = logging.getLogger(__name__)
 
 EXTENT_BYTES = 8 << 20
-_NUM_WINDOWS_HELD = 2  # of each lane: the one being read, and the next
-_NUM_DIRECT_READS = 32  # at once, of single samples
-_NUM_EXTENTS = 4  # fetched at once
+_NUM_WINDOWS_HELD = 2  # windows of each lane: the current one and the next
+_NUM_DIRECT_READS = 32  # single samples read at once
+_NUM_EXTENTS = 4  # extents fetched at once
 _NUM_OPEN_FILES = 256  # local tars kept open
 _TRIES = 3
 
@@ -40,7 +40,7 @@ Spans = Sequence[tuple[int, int]]  # (first, stop) sample indices, each within o
 
 
 class FetchCounts(NamedTuple):
-    """Samples by where their bytes came from, since the fetcher was made."""
+    """Number of samples by where their bytes came from, since the fetcher was made."""
 
     local: int = 0
     cached: int = 0
@@ -57,41 +57,41 @@ class Extent(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """Reads under way for some samples; each gives None if the bytes are on this node anyway."""
+    """Pending reads of some samples; a read gives None when the bytes are on this node already."""
 
     places: list[tuple[int, int]]  # shard and row of each sample
-    reads: list[Future[bytes | None]]  # empty: nothing was begun
+    reads: list[Future[bytes | None]]  # one per sample; empty when all tars are local
 
 
 class Fetcher:
-    """Bytes of one split's samples. Safe from many threads.
+    """Reads the bytes of one split's samples. Safe to use from many threads.
 
     Args:
         index: the split.
-        cache: of this node; None to read every remote sample by itself.
+        cache: this node's cache; None to read every remote sample singly.
     """
 
     def __init__(self, index: SplitIndex, cache: ExtentCache | None = None) -> None:
         self._index, self._cache = index, cache
         self.is_remote = index.is_remote
-        self._keys: dict[int, str] = {}  # of each shard's extents: full URL and digest
+        self._keys: dict[int, str] = {}  # prefix of each shard's extent keys: hash of its URL and digest
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(FetchCounts._fields, 0)
         self._direct = ThreadPoolExecutor(_NUM_DIRECT_READS, "read")
         self._ahead = ThreadPoolExecutor(_NUM_EXTENTS, "fetch")
         self._moved = threading.Condition()
-        self._round = 0  # that is being used
-        self._following = 0  # counts calls of `follow`: what an older call began is stale
+        self._round = 0  # the round being used
+        self._following = 0  # number of `follow` and `close` calls; work begun before the last one is stale
 
     @property
     def counts(self) -> FetchCounts:
-        """Totals so far."""
+        """Counts so far."""
         with self._lock:
             return FetchCounts(**self._counts)
 
     def close(self) -> None:
-        """Stop fetching; reads under way end by themselves."""
+        """Stop fetching; reads already running are left to finish."""
         self._leave()
         self._direct.shutdown(wait=False, cancel_futures=True)
         self._ahead.shutdown(wait=False, cancel_futures=True)
@@ -110,11 +110,11 @@ class Fetcher:
         return Ticket(places, [self._direct.submit(self._read_if_missing, *place) for place in places])
 
     def take(self, ticket: Ticket) -> Iterator[bytes]:
-        """The bytes of the ticket's samples, in order.
+        """The JPEG bytes of the ticket's samples, in order; waits for pending reads.
 
         Raises:
             ShardError: a shard is missing, damaged or replaced.
-            StorageError: it could not be read.
+            StorageError: a shard could not be read.
         """
         for number, (shard, row) in enumerate(ticket.places):
             content = ticket.reads[number].result() if ticket.reads else None
@@ -138,7 +138,7 @@ class Fetcher:
             if content is not None and len(content) == num_bytes and _is_sound(content, offset, table, row):
                 self._count("cached")
                 return content
-        return self._read_sample(shard, row)  # room was made of it meanwhile
+        return self._read_sample(shard, row)  # not cached, evicted meanwhile, or unsound
 
     def _read_local(self, shard: int, row: int, offset: int, num_bytes: int) -> bytes:
         with self._lock:
@@ -156,12 +156,12 @@ class Fetcher:
             self._counts["local"] += 1
         try:
             content = os.pread(file.fileno(), num_bytes, offset)
-        except OSError:  # a network disk that failed over: opened anew, and tried for a while
+        except OSError:  # for example a network disk that failed over: reopen and retry for a while
             with self._lock:
                 self._files.pop(shard, None)
             try:
                 content = storage.read_bytes(self._url(shard), offset, offset + num_bytes)
-            except FileNotFoundError:  # deleted where it lies, while a handle was kept here
+            except FileNotFoundError:  # deleted while its handle was kept open here
                 raise _missing(self._url(shard)) from None
         if len(content) != num_bytes:
             raise _truncated(self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes}, as the index says")
@@ -182,11 +182,11 @@ class Fetcher:
     # Extents
 
     def follow(self, rounds: Iterable[tuple[int, Spans]]) -> None:
-        """Fetch extents ahead from now on, instead of what was followed before; never waits.
+        """Prefetch the extents of these rounds from now on, in place of any earlier rounds; never waits.
 
         Args:
-            rounds: (number, spans) in order, numbers rising; `use` says which one is being used. The round after it
-                is fetched too, none further ahead.
+            rounds: (number, spans) in ascending order; `use` says which round is current. Only the current round and
+                the one after it are fetched.
         """
         self._leave()
         if not self.is_remote or self._cache is None:
@@ -195,7 +195,7 @@ class Fetcher:
         threading.Thread(target=self._follow, args=(following, iter(rounds)), name="follow", daemon=True).start()
 
     def use(self, number: int) -> None:
-        """Samples of this round are being used now; the next one may be fetched."""
+        """Declare a round current, so that the next one may be fetched."""
         with self._moved:
             if number != self._round:
                 self._round = number
@@ -224,11 +224,11 @@ class Fetcher:
                 except CancelledError:
                     return
                 except Exception as error:
-                    # Whoever needs these samples reads them by itself, and stops the run if that fails too.
+                    # The samples are read singly when needed; a failure there stops the run.
                     log.warning("what is read next could not be fetched ahead: %s", error)
 
     def _fetch_span(self, following: int, number: int, first: int, stop: int) -> None:
-        """Fetch the extents that hold samples [first, stop) of one shard."""
+        """Fetch the extents that hold samples [first, stop), which lie in one shard."""
         assert self._cache is not None
         ((shard, row),) = self._index.rows(np.array([first]))
         if not storage.is_remote(self._url(shard)):
@@ -237,13 +237,13 @@ class Fetcher:
         while row < end:
             extent = self._extent(shard, row)
             if self._following != following or number < self._round:
-                return  # too late to be of use
+                return  # superseded, or too late to be of use
             fetch = partial(self._read_checked, shard, extent.start, extent.stop, extent.rows)
             self._cache.add(extent.key, extent.stop - extent.start, fetch)
             row = extent.rows.stop
 
     def _extent(self, shard: int, row: int) -> Extent:
-        """The extent that holds a row: the samples whose bytes begin in the same EXTENT_BYTES of the tar."""
+        """The extent that holds a row: all samples whose first byte lies in the same EXTENT_BYTES of the tar."""
         table = self._index.shard_index(shard)
         number = int(table.offsets[row]) // EXTENT_BYTES
         first, stop = np.searchsorted(table.offsets, np.array([number, number + 1], dtype=np.uint64) * EXTENT_BYTES)
@@ -261,10 +261,11 @@ class Fetcher:
     # Fetching and checking
 
     def _read_checked(self, shard: int, start: int, stop: int, rows: range) -> bytes:
-        """Read bytes [start, stop) of a remote tar and check every sample in it.
+        """Read bytes [start, stop) of a remote tar and verify the samples `rows` in it, reading up to _TRIES times.
 
         Raises:
-            ShardError: the tar is not there, or does not hold what its index says, however often it is read.
+            ShardError: the tar is missing, or does not hold what its index says.
+            StorageError: it could not be read.
         """
         url, table = self._url(shard), self._index.shard_index(shard)
         for _ in range(_TRIES):
@@ -288,38 +289,44 @@ class Fetcher:
 
 
 def _is_sound(content: bytes, start: int, table: ShardIndex, row: int) -> bool:
-    """Whether a sample's bytes are those that were indexed, as far as the index can tell."""
+    """Whether a sample's bytes match the index: its checksum, or the JPEG start marker where the index has none."""
     begin = int(table.offsets[row]) - start
     sample = memoryview(content)[begin : begin + int(table.num_bytes[row])]
-    if table.crc32 is None:  # an index made from tar headers alone
+    if table.crc32 is None:  # the index was made from tar headers alone
         return bytes(sample[: len(JPEG_START)]) == JPEG_START
     return crc32(sample) == int(table.crc32[row])
 
 
 def least_cache_bytes(index: SplitIndex, *, num_lanes: int, window_samples: int) -> int:
-    """What the cache of a node must hold at least, and room to turn: two windows of each lane that it reads.
+    """Smallest sensible cache of a node in bytes: two windows of each lane that it reads, with room for eviction.
 
     Args:
         index: the split.
         num_lanes: lanes read by the ranks of this node.
-        window_samples: of the order.
+        window_samples: `data.window_samples`.
     """
     if index.num_samples == 0:
         return 0
     held = min(num_lanes * _NUM_WINDOWS_HELD * window_samples, index.num_samples)
-    # Whole extents lie at both ends of a lane's two windows.
+    # Extents are whole, so those at both ends of a lane's two windows reach beyond them.
     num_bytes = min(held * index.num_bytes // index.num_samples + num_lanes * 2 * EXTENT_BYTES, index.num_bytes)
     return num_bytes * 8 // 7 + 2 * EXTENT_BYTES
 
 
 def check_cache_limit(limit_bytes: int, index: SplitIndex, *, num_lanes: int, window_samples: int) -> int:
-    """Refuse a cache too small to keep what is being read; 0 is no cache at all.
+    """Refuse a cache too small for the windows being read; 0 means no cache and is accepted.
+
+    Args:
+        limit_bytes: `data.cache_bytes`, >= 0.
+        index: the split.
+        num_lanes: lanes read by the ranks of this node.
+        window_samples: `data.window_samples`.
 
     Returns:
-        The least that it needs.
+        The smallest size that would do, in bytes.
 
     Raises:
-        ConfigError: naming the least, and how many lanes the limit would serve.
+        ConfigError: the limit is above 0 and too small; the message names that size and how many lanes would fit.
     """
     least = least_cache_bytes(index, num_lanes=num_lanes, window_samples=window_samples)
     if limit_bytes == 0 or limit_bytes >= least:

@@ -1,7 +1,7 @@
-"""Owns the part of a train split that a run leaves out, so that choices are made without reading the test split.
+"""Owns the part of a train split that a run holds out, so that choices are made without reading the test split.
 
-It is held out by whole shards, which the sharding tool filled in random order: nothing about reading changes, and the
-part is the same in every run over the set, whatever its seed.
+Whole shards are held out (the sharding tool fills them in random order), so reading works as usual, and the part is
+the same in every run over the set, whatever its seed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dist_mlpl.data.views import LabelView
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.labels import Targets
 
-HELD_OUT: Final = "held_out"  # the part's name as a split
-_MOST_OFF = 0.1  # how far the part may miss the fraction, as a share of it
+HELD_OUT: Final = "held_out"  # name of the held-out split
+_MOST_OFF = 0.1  # relative deviation allowed from the fraction asked for
 
 
 def run_manifest(data: DataSettings, url: str | None = None) -> Manifest:
-    """The packed sets as a run sees them: with `data.held_out_fraction`, what is held out is a split of its own.
+    """The packed sets as a run sees them: with `data.held_out_fraction`, the held-out part is a split of its own.
 
     Args:
-        data: of the run.
+        data: `data` section of the run's config.
         url: where its shards are now, if they moved.
 
     Raises:
-        ManifestError: no set there.
+        ManifestError: no packed set at that place.
         ConfigError: see `hold_out`.
     """
     manifest = load_sets(url or data.manifest)
@@ -42,19 +42,20 @@ def run_manifest(data: DataSettings, url: str | None = None) -> Manifest:
 
 
 def hold_out(manifest: Manifest, split: str, fraction: float) -> Manifest:
-    """Take whole shards out of a split, those that a fixed draw puts first, as many as come nearest to the fraction.
+    """Move the first shards of a fixed permutation out of a split, as many as come nearest to the fraction.
 
     Args:
         manifest: of one set.
-        split: to take from.
-        fraction: of its samples, in (0, 1).
+        split: name of the split to take from.
+        fraction: share of its samples to hold out, in (0, 1).
 
     Returns:
-        A manifest in memory with the rest as `split` and the part as `held_out`, each in manifest order. Its digest is
-        of the set's digest and what is held out.
+        A manifest in memory with the remaining shards as `split` and the others as `held_out`, each in manifest order.
+        Its digest covers the set's digest and the held-out files.
 
     Raises:
-        ConfigError: the shards are too few to come within a tenth of the fraction, or there is such a split already.
+        ConfigError: whole shards cannot come within a tenth of the fraction or would take the whole split, or a split
+            named `held_out` exists already.
     """
     shards = manifest.split(split).shards
     if HELD_OUT in manifest.splits:
@@ -90,36 +91,36 @@ def _refused(manifest: Manifest, found: str, expected: str, next_step: str) -> C
 
 
 def whole_split(part: SplitIndex) -> SplitIndex:
-    """The split as it is packed, of which a run sees a part.
+    """The whole packed split that a part was taken from.
 
     Raises:
-        ManifestError: it is no longer there.
+        ManifestError: the manifest or the split is no longer there.
     """
     return SplitIndex(load_manifest(part.manifest.url), part.split)
 
 
 class PartView:
-    """A view of a whole split, asked about a part of it: labels that are hidden in the one are hidden in the other.
+    """A view of a whole split, addressed by the samples of a part: a label hidden in one is hidden in the other.
 
     Args:
-        view: of the whole.
-        whole: the split as it is packed.
-        part: some of its shards.
+        view: the view of the whole split.
+        whole: the split as packed.
+        part: a split of some of its shards.
     """
 
     def __init__(self, view: LabelView, whole: SplitIndex, part: SplitIndex) -> None:
         self._view, self._part = view, part
         starts = {shard.file: start for shard, start in zip(whole.shards, whole.starts[:-1].tolist(), strict=True)}
         own = np.array([starts[shard.file] for shard in part.shards], dtype=np.int64)
-        self._offsets = own - part.starts[:-1]  # (S,) from a sample's place in the part to that in the whole, by shard
+        self._offsets = own - part.starts[:-1]  # (S,) per shard, added to an index in the part gives that in the whole
         self.digest = storage.sha256_of_bytes(f"{view.digest} of {part.manifest.digest}".encode())
 
     def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which entries of samples (n,) of the part are known and hidden, (n, C) bool."""
+        """Which entries of the part's samples `indices` (n,) are known and hidden, (n, C) bool."""
         return self._view.hidden(self._in_whole(indices))
 
     def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
-        """What is seen of human labels (n, C) of samples (n,) of the part: (n, C) int8, a new array."""
+        """Human labels (n, C) of the part's samples `indices` (n,) as the view shows them: (n, C) int8, a new array."""
         return self._view.apply(targets, self._in_whole(indices))
 
     def _in_whole(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

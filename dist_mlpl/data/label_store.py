@@ -1,18 +1,17 @@
-"""Owns what a sample's labels are at a given round: human labels as the run's view shows them, then beliefs.
+"""Owns which labels a sample has at a given round: human labels as the run's view shows them, then beliefs.
 
-Human labels live in the shards and never change. Beliefs live in the run's rounds. A known label always wins.
+Human labels live in the shards and never change. Beliefs live in the run's rounds. A known human label always wins.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import storage
+from dist_mlpl.data.last_used import LastUsed
 from dist_mlpl.data.overlays import RoundCommit, codes_of, read_overlay, read_round, round_url
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.tars import AnySamples
@@ -20,16 +19,16 @@ from dist_mlpl.data.views import LabelView
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
-KEPT_BYTES = 256 << 20  # of beliefs, in memory: 60 million of them
+KEPT_BYTES = 256 << 20  # bytes of beliefs kept in memory: about 60 million beliefs
 
 
 class Beliefs(NamedTuple):
-    """What a round believes about some samples.
+    """A round's beliefs about n samples.
 
     Args:
-        values: (n, C) int8: -1 absent, +1 present; 0 where nothing is believed, and wherever people have spoken.
-        soft: (n, C) float32 in [0, 1], probability of presence: what people said, then the round's soft labels, and
-            0.5 elsewhere; None in a round without soft labels.
+        values: (n, C) int8: -1 absent, +1 present; 0 where nothing is believed or a human label is known.
+        soft: (n, C) float32 in [0, 1], probability of presence: the human label where known, else the round's soft
+            label, else 0.5; None in a round without soft labels.
     """
 
     values: Targets
@@ -37,23 +36,21 @@ class Beliefs(NamedTuple):
 
 
 class RoundBeliefs:
-    """The beliefs of one committed round, read shard by shard when first touched. Safe from many threads.
+    """The beliefs of one committed round, read shard by shard on first use. Safe to use from many threads.
 
     Args:
-        run: RUN.
-        commit: of the round.
+        run: URL of the run folder, RUN.
+        commit: the round's commit.
         index: the split that it is about.
     """
 
     def __init__(self, run: str, commit: RoundCommit, index: SplitIndex) -> None:
         self.commit = commit
         self._run, self._index = run, index
-        self._kept: OrderedDict[int, _ShardBeliefs] = OrderedDict()  # the last used last
-        self._kept_bytes = 0
-        self._lock = threading.Lock()
+        self._shards = LastUsed(self._read, limit=KEPT_BYTES, cost=lambda shard: shard.num_bytes)
 
     def of(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Beliefs:
-        """What is believed where people have not spoken.
+        """The beliefs about labels that the run does not know.
 
         Args:
             targets: (n, C) int8, human labels as the run sees them.
@@ -65,7 +62,7 @@ class RoundBeliefs:
         values = np.zeros_like(targets)
         soft = np.full(targets.shape, 0.5, dtype=np.float32) if self.commit.has_soft else None
         for place, (shard, row) in enumerate(self._index.rows(indices)):
-            own = self._shard(shard)
+            own = self._shards[shard]
             first, stop = own.offsets[row], own.offsets[row + 1]
             values[place, own.classes[first:stop]] = own.values[first:stop]
             if soft is not None and own.soft is not None:
@@ -75,20 +72,6 @@ class RoundBeliefs:
         if soft is not None:
             soft[is_known] = targets[is_known] == PRESENT
         return Beliefs(values, soft)
-
-    def _shard(self, shard: int) -> _ShardBeliefs:
-        with self._lock:
-            if shard in self._kept:
-                self._kept.move_to_end(shard)
-                return self._kept[shard]
-        own = self._read(shard)  # two threads may read the same
-        with self._lock:
-            if shard not in self._kept:
-                self._kept[shard] = own
-                self._kept_bytes += own.num_bytes
-            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
-        return own
 
     def _read(self, shard: int) -> _ShardBeliefs:
         num_samples = self._index.shards[shard].num_samples
@@ -102,7 +85,7 @@ class RoundBeliefs:
 
 
 class _ShardBeliefs(NamedTuple):
-    """The beliefs about one shard, end to end: those of row i are [offsets[i], offsets[i + 1])."""
+    """The beliefs about one shard, stored end to end: those of row i are [offsets[i], offsets[i + 1])."""
 
     offsets: npt.NDArray[np.int64]
     classes: npt.NDArray[np.uint16]
@@ -115,20 +98,20 @@ class _ShardBeliefs(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The labels in force for one stretch of a run."""
+    """The labels in force between two rounds of a run."""
 
     samples: AnySamples
     view: LabelView | None
     round: RoundBeliefs | None = None
 
     def targets(self, indices: npt.NDArray[np.int64]) -> Targets:
-        """What people said of these samples, as far as a method may see it.
+        """Human labels of these samples as the view shows them.
 
         Args:
             indices: (n,) int64 in [0, N).
 
         Returns:
-            (n, C) int8; entries that the view hides are 0 (unknown).
+            (n, C) int8: -1 absent, 0 unknown (also where the view hides a label), +1 present.
         """
         targets = self.samples.targets(indices)
         return targets if self.view is None else self.view.apply(targets, indices)
@@ -140,12 +123,12 @@ class Labels(NamedTuple):
 
 
 class LabelStore:
-    """Labels of one split by round.
+    """The labels of one split, by round.
 
     Args:
         samples: the split.
-        view: what to hide, or None for all that people said.
-        run: RUN, whose rounds hold the beliefs; None for a store of human labels alone.
+        view: the view through which human labels are seen; None shows all of them.
+        run: URL of the run folder whose rounds hold the beliefs; None for a store of human labels alone.
     """
 
     def __init__(self, samples: AnySamples, view: LabelView | None = None, *, run: str | None = None) -> None:
@@ -154,14 +137,15 @@ class LabelStore:
 
     @property
     def view_digest(self) -> str | None:
-        """Digest of the view, part of every commit; None without one."""
+        """Digest of the view, recorded in every commit; None without a view."""
         return None if self._view is None else self._view.digest
 
     def at(self, round_number: int) -> Labels:
-        """Labels in force at a committed round; round 0 holds no beliefs.
+        """The labels in force at a committed round; round 0 holds no beliefs.
 
         Raises:
-            CheckpointError: no such round, or one of other shards or another view.
+            CheckpointError: no such round, or one made from other shards or another view.
+            ValueError: a round above 0 of a store without a run, or of tars without an index.
         """
         if round_number == 0:
             return Labels(self.samples, self._view)
@@ -173,16 +157,16 @@ class LabelStore:
 
 
 def check_belongs(run: str, commit: RoundCommit, samples: SplitIndex, view: LabelView | None) -> None:
-    """Refuse a round that is about other shards, or about what another view leaves unknown.
+    """Refuse a round that was made from other shards or another view.
 
     Args:
-        run: RUN.
-        commit: of the round.
+        run: URL of the run folder, RUN.
+        commit: the round's commit.
         samples: the split as it is now.
-        view: of the run.
+        view: the run's view, or None.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the split, manifest, view or number of shards differs.
     """
     view_digest = None if view is None else view.digest
     own = {"split": samples.split, "manifest": samples.manifest.digest, "view": view_digest}

@@ -21,7 +21,7 @@ MAX_CLASSES = 1 << 16  # the index stores class columns as uint16
 class ClassEntry(Settings):
     """One class; its place in the list is its column in `targets`."""
 
-    id: str  # the stable key: a MID, a COCO id, the name itself
+    id: str  # the stable key, such as a MID, a COCO id or the name itself
     name: str  # for people; may repeat
 
 
@@ -31,15 +31,15 @@ class ShardEntry(Settings):
     file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")  # a plain name: a manifest never reaches out of its folder
     index: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
     num_samples: int = Field(ge=1)
-    num_bytes: int = Field(ge=1)  # of the tar
-    sha256: str = ""  # empty: indexed where it lies and never read whole, so its digest is unknown
+    num_bytes: int = Field(ge=1)  # size of the tar
+    sha256: str = ""  # digest of the tar; empty if it was indexed in place and never read whole
     index_sha256: str
-    folder: str = Field(default="", exclude=True)  # of the index, and of the tar, where sets are mixed in memory
-    tars: str = Field(default="", exclude=True)
+    folder: str = Field(default="", exclude=True)  # folder URL of the index, where sets are mixed in memory
+    tars: str = Field(default="", exclude=True)  # folder URL of the tar, likewise
 
 
 class Split(Settings):
-    """The shards of one split, in the order that a sample's `index` counts over."""
+    """The shards of one split, in the order over which a sample's `index` counts."""
 
     num_samples: int
     num_bytes: int
@@ -47,7 +47,7 @@ class Split(Settings):
 
     @classmethod
     def of(cls, shards: Iterable[ShardEntry]) -> Split:
-        """A split of these shards, counted."""
+        """A split of these shards, with its totals computed."""
         listed = tuple(shards)
         return cls(
             num_samples=sum(entry.num_samples for entry in listed),
@@ -57,20 +57,20 @@ class Split(Settings):
 
 
 class SourceEntry(Settings):
-    """What the shards were made from; nothing here depends on where the inputs lay."""
+    """The inputs that the shards were made from; nothing here depends on where those lay."""
 
     name: str
     arguments: dict[str, Any]
-    digest: str  # sha256 over classes, records and the images' sizes
+    digest: str  # sha256 over the classes, records and image sizes
 
 
 class Extension(SourceEntry):
-    """What was added to a finished set."""
+    """An addition to a finished set."""
 
-    version: str  # of dist-mlpl that added it
+    version: str  # version of dist-mlpl that added it
     num_samples: int
-    first_source_row: int  # its own row 0 in the order of the whole
-    first_shards: dict[str, int]  # by split, the place of its first shard in the list
+    first_source_row: int  # source row, in the extended set, of the extension's own row 0
+    first_shards: dict[str, int]  # by split, position of its first shard in the list
 
 
 class Packing(Settings):
@@ -78,9 +78,9 @@ class Packing(Settings):
 
     seed: int
     max_side: int | None = Field(None, ge=1)  # pixels; larger images were resized; None: copied byte for byte
-    quality: int = Field(90, ge=1, le=100)  # of images that were resized, turned or converted: JPEG's own scale
-    convert: bool = False  # images in other formats became JPEGs; else they were left out
-    decode: bool = True  # images that do not decode were left out; else only their markers were looked at
+    quality: int = Field(90, ge=1, le=100)  # JPEG quality of images that were resized, turned or converted
+    convert: bool = False  # whether images in other formats became JPEGs; otherwise they were left out
+    decode: bool = True  # whether undecodable images were left out; otherwise only JPEG markers were checked
     target_shard_bytes: int = Field(ge=1)
 
 
@@ -88,11 +88,11 @@ class Manifest(Settings):
     """A packed data set: classes, splits, shards.
 
     `url` (the folder) and `digest` (sha256 of the bytes of manifest.json) are set by `load_manifest` and
-    `write_manifest` and are no part of the document.
+    `write_manifest` and are not part of the document.
     """
 
     format: Literal[1] = 1
-    version: str  # of dist-mlpl that packed it
+    version: str  # version of dist-mlpl that packed it
     classes: tuple[ClassEntry, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     classes_sha256: str
     unlisted: Unlisted  # what a class in neither list of a sample means
@@ -100,9 +100,9 @@ class Manifest(Settings):
     splits: dict[str, Split]
     source: SourceEntry
     extensions: tuple[Extension, ...] = ()  # added later, in this order; left out of the document when empty
-    packing: Packing | None  # None: tars of other people's, indexed as they are
-    tars: str = ""  # folder URL of the tars where that is not the manifest's own; left out of the document when empty
-    skipped: dict[str, int] = Field(default_factory=dict)  # unreadable images by reason
+    packing: Packing | None  # None: existing tars, indexed as they are
+    tars: str = ""  # folder URL of the tars if it is not the manifest's own; left out of the document when empty
+    skipped: dict[str, int] = Field(default_factory=dict)  # number of unreadable images by reason
     url: str = Field(default="", exclude=True)
     digest: str = Field(default="", exclude=True)
     # By split, (number of shards, weight) of each set of a mixture; empty for a set by itself.
@@ -110,7 +110,7 @@ class Manifest(Settings):
 
     @property
     def tars_url(self) -> str:
-        """Folder of the tars."""
+        """Folder URL of the tars."""
         return self.tars or self.url
 
     @property
@@ -120,16 +120,16 @@ class Manifest(Settings):
 
     @property
     def class_ids(self) -> tuple[str, ...]:
-        """C stable keys in column order."""
+        """The C class ids in column order."""
         return tuple(entry.id for entry in self.classes)
 
     @property
     def place(self) -> str:
-        """Where it lies, for messages: without secrets."""
+        """The manifest's URL for messages, without secrets."""
         return ", ".join(storage.shown(url) for url in self.url.split(", "))
 
     def split(self, name: str) -> Split:
-        """The split of that name.
+        """The split of this name.
 
         Raises:
             ManifestError: no such split; the message lists the nearest names.
@@ -145,11 +145,11 @@ class Manifest(Settings):
         return self.splits[name]
 
     def shard_sizes(self, split: str) -> list[int]:
-        """Samples of each shard of a split, in manifest order."""
+        """Number of samples in each shard of a split, in manifest order."""
         return [entry.num_samples for entry in self.split(split).shards]
 
     def before(self, number: int) -> Manifest:
-        """The set as it was before extension `number` was added: its splits and extensions; the classes are today's."""
+        """The set as it was before extension `number` was added: its splits and extensions, with today's classes."""
         later = self.extensions[number:]
         splits = {}
         for name, split in self.splits.items():
@@ -159,11 +159,11 @@ class Manifest(Settings):
         return self.model_copy(update={"splits": splits, "extensions": self.extensions[:number]})
 
     def shard_url(self, entry: ShardEntry) -> str:
-        """Where the tar lies."""
+        """URL of the tar."""
         return storage.join(entry.tars or self.tars_url, entry.file)
 
     def index_url(self, entry: ShardEntry) -> str:
-        """Where the tar's index lies."""
+        """URL of the tar's index."""
         return storage.join(entry.folder or self.url, entry.index)
 
 
@@ -173,7 +173,7 @@ def classes_digest(classes: Sequence[ClassEntry]) -> str:
 
 
 def manifest_url(url: str) -> str:
-    """The URL of manifest.json, given it or its folder."""
+    """URL of manifest.json, given that or its folder."""
     return url if storage.name(url) == FILE_NAME else storage.join(url, FILE_NAME)
 
 
@@ -184,7 +184,7 @@ def load_manifest(url: str) -> Manifest:
         url: the folder, or manifest.json itself.
 
     Raises:
-        ManifestError: missing, not JSON, of another format, or not in agreement with itself.
+        ManifestError: missing, not JSON, of another format, or inconsistent.
         StorageError: it could not be read.
     """
     where = storage.absolute(manifest_url(url))
@@ -209,18 +209,19 @@ def load_manifest(url: str) -> Manifest:
 
 
 def write_manifest(manifest: Manifest, url: str, *, scratch: str | None = None) -> Manifest:
-    """Write manifest.json into a folder, whole or not at all, after every shard it lists is there.
+    """Write manifest.json atomically into a folder; the caller has written every shard that it lists.
 
     Args:
-        manifest: as it shall be.
-        url: of the folder.
-        scratch: as in `storage.create_file`.
+        manifest: to write.
+        url: the folder.
+        scratch: see `storage.create_file`.
 
     Returns:
         The manifest with its `url` and `digest`.
 
     Raises:
-        ManifestError: it does not agree with itself.
+        ManifestError: the manifest is inconsistent.
+        StorageError: it could not be written.
     """
     folder = storage.absolute(url)
     where = manifest_url(folder)
@@ -254,7 +255,7 @@ def _parse(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    """The sums, the digest and the names that a schema cannot check."""
+    """Check what a schema cannot: distinct class ids, their digest, totals, distinct file names."""
     if len(set(manifest.class_ids)) != manifest.num_classes:
         raise _wrong("a class id that occurs twice", expected="distinct class ids", where=where)
     digest = classes_digest(manifest.classes)

@@ -1,4 +1,4 @@
-"""Owns how several packed sets become one: their shards in a row under one class list, each set with its weight."""
+"""Owns how several packed sets are mixed into one: their shards concatenated under one class list, a weight per set."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class MixedSet(Settings):
 
 
 def load_sets(sets: str | Sequence[MixedSet]) -> Manifest:
-    """Read what `data.manifest` names: one manifest, or several as one."""
+    """Read what `data.manifest` names: one manifest, or several mixed into one; see `load_mixture`."""
     return load_manifest(sets) if isinstance(sets, str) else load_mixture(sets)
 
 
 def load_mixture(sets: Sequence[MixedSet]) -> Manifest:
-    """Read several manifests as one.
+    """Read several manifests and mix them into one.
 
     Samples are addressed over the shards of the first set, then those of the second, and so on. A set that lacks a
-    split adds nothing to it; weights hold in training and are no part of an evaluation.
+    split adds nothing to it. Weights apply to training only, not to evaluation.
 
     Returns:
-        A manifest in memory. Its digest is of the sets' digests and weights.
+        A manifest in memory. Its digest covers the sets' digests and weights.
 
     Raises:
         ManifestError: the sets differ in their classes or in what an unlisted class means.
@@ -66,7 +66,7 @@ def load_mixture(sets: Sequence[MixedSet]) -> Manifest:
         update={
             "splits": splits,
             "parts": parts,
-            "packing": first.packing if are_decoded else None,  # what is said of the images holds for all sets
+            "packing": first.packing if are_decoded else None,  # only claim decoded images if it holds for all sets
             "url": ", ".join(manifest.url for manifest in manifests),
             "digest": storage.sha256_of_bytes(identity.encode()),
         }

@@ -1,6 +1,6 @@
 """Owns the order of samples: a pure function of (seed, epoch) that any rank evaluates at any position.
 
-An epoch's shards are permuted and laid end to end into one track, turned by a keyed offset. The track is cut into
+An epoch's shards are permuted, laid end to end into one track and rotated by a keyed offset. The track is cut into
 lanes, each lane into windows, and each window is permuted. Positions are dealt to lanes in groups:
 
     position g  ->  group j = g // group_size  ->  lane j % num_lanes, group j // num_lanes of that lane
@@ -11,20 +11,20 @@ so a step reads a little from every lane while each lane reads its shards from f
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import keyed
+from dist_mlpl.data.last_used import LastUsed
 from dist_mlpl.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
 
 Parts = Sequence[tuple[int, float]]  # (number of shards, weight > 0) of each data set of a mixture
 
-PADDING = -1  # the index of a row that stands for no sample
+PADDING = -1  # the index of a row without a sample
 
 
 class EpochOrder:
@@ -34,14 +34,17 @@ class EpochOrder:
     window is a full shuffle. Nothing depends on ranks, workers or the global batch.
 
     Args:
-        shard_sizes: samples of each shard in manifest order; they sum to N.
-        seed: of the run.
+        shard_sizes: number of samples in each shard, in manifest order; they sum to N without `parts`.
+        seed: the run's seed.
         epoch: counted from 0.
-        num_lanes: reading tracks at most.
-        window_samples: samples at most that are permuted together, the memory of the mixing.
-        group_size: consecutive positions that stay together on one rank and come from one lane.
+        num_lanes: most lanes, >= 1.
+        window_samples: most samples that are permuted together, >= 1.
+        group_size: number of consecutive positions, >= 1, that come from one lane and stay together on one rank.
         parts: (number of shards, weight) of each data set that is mixed, in the order of the shards; None for one
-            data set of weight 1. See `epoch_length`.
+            data set of weight 1. N is then `epoch_length`.
+
+    Raises:
+        ConfigError: num_lanes, window_samples or group_size below 1.
     """
 
     def __init__(
@@ -70,8 +73,8 @@ class EpochOrder:
         self._key = keyed.key("order", seed, epoch)
 
         shard_order = keyed.permutation(keyed.key(self._key, "shards"), len(sizes))
-        self._first_index = first_index[shard_order]  # manifest index of each track shard's first sample
-        self._track_start = np.concatenate([[0], np.cumsum(sizes[shard_order])])[:-1]  # its place on the track
+        self._first_index = first_index[shard_order]  # manifest index of the first sample of each shard on the track
+        self._track_start = np.concatenate([[0], np.cumsum(sizes[shard_order])])[:-1]  # where it lies on the track
         turn = keyed.uniform(keyed.key(self._key, "turn"), 1)[0]
         self._turn = int(turn * self.num_samples)
 
@@ -82,7 +85,7 @@ class EpochOrder:
         if num_groups:
             lane_sizes[(num_groups - 1) % self.num_lanes] -= num_groups * group_size - self.num_samples
         self._lane_start = np.concatenate([[0], np.cumsum(lane_sizes)])
-        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
+        self._permutations = LastUsed(self._permutation_of, limit=2 * self.num_lanes)
 
     def indices(self, start: int, stop: int) -> Indices:
         """Samples at positions [start, stop).
@@ -91,11 +94,11 @@ class EpochOrder:
             start, stop: 0 <= start <= stop <= N.
 
         Returns:
-            (stop - start,) int64, positions in the split's manifest order. Over the whole epoch each sample
-            appears once.
+            (stop - start,) int64, sample indices in the split's manifest order. Over the whole epoch each sample
+            appears once (in a mixture, as often as `epoch_length` says).
 
         Raises:
-            IndexError: outside the epoch.
+            IndexError: a position outside the epoch.
         """
         if not 0 <= start <= stop:
             raise IndexError(f"positions [{start}, {stop}) of {self.num_samples}")
@@ -108,7 +111,7 @@ class EpochOrder:
             positions: (n,) int64 in [0, N), or PADDING.
 
         Returns:
-            (n,) int64.
+            (n,) int64 sample indices in manifest order, or PADDING.
 
         Raises:
             IndexError: any other position.
@@ -132,24 +135,31 @@ class EpochOrder:
         return found
 
     def window_at(self, position: int) -> tuple[int, float]:
-        """Which window of its lane a position falls into, and how much of that window lies before it.
+        """The window of its lane that a position falls into, and the fraction of that window before the position.
 
-        All lanes go through their windows side by side: the answer holds for every lane, but for a group or two.
+        All lanes go through their windows side by side, so the answer holds for every lane, give or take a group.
+
+        Args:
+            position: in [0, N).
 
         Returns:
-            The window's number from 0, and a fraction in [0, 1).
+            The window's number, counted from 0, and a fraction in [0, 1).
         """
         lane, entry, window = (int(part[0]) for part in self._places(np.array([position], dtype=np.int64)))
         begin, end = self._window_bounds(lane, window)
         return window, (entry - begin) / (end - begin)
 
     def num_windows(self, lane: int) -> int:
-        """Windows of one lane."""
+        """Number of windows in one lane, at least 1."""
         lane_size = int(self._lane_start[lane + 1] - self._lane_start[lane])
         return max(1, -(-lane_size // self.window_samples))
 
     def spans(self, lane: int, window: int) -> list[tuple[int, int]]:
-        """What one window holds, as runs of the manifest: what may be fetched at once.
+        """The samples of one window as runs in manifest order, for prefetching.
+
+        Args:
+            lane: in [0, self.num_lanes).
+            window: in [0, self.num_windows(lane)).
 
         Returns:
             (first, stop) sample indices, each run within one shard, in the order of the track.
@@ -169,16 +179,16 @@ class EpochOrder:
         return found
 
     def lanes_read(self, start: int, global_batch: int, *, ranks: range, size: int) -> list[int]:
-        """Lanes that some ranks read from `start` on, ascending; near the end of an epoch, a few more than are left.
+        """Lanes that some ranks read from `start` on, ascending; near the end of an epoch, possibly a few too many.
 
         Args:
-            start: a multiple of group_size.
+            start: first position, a multiple of group_size.
             global_batch: G, a multiple of group_size.
-            ranks: the ranks asked about, say those of one node.
+            ranks: the ranks in question, for example those of one node, within [0, R).
             size: R.
         """
         num_groups = global_batch // self.group_size
-        num_steps = self.num_lanes // math.gcd(num_groups, self.num_lanes)  # then the lanes of a step repeat
+        num_steps = self.num_lanes // math.gcd(num_groups, self.num_lanes)  # after which the lanes of a step repeat
         lanes: set[int] = set()
         for rank in ranks:
             for begin in range(start, start + num_steps * global_batch, global_batch):
@@ -187,7 +197,7 @@ class EpochOrder:
         return sorted(lanes)
 
     def _places(self, positions: Indices) -> tuple[Indices, Indices, Indices]:
-        """Lane, place in the lane, and window of the lane, of positions in [0, N)."""
+        """Lane, place within the lane, and window of the lane, of each position in [0, N); three (n,) int64."""
         group, within = np.divmod(positions, self.group_size)
         turn, lane = np.divmod(group, self.num_lanes)
         entry = turn * self.group_size + within
@@ -202,30 +212,29 @@ class EpochOrder:
 
     def _window(self, lane: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
         """Where a window begins in its lane, and the permutation of its samples."""
-        begin, end = self._window_bounds(lane, window)
-        permuted = self._windows.get((lane, window))
-        if permuted is None:
-            permuted = keyed.permutation(keyed.key(self._key, "window", lane, window), end - begin).astype(np.int32)
-            self._windows[lane, window] = permuted
-            if len(self._windows) > 2 * self.num_lanes:
-                self._windows.popitem(last=False)
-        return begin, permuted
+        return self._window_bounds(lane, window)[0], self._permutations[lane, window]
+
+    def _permutation_of(self, window: tuple[int, int]) -> npt.NDArray[np.int32]:
+        begin, end = self._window_bounds(*window)
+        return keyed.permutation(keyed.key(self._key, "window", *window), end - begin).astype(np.int32)
 
     def share(self, start: int, global_batch: int, *, rank: int, size: int) -> Indices:
         """Positions of one rank in the step that begins at `start`.
 
-        The step's groups, sorted by lane, are cut into `size` contiguous parts whose lengths differ by at most one
-        group. With as many groups as lanes (or a multiple) every step is cut at the same places: lane l falls to rank
+        The step's groups, sorted by lane, are cut into R contiguous parts whose lengths differ by at most one group.
+        With as many groups as lanes (or a multiple) every step is cut at the same places: lane l goes to rank
         l * R // num_lanes, and to the ranks after it where a cut runs through the lane. A rank always holds whole
         groups, and short ranks are padded, so every rank runs the same shapes.
 
         Differs:
             The plan gave lane l to rank l * R // num_lanes outright; a step of fewer groups than lanes would then
-            fall to few ranks.
+            use only a few ranks.
 
         Args:
             start: first position of the step, a multiple of group_size.
             global_batch: G, a multiple of group_size.
+            rank: in [0, R).
+            size: R, the number of ranks, at least 1.
 
         Returns:
             (ceil(G / group_size / R) * group_size,) int64 with PADDING at the end of a short share.
@@ -240,10 +249,14 @@ class EpochOrder:
 
 
 def epoch_length(shard_sizes: Sequence[int], parts: Parts | None) -> int:
-    """Positions of an epoch.
+    """Number of positions in an epoch, N.
 
     A data set of weight w gives floor(w) copies of each sample, and round((w - floor(w)) * n) of its n samples once
-    more: in each epoch those that follow the ones of the epoch before, so that all have their turn.
+    more: in each epoch the samples that follow those of the epoch before, so that all take their turn.
+
+    Args:
+        shard_sizes: number of samples in each shard, in manifest order.
+        parts: (number of shards, weight > 0) of each data set of a mixture; None for one data set of weight 1.
     """
     ends = np.concatenate([[0], np.cumsum(np.asarray(shard_sizes, dtype=np.int64))])
     total = first = 0
@@ -255,7 +268,7 @@ def epoch_length(shard_sizes: Sequence[int], parts: Parts | None) -> int:
 
 
 def _runs(sizes: Indices, parts: Parts | None, *, seed: int, epoch: int) -> tuple[Indices, Indices]:
-    """What an epoch reads, before it is permuted: first sample and length of runs within shards."""
+    """The runs within shards that an epoch reads, before permutation: (k,) first samples and (k,) lengths."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
     firsts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     begin = 0
@@ -267,7 +280,7 @@ def _runs(sizes: Indices, parts: Parts | None, *, seed: int, epoch: int) -> tupl
         lengths.append(sizes[copies])
         size = int(sizes[own].sum())
         count = round((weight - int(weight)) * size)
-        if count:  # [start, start + count) of the data set's shards in a fixed order, laid in a circle
+        if count:  # samples [start, start + count) of the data set's shards, laid in a circle in a fixed order
             circle = own[keyed.permutation(keyed.key("part", seed, number), num_shards)]
             starts = np.concatenate([[0], np.cumsum(sizes[circle])])[:-1]
             start = epoch * count % size
@@ -281,10 +294,17 @@ def _runs(sizes: Indices, parts: Parts | None, *, seed: int, epoch: int) -> tupl
 
 
 def check_global_batch(global_batch: int, *, group_size: int, world_size: int, num_samples: int) -> None:
-    """Refuse a global batch that no split into whole groups over the ranks can serve.
+    """Refuse a global batch that cannot be split into whole groups with at least one group per rank.
+
+    Args:
+        global_batch: G, samples of a step over all ranks.
+        group_size: consecutive positions that stay on one rank, at least 1.
+        world_size: R, the largest number of ranks that may take part.
+        num_samples: N, positions of an epoch.
 
     Raises:
-        ConfigError: naming the nearest global batch that works.
+        ConfigError: G is not a multiple of group_size, below group_size * R or above N; the message names the nearest
+            value that works, or what else to change.
     """
     least = group_size * world_size
     if global_batch % group_size == 0 and least <= global_batch <= num_samples:
@@ -307,5 +327,11 @@ def check_global_batch(global_batch: int, *, group_size: int, world_size: int, n
 
 
 def last_position(start: int, *, global_batch: int, num_samples: int) -> int:
-    """Where the epoch's plan ends: whole global batches from `start`; the samples behind it wait for another epoch."""
+    """Position at which the epoch ends: a whole number of global batches after `start`; the rest is not read.
+
+    Args:
+        start: first position, in [0, num_samples].
+        global_batch: G.
+        num_samples: N, positions of the epoch.
+    """
     return start + (num_samples - start) // global_batch * global_batch

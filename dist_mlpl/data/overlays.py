@@ -1,11 +1,11 @@
-"""Owns the files of relabelling rounds: what a run believes about labels that nobody told it.
+"""Owns the files of relabelling rounds: a run's beliefs about labels that are unknown to it.
 
 RUN/rounds/000003/plan.json              what the round is made from; created exclusively, so a number is one round
-RUN/rounds/000003/parts/                 scores of shards that are done, while the round is being made
-RUN/rounds/000003/train-000000.arrow     beliefs about shard 0 of the split, one row an entry, in row-major order
+RUN/rounds/000003/parts/                 scores of finished pieces of shards, while the round is being made
+RUN/rounds/000003/train-000000.arrow     beliefs about shard 0 of the split, one row per belief, in row-major order
 RUN/rounds/000003/commit.json            makes the round exist; created exclusively, after the files that it lists
 
-Nothing in them depends on time, host or ranks. A committed round never changes.
+Nothing in them depends on time, host or number of ranks. A committed round never changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dist_mlpl.settings import Settings
 
 FORMAT: Final = 1
 FOLDER: Final = "rounds"
-PREDICTED, KEPT = 1, 2  # source of a belief: this round's models, or the round before (`curriculum.cumulative`)
+PREDICTED, KEPT = 1, 2  # source of a belief: this round's models, or the previous round (`curriculum.cumulative`)
 
 _CLASS_BITS = 16  # class columns are uint16
 _SCHEMA = pa.schema(
@@ -41,13 +41,13 @@ _SCHEMA = pa.schema(
 
 
 class Overlay(NamedTuple):
-    """k beliefs about one shard, in row-major order, each place once.
+    """k beliefs about one shard, in row-major order, each (row, class) at most once.
 
     Args:
         rows: (k,) int32, row of the shard.
         classes: (k,) uint16, class column.
-        values: (k,) int8: -1 absent, +1 present; 0 is proposed by this round and not believed yet.
-        scores: (k,) float16, the mean logit that proposed it; its sign is the label that it speaks for.
+        values: (k,) int8: -1 absent, +1 present; 0 means proposed by this round and not believed yet.
+        scores: (k,) float16, the mean logit behind the belief; its sign is the label proposed.
         sources: (k,) uint8, PREDICTED or KEPT.
         soft: (k,) float16 in [0, 1], probability of presence; None in a round without soft labels.
     """
@@ -61,67 +61,67 @@ class Overlay(NamedTuple):
 
     @property
     def codes(self) -> npt.NDArray[np.int64]:
-        """(k,) one number for each place, rising."""
+        """(k,) int64, one number per (row, class), ascending."""
         return codes_of(self.rows, self.classes)
 
     @property
     def signs(self) -> npt.NDArray[np.int8]:
-        """(k,) the label that each entry speaks for, -1 or +1, believed or not."""
+        """(k,) int8, the label that each entry proposes, -1 or +1, believed or not."""
         return np.where(self.scores >= 0, np.int8(1), np.int8(-1))
 
     def where(self, chosen: npt.NDArray[Any] | slice) -> Overlay:
-        """Those of a (k,) mask, of a stretch, or of places in order."""
+        """The entries selected by a (k,) mask, a slice, or ascending positions."""
         return Overlay._make(None if column is None else column[chosen] for column in self)
 
     @property
     def believed(self) -> Overlay:
-        """Those in force."""
+        """The entries in force, without those only proposed."""
         return self.where(self.values != UNKNOWN)
 
     @classmethod
     def empty(cls, *, has_soft: bool = False) -> Overlay:
-        """No belief."""
+        """An overlay without beliefs."""
         soft = np.empty(0, np.float16) if has_soft else None
         columns = np.empty(0, np.int32), np.empty(0, np.uint16), np.empty(0, np.int8)
         return cls(*columns, np.empty(0, np.float16), np.empty(0, np.uint8), soft)
 
 
 def codes_of(rows: npt.NDArray[Any], classes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """One number for each place of a shard, rising in row-major order."""
+    """(k,) int64, one number per (row, class) of a shard, ascending in row-major order."""
     return rows.astype(np.int64) << _CLASS_BITS | classes
 
 
 class OverlayFile(Settings):
     """One file of a round."""
 
-    path: str  # below RUN/rounds; of an earlier round where one was restored
+    path: str  # below RUN/rounds; in an earlier round's folder if that round was restored
     num_bytes: int
     sha256: str
     num_present: int  # beliefs
     num_absent: int
-    num_proposed: int  # not believed yet
+    num_proposed: int  # proposals not believed yet
 
 
 class RoundModel(Settings):
-    """One of the models that scored."""
+    """One of the models that score a round."""
 
-    step: int  # of the commit
-    sha256: str  # of its model.safetensors
+    step: int  # step of its commit
+    sha256: str  # digest of its model.safetensors
 
 
 class RoundPlan(Settings):
-    """What a round is made from: equal plans give equal rounds."""
+    """The inputs of a round: equal plans give equal rounds."""
 
     format: Literal[1] = FORMAT
     round: int  # 1 for the first
-    parent: int  # the round before it; 0 for none
+    parent: int  # the previous round; 0 for none
     split: str
     manifest_digest: str
     view_digest: str | None
     strategy: str
     parameters: dict[str, Any]
     models: tuple[RoundModel, ...]
-    scored_with: str  # digest of what else scores depend on: transform, method, precision
+    scored_with: str  # digest of what else scores depend on; see `Config.scoring_digest`
     seed: int
 
 
@@ -130,14 +130,14 @@ class RoundCommit(RoundPlan):
 
     restores: int | None = None  # the round whose files are in force again, for one made by `labels rollback`
     counts: dict[str, int]
-    decided: dict[str, float]  # numbers that the data decided, a global threshold say
+    decided: dict[str, float]  # numbers computed from the data, such as a global threshold
     has_soft: bool
-    files: tuple[OverlayFile, ...]  # one a shard in manifest order; none at all in a round without beliefs
-    sha256: str = ""  # of commit.json; set by `read_round`, no part of the document
+    files: tuple[OverlayFile, ...]  # one per shard in manifest order; empty in a round without beliefs
+    sha256: str = ""  # digest of commit.json; set by `read_round`, not part of the document
 
 
 def round_url(run: str, number: int, *names: str) -> str:
-    """Folder of a round, or something in it."""
+    """URL of a round's folder, or of something in it."""
     return storage.join(run, FOLDER, f"{number:06d}", *names)
 
 
@@ -145,34 +145,34 @@ def overlay_name(split: str, shard: int) -> str:
     """File name of the beliefs about one shard.
 
     Args:
-        split: its name.
-        shard: place of the shard in the split.
+        split: name of the split.
+        shard: number of the shard in the split, from 0.
     """
     return f"{split}-{shard:06d}.arrow"
 
 
 def round_numbers(run: str) -> list[int]:
-    """Rounds that were begun, committed or not, ascending."""
+    """Numbers of all rounds begun, committed or not, ascending."""
     return sorted(int(name) for name in storage.list_names(storage.join(run, FOLDER)) if name.isdecimal())
 
 
 def newest_round(run: str) -> int:
-    """The newest committed round, 0 for none."""
+    """Number of the newest committed round, 0 for none."""
     begun = reversed(round_numbers(run))
     return next((number for number in begun if storage.exists(round_url(run, number, "commit.json"))), 0)
 
 
 def unfinished_round(run: str) -> int | None:
-    """The round that is being made, or was left in the middle."""
+    """Number of the round that is being made or was interrupted; None if there is none."""
     begun = round_numbers(run)
     return begun[-1] if begun and begun[-1] > newest_round(run) else None
 
 
 def read_round(run: str, number: int) -> RoundCommit:
-    """The record of a committed round.
+    """Read the commit of a round.
 
     Raises:
-        CheckpointError: missing, damaged, of another format.
+        CheckpointError: missing, damaged or of another format.
     """
     url = round_url(run, number, "commit.json")
     try:
@@ -189,7 +189,7 @@ def read_round(run: str, number: int) -> RoundCommit:
 
 
 def read_plan(run: str, number: int) -> RoundPlan:
-    """What a round is made from, committed or not.
+    """Read the plan of a round, committed or not.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -207,7 +207,7 @@ def read_plan(run: str, number: int) -> RoundPlan:
 
 
 def round_chain(run: str, number: int) -> list[RoundCommit]:
-    """A committed round and those before it, newest first.
+    """A committed round and its ancestors, newest first.
 
     Raises:
         CheckpointError: one of them is missing.
@@ -220,12 +220,12 @@ def round_chain(run: str, number: int) -> list[RoundCommit]:
 
 
 def document_bytes(document: Settings) -> bytes:
-    """A plan or a commit as it is written."""
+    """A plan or a commit as the bytes of its file."""
     return (json.dumps(document.model_dump(mode="json", exclude={"sha256"}), indent=1) + "\n").encode()
 
 
 def encode_overlay(overlay: Overlay) -> bytes:
-    """Beliefs as an Arrow IPC file, compressed, for rows repeat; equal beliefs give equal bytes."""
+    """Encode beliefs as an Arrow IPC file, compressed since rows repeat; equal beliefs give equal bytes."""
     soft = pa.nulls(len(overlay.rows), pa.float16()) if overlay.soft is None else pa.array(overlay.soft)
     arrays = [pa.array(column) for column in overlay[:-1]]
     columns = [*arrays[:3], soft, *arrays[3:]]
@@ -236,16 +236,16 @@ def encode_overlay(overlay: Overlay) -> bytes:
 
 
 def decode_overlay(content: bytes, *, num_samples: int, num_classes: int, has_soft: bool, where: str) -> Overlay:
-    """Read the beliefs about a shard.
+    """Decode and check the beliefs about a shard.
 
     Args:
         content: bytes of the file.
-        num_samples, num_classes: of the shard; no entry lies outside.
-        has_soft: whether every entry has a soft label, or none.
+        num_samples, num_classes: size of the shard; an entry outside is refused.
+        has_soft: whether every entry has a soft label; otherwise none may.
         where: the file's URL, for messages.
 
     Raises:
-        CheckpointError: not Arrow, other columns, entries out of order or range.
+        CheckpointError: not Arrow, other columns, or entries out of order or range.
     """
 
     def wrong(found: str, expected: str) -> CheckpointError:
@@ -281,10 +281,21 @@ def decode_overlay(content: bytes, *, num_samples: int, num_classes: int, has_so
 
 
 def read_overlay(run: str, commit: RoundCommit, shard: int, *, num_samples: int, num_classes: int) -> Overlay:
-    """The beliefs of a round about one shard.
+    """Read the beliefs of a round about one shard; empty in a round without files.
+
+    Args:
+        run: URL of the run folder, RUN.
+        commit: the round's commit.
+        shard: number of the shard in the split, from 0.
+        num_samples: samples of that shard.
+        num_classes: C.
+
+    Returns:
+        k beliefs, those only proposed included; see `Overlay`.
 
     Raises:
-        CheckpointError: missing, damaged, or not the file that was committed.
+        CheckpointError: the file is missing, damaged, or not the one that was committed.
+        StorageError: it could not be read.
     """
     if not commit.files:
         return Overlay.empty(has_soft=commit.has_soft)

@@ -1,4 +1,4 @@
-"""Owns the index beside a shard: one Arrow row a sample, in tar order: its place, source row and labels."""
+"""Owns the index beside a shard: one Arrow row per sample, in tar order, with its byte range, source row and labels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets, Unlisted
 
 Rows = npt.NDArray[np.int64]
 
-_FEW_ROWS = (
-    8  # up to here a loop over rows is faster than arithmetic over all of them: a step takes a row or two a shard
-)
+# Up to this many rows, a loop is faster than arithmetic on whole arrays; a step takes a row or two from each shard.
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,7 +35,7 @@ class ClassLists:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> ClassLists:
-        """Store n lists of class columns."""
+        """Store n ascending lists of class columns end to end."""
         offsets = np.zeros(len(lists) + 1, dtype=np.int64)
         np.cumsum([len(columns) for columns in lists], out=offsets[1:])
         values = np.fromiter((column for columns in lists for column in columns), np.uint16, count=int(offsets[-1]))
@@ -47,13 +46,13 @@ class ClassLists:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def entries(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
-        """Every listed column of the given rows.
+        """All listed class columns of the given rows.
 
         Args:
-            rows: (m,) row numbers in [0, n), repeats allowed.
+            rows: (m,) int64 row numbers in [0, n), repeats allowed.
 
         Returns:
-            (k,) places in `rows` and (k,) class columns, k being the length of their lists together.
+            (k,) int64 positions in `rows` and (k,) uint16 class columns, where k is the total length of the lists.
         """
         starts = self.offsets[rows]  # (m,)
         counts = self.offsets[rows + 1] - starts
@@ -71,19 +70,19 @@ class ClassLists:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ShardIndex:
-    """What lies where in one shard, one row a sample, in tar order.
+    """Byte ranges, keys and labels of one shard's n samples, in tar order.
 
     Args:
-        keys: (n,) Arrow strings; `keys[row].as_py()` makes one a Python string.
+        keys: (n,) Arrow strings; `keys[row].as_py()` gives a Python string.
         offsets: (n,) uint64, first byte of the JPEG's data in the tar.
         num_bytes: (n,) uint32, length of the JPEG.
-        source_rows: (n,) uint64, the sample's place in the order of the source.
-        positives, negatives: class columns verified present, verified absent.
-        crc32: (n,) uint32, checksum of each JPEG, by which a fetched one is checked; None in indexes of tars whose
-            images were never read.
-        machine: class columns that only a machine calls present, in neither list above; None where the source has no
-            machine labels.
-        confidences: (total,) float16 in [0, 1], of the entries of `machine`; None with it.
+        source_rows: (n,) uint64, the sample's row in source order.
+        positives, negatives: class columns verified present and verified absent.
+        crc32: (n,) uint32, checksum of each JPEG, used to verify what is read; None for tars whose images were never
+            read when they were indexed.
+        machine: class columns that only machine labels call present, in neither list above; None where the source
+            has no machine labels.
+        confidences: (total,) float16 in [0, 1], one for each entry of `machine`; None if that is None.
     """
 
     keys: pa.StringArray
@@ -98,7 +97,7 @@ class ShardIndex:
 
     @property
     def num_samples(self) -> int:
-        """n."""
+        """Number of samples, n."""
         return len(self.offsets)
 
     def positives_of(self, row: int) -> npt.NDArray[np.uint16]:
@@ -110,7 +109,7 @@ class ShardIndex:
         return self.negatives.row(row)
 
     def machine_of(self, row: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
-        """Class columns that only a machine calls present in one sample, ascending, and its confidences."""
+        """Class columns that only machine labels call present in one sample, ascending, and their confidences."""
         if self.machine is None or self.confidences is None:
             return np.empty(0, np.uint16), np.empty(0, np.float16)
         return self.machine.row(row), self.confidences[self.machine.offsets[row] : self.machine.offsets[row + 1]]
@@ -121,7 +120,7 @@ class ShardIndex:
         Args:
             rows: (m,) row numbers in [0, n), in any order, repeats allowed.
             num_classes: C.
-            unlisted: what a class in neither list means.
+            unlisted: what a class in neither list means, `absent` or `unknown`.
 
         Returns:
             (m, C) int8: -1 absent, 0 unknown, +1 present.
@@ -158,14 +157,14 @@ _SCHEMA = pa.schema(
         ("negatives", pa.list_(pa.uint16())),
     ]
 )
-# Where they are known.
+# Optional columns, present where the values are known.
 _CRC = pa.field("crc32", pa.uint32())
 _MACHINE = pa.field("machine", pa.list_(pa.uint16()))
 _CONFIDENCES = pa.field("confidences", pa.list_(pa.float16()))
 
 
 def encode_index(index: ShardIndex) -> bytes:
-    """An index as an Arrow IPC file; equal indexes give equal bytes."""
+    """Encode an index as an Arrow IPC file; equal indexes give equal bytes."""
     lists = [_list_column(part.offsets, part.values) for part in (index.positives, index.negatives)]
     numbers = [pa.array(column) for column in (index.offsets, index.num_bytes, index.source_rows)]
     fields, columns = list(_SCHEMA), [index.keys, *numbers, *lists]
@@ -187,14 +186,15 @@ def _list_column(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa
 
 
 def decode_index(content: bytes, where: str) -> ShardIndex:
-    """Read an index; columns beyond those of the format are left alone.
+    """Decode and check an index; columns beyond those of the format are ignored.
 
     Args:
         content: bytes of the Arrow IPC file.
         where: the index's URL, for messages.
 
     Raises:
-        ShardError: not Arrow, a column missing or of another type, an empty cell, lists or rows out of order.
+        ShardError: not Arrow, a column missing or of another type, an empty cell, lists or rows out of order, or
+            confidences outside [0, 1].
     """
 
     def wrong(found: str, expected: str) -> ShardError:
@@ -262,7 +262,7 @@ def read_index(manifest: Manifest, entry: ShardEntry) -> ShardIndex:
     """Read the index of one shard and check it against the manifest.
 
     Raises:
-        ShardError: missing, of another digest or number of samples, or naming a class the manifest lacks.
+        ShardError: missing, damaged, of another digest or number of samples, or with a class that the manifest lacks.
         StorageError: it could not be read.
     """
     where = manifest.index_url(entry)

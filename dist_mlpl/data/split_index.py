@@ -1,9 +1,7 @@
-"""Owns the way from a sample's address to its shard, row and labels; per-shard indexes are read when first touched."""
+"""Owns the way from a sample's index to its shard, row and labels; per-shard indexes are read on first use."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
@@ -12,19 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import storage
+from dist_mlpl.data.last_used import LastUsed
 from dist_mlpl.data.manifest import Manifest, ShardEntry
 from dist_mlpl.data.order import Parts, epoch_length
 from dist_mlpl.data.shard_index import ShardIndex, read_index
 
-KEPT_INDEXES = 2048  # of a split, in memory: about 80 bytes a sample, so 160 MB with 1,000 samples a shard
+KEPT_INDEXES = 2048  # indexes of a split kept in memory: about 80 bytes a sample, 160 MB at 1,000 samples a shard
 _READ_AHEAD = 16
 
 
 class SplitIndex:
-    """The shards of one split, addressed by sample. Safe from many threads.
+    """The shards of one split, addressed by sample index. Safe to use from many threads.
 
     Args:
-        manifest: as loaded.
+        manifest: from `load_manifest` or a mixture.
         split: name of the split.
     """
 
@@ -34,69 +33,52 @@ class SplitIndex:
         self.shards: list[ShardEntry] = list(manifest.split(split).shards)
         sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(sizes)])  # (S + 1,) first sample of each shard, then N
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()  # the newest used last
-        self._lock = threading.Lock()
-        self._shard_locks = [threading.Lock() for _ in self.shards]  # different shards are read side by side
+        self._indexes: LastUsed[int, ShardIndex] = LastUsed(
+            lambda shard: read_index(manifest, self.shards[shard]), limit=KEPT_INDEXES
+        )
 
     @property
     def num_samples(self) -> int:
-        """N of this split."""
+        """Number of samples in this split, N."""
         return int(self.starts[-1])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the split's tars."""
+        """Total size of the split's tars in bytes."""
         return self.manifest.split(self.split).num_bytes
 
     @property
     def epoch_samples(self) -> int:
-        """Samples of a training epoch: N, or what the weights of a mixture make of it."""
+        """Samples of a training epoch: N, or in a mixture what its weights give; see `epoch_length`."""
         return epoch_length(self.shard_sizes, self.parts)
 
     @property
     def parts(self) -> Parts | None:
-        """Shards and weight of each set of a mixture; None for a set by itself."""
+        """(Number of shards, weight) of each set of a mixture; None for a single set."""
         return self.manifest.parts.get(self.split)
 
     @property
     def is_remote(self) -> bool:
-        """Whether some tar lies in a store."""
+        """Whether any tar lies in a remote store."""
         return any(storage.is_remote(url) for url in {entry.tars or self.manifest.tars_url for entry in self.shards})
 
     def is_sound(self, shard: int) -> bool:
-        """Whether every image of a shard was decoded whole when it was packed, and its bytes are checked when read."""
+        """Whether every image of a shard was decoded whole when packed, and its bytes are verified when read."""
         packing = self.manifest.packing
         return packing is not None and packing.decode and self.shard_index(shard).crc32 is not None
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Samples of each shard in manifest order."""
+        """Number of samples in each shard, in manifest order."""
         return np.diff(self.starts).tolist()
 
     def shard_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Shard of each sample, (n,) int64."""
+        """Shard number of each sample index, (n,) int64."""
         return np.searchsorted(self.starts, indices, side="right") - 1
 
     def shard_index(self, shard: int) -> ShardIndex:
         """The Arrow index of one shard, read and verified on first use; the KEPT_INDEXES last used are kept."""
-        found = self._kept(shard)
-        if found is None:
-            with self._shard_locks[shard]:
-                found = self._kept(shard) or self._keep(shard, read_index(self.manifest, self.shards[shard]))
-        return found
-
-    def _kept(self, shard: int) -> ShardIndex | None:
-        with self._lock:
-            if shard in self._indexes:
-                self._indexes.move_to_end(shard)
-            return self._indexes.get(shard)
-
-    def _keep(self, shard: int, index: ShardIndex) -> ShardIndex:
-        with self._lock:
-            self._indexes[shard] = index
-            if len(self._indexes) > KEPT_INDEXES:
-                self._indexes.popitem(last=False)
-        return index
+        return self._indexes[shard]
 
     def shard_indexes(self) -> Iterator[ShardIndex]:
         """Every index in manifest order, read several at once."""
@@ -108,18 +90,18 @@ class SplitIndex:
                 jobs += [pool.submit(self.shard_index, shard) for shard in islice(shards, 1)]
 
     def rows(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Shard and row of each sample."""
+        """Shard number and row within it of each sample index (n,)."""
         shards = self.shard_of(indices)
         return list(zip(shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True))
 
     def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Samples [start, stop) as runs (first, stop), each within one shard."""
+        """Cut samples [start, stop), start < stop, into runs (first, stop), each within one shard."""
         inside = self.starts[(self.starts > start) & (self.starts < stop)]
         edges = [start, *inside.tolist(), stop]
         return list(pairwise(edges))
 
     def name(self, index: int) -> str:
-        """`shard file: sample key`, for messages."""
+        """A sample as `shard file: sample key`, for messages."""
         ((shard, row),) = self.rows(np.array([index]))
         return f"{self.shards[shard].file}: {self.shard_index(shard).keys[row]}"
 
@@ -130,7 +112,7 @@ class SplitIndex:
             indices: (n,) int64 in [0, N).
 
         Returns:
-            (n, C) int8 in the one code.
+            (n, C) int8: -1 absent, 0 unknown, +1 present.
         """
         found = np.empty((len(indices), self.manifest.num_classes), dtype=np.int8)
         shards = self.shard_of(indices)
@@ -146,5 +128,5 @@ class SplitIndex:
         return self.targets(np.arange(start, stop, dtype=np.int64))
 
     def source_rows(self) -> npt.NDArray[np.uint64]:
-        """(N,) row of each sample in the data set it was packed from; reads every index."""
+        """(N,) uint64, row of each sample in the data set it was packed from; reads every index."""
         return np.concatenate([index.source_rows for index in self.shard_indexes()])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-
 import numpy as np
 import numpy.typing as npt
 
 from dist_mlpl import storage
 from dist_mlpl.data.entries import Entries
+from dist_mlpl.data.last_used import LastUsed
 from dist_mlpl.data.shard_index import ClassLists
 from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.view_files import FILE_NAME, ViewDocument, decode_view_file, load_view
@@ -38,14 +36,17 @@ class StoredView:
         self.document = load_view(url)
         self._index = index
         _check_belongs(self.document, index)
-        self._kept: OrderedDict[int, _Lists] = OrderedDict()  # the last used last
-        self._kept_bytes = 0
-        self._lock = threading.Lock()
+        self._lists = LastUsed(self._lists_of, limit=KEPT_BYTES, cost=_num_bytes)
 
     @property
     def digest(self) -> str:
         """sha256 over the digests of its shards: `dist_mlpl.data.views.view_digest`."""
         return self.document.digest
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the view in memory now."""
+        return self._lists.total_cost
 
     def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which entries of some samples are known and hidden; replaced ones are not.
@@ -61,7 +62,7 @@ class StoredView:
         """
         found = np.zeros((len(indices), self._index.manifest.num_classes), dtype=bool)
         for place, (shard, row) in enumerate(self._index.rows(indices)):
-            if UNKNOWN in (lists := self._lists(shard)):
+            if UNKNOWN in (lists := self._lists[shard]):
                 found[place, lists[UNKNOWN].row(row)] = True
         return found
 
@@ -80,7 +81,7 @@ class StoredView:
         """
         seen = targets.copy()
         for place, (shard, row) in enumerate(self._index.rows(indices)):
-            for value, lists in self._lists(shard).items():
+            for value, lists in self._lists[shard].items():
                 seen[place, lists.row(row)] = value
         return seen
 
@@ -112,27 +113,13 @@ class StoredView:
             )
         return file.changes
 
-    def _lists(self, shard: int) -> _Lists:
-        with self._lock:
-            if shard in self._kept:
-                self._kept.move_to_end(shard)
-                return self._kept[shard]
-        lists = _lists_of(self.changes(shard), self._index.shards[shard].num_samples)  # two threads read the same
-        with self._lock:
-            if shard not in self._kept:
-                self._kept[shard] = lists
-                self._kept_bytes += _num_bytes(lists)
-            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
-        return lists
-
-
-def _lists_of(changes: Entries, num_samples: int) -> _Lists:
-    found = {}
-    for value in np.unique(changes.values).tolist():
-        some = changes.where(changes.values == value)
-        found[value] = ClassLists(some.classes, np.searchsorted(some.rows, np.arange(num_samples + 1)))
-    return found
+    def _lists_of(self, shard: int) -> _Lists:
+        changes, found = self.changes(shard), {}
+        ends = np.arange(self._index.shards[shard].num_samples + 1)
+        for value in np.unique(changes.values).tolist():
+            some = changes.where(changes.values == value)
+            found[value] = ClassLists(some.classes, np.searchsorted(some.rows, ends))
+        return found
 
 
 def _num_bytes(lists: _Lists) -> int:

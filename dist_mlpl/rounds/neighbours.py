@@ -62,11 +62,7 @@ def vote(
     failure: MlplError | None = None
     turn = 0
     while True:
-        wish = torch.tensor([2 if failure else int(is_asked())], dtype=torch.int32)
-        wishes = int(comm.reduce_max(wish))
-        if wishes == 2:
-            raise next(error for error in comm.gather_objects(failure) if error is not None)
-        if turn == num_turns or wishes == 1:
+        if comm.is_stop_asked(is_asked(), failure) or turn == num_turns:
             return turn == num_turns
         piece = own[turn] if turn < len(own) else None
         ballot = election.ballot(piece)

@@ -343,10 +343,6 @@ def _pass(
             failure = error
         if (number + 1) % _LOOK_BLOCKS == 0 or number + 1 == num_blocks:
             tell(done, total)
-            wish = torch.tensor([2 if failure else int(is_asked())], dtype=torch.int32)
-            wishes = int(comm.reduce_max(wish))
-            if wishes == 2:
-                raise next(error for error in comm.gather_objects(failure) if error is not None)
-            if wishes == 1 and number + 1 < num_blocks:
+            if comm.is_stop_asked(is_asked(), failure) and number + 1 < num_blocks:
                 return False
     return True

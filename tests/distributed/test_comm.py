@@ -199,6 +199,12 @@ def told(rank: int, world_size: int) -> dict[str, Any]:
             heard[f"errors of {who}"] = None
         except BankError as error:
             heard[f"errors of {who}"] = error.where
+    for asked, failed in (((), ()), ((1,), ()), ((0,), (1, 2)), ((), (2,))):
+        try:
+            failure = fail(f"rank {rank}") if rank in failed else None
+            heard[f"{asked} asked, {failed} failed"] = comm.is_stop_asked(rank in asked, failure)
+        except BankError as error:
+            heard[f"{asked} asked, {failed} failed"] = error.where
     return heard
 
 
@@ -210,4 +216,7 @@ def test_what_one_rank_makes_or_fails_at_reaches_all(world_size: int) -> None:
             "refused": "rank 0", "errors of ()": None, "errors of (0,)": "rank 0",
             "errors of (2,)": "rank 2" if world_size == 3 else None,
             "errors of (1, 2)": "rank 1" if world_size == 3 else None,
+            "() asked, () failed": False, "(1,) asked, () failed": world_size == 3,
+            "(0,) asked, (1, 2) failed": "rank 1" if world_size == 3 else True,
+            "() asked, (2,) failed": "rank 2" if world_size == 3 else False,
         }  # fmt: skip
