@@ -1,6 +1,6 @@
-"""Owns bytes at URLs: ranged reads, atomic writes, exclusive creates, alike on disk, in object stores and over HTTP.
+"""Owns bytes at URLs: ranged reads, atomic writes and exclusive creates, on disk, in object stores and over HTTP.
 
-Every verb takes a URL (`s3://bucket/key`, `gs://...`, `https://...`, `/local/path`) and nothing else that knows of a
+Every function takes a URL (`s3://bucket/key`, `gs://...`, `https://...`, `/local/path`) and nothing specific to a
 store. All may be called from many threads at once. Messages show URLs without their secrets (`shown`).
 """
 
@@ -13,6 +13,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from dist_mlpl.retry import DEADLINE_SECONDS, Traffic, failure, http_status, is_
 from dist_mlpl.stores import STALL_SECONDS
 from dist_mlpl.urls import absolute, is_http, is_remote, join, local_path, name, parent, shown
 
-# The one door to storage: other rooms import this module alone.
+# Other packages import storage functions from this module only.
 __all__ = [
     "DEADLINE_SECONDS", "STALL_SECONDS", "Traffic", "absolute", "arrow_filesystem", "check_exclusive_create",
     "configuration", "configure_storage", "create_exclusive", "create_file", "download", "exists", "is_http",
@@ -38,8 +39,9 @@ __all__ = [
 
 _PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
+_DELETERS = 16  # objects of a folder that are deleted at once
 _STREAM_BYTES = 4 << 20
-_PARTS_FROM_BYTES = 64 << 20  # larger objects are sent in parts, of which one that fails is sent again
+_PARTS_FROM_BYTES = 64 << 20  # objects of this size or more are uploaded in parts, and a failed part is sent again
 _CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
 
 
@@ -49,15 +51,15 @@ def configure_storage(
     deadline_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> None:
-    """Set what every later call in this process uses.
+    """Configure all later storage calls of this process.
 
     Args:
-        options: keyword arguments of the fsspec filesystem of remote URLs (say `anon`, `endpoint_url`), or of one
-            scheme's under its name (`{"s3": {...}, "https": {...}}`). The standard AWS variables, AWS_ENDPOINT_URL
-            among them, work without any. Their secrets appear in no message.
-        deadline_seconds: how long one call keeps retrying faults that may pass, from the first one on;
+        options: keyword arguments for the fsspec filesystem of remote URLs (such as `anon`, `endpoint_url`), or for
+            single schemes by name (`{"s3": {...}, "https": {...}}`). The standard AWS variables, AWS_ENDPOINT_URL
+            among them, work without options. Secrets among the options appear in no message.
+        deadline_seconds: how long one call keeps retrying transient faults, counted from the first fault;
             None for DEADLINE_SECONDS.
-        stall_seconds: how long a connection to S3 or over HTTP may be silent before it is given up and tried again;
+        stall_seconds: how long a connection to S3 or over HTTP may be silent before it is dropped and retried;
             None for STALL_SECONDS.
     """
     stores.configure(options or {}, stall_seconds=STALL_SECONDS if stall_seconds is None else stall_seconds)
@@ -65,23 +67,23 @@ def configure_storage(
 
 
 def configuration() -> dict[str, Any]:
-    """The keywords that `configure_storage` was last called with, for processes that are to read the same stores."""
+    """The keyword arguments in force for `configure_storage`, to pass to processes that use the same stores."""
     options, stall_seconds = stores.configured()
     return {"options": options, "deadline_seconds": retry.deadline(), "stall_seconds": stall_seconds}
 
 
 def missing(url: str, *, what: str, next_step: str) -> StorageError:
-    """The error for an object, or a folder, that must exist and does not."""
+    """The error for an object or folder that must exist and does not; the caller raises it."""
     where = shown(url)
     return StorageError(f"{what} not found", expected=f"one at {where}", where=where, next_step=next_step)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Read [start, end) of an object, or the whole of it.
+    """Read bytes [start, end) of an object; None stands for its beginning and its end.
 
     Raises:
         FileNotFoundError: no such object.
-        StorageError: it could not be read, or the range came back short.
+        StorageError: it could not be read, or is shorter than `end`.
     """
 
     if is_remote(url) and end is not None and end <= (start or 0):
@@ -90,7 +92,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     def read() -> bytes:
         if is_remote(url):
             return stores.read_range(url, start, end)
-        if start is None and end is None:  # the quickest way: millions of small files are read so
+        if start is None and end is None:  # the fastest way, for millions of small files
             with open(url.removeprefix("file://"), "rb", buffering=0) as whole:
                 return whole.readall()
         with open(local_path(url), "rb") as file:
@@ -114,7 +116,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
 def open_read(url: str) -> IO[bytes]:
     """Open an object for reading from start to end. The caller closes it.
 
-    A remote one is read in blocks, each retried by itself.
+    A remote object is read in blocks, each retried separately.
 
     Raises:
         FileNotFoundError: no such object.
@@ -148,7 +150,7 @@ class _Blocks(io.RawIOBase):
 
 
 def size(url: str) -> int:
-    """Bytes of an object.
+    """Size of an object in bytes.
 
     Raises:
         FileNotFoundError: no such object.
@@ -159,12 +161,13 @@ def size(url: str) -> int:
 
 
 def version(url: str) -> str:
-    """An identity of what is stored now, to be compared and not read: another one means other content.
+    """An opaque version of the stored content, for comparison: a different version means different content.
 
-    One look-up. The store's ETag, else size and time of change; locally size and time in nanoseconds.
+    It takes one look-up. It is the store's ETag, else size and modification time; on disk, size and modification time
+    in nanoseconds.
 
     Returns:
-        Text, empty when the store tells nothing that would change with the content.
+        Text; empty when the store gives neither an ETag nor a modification time.
 
     Raises:
         FileNotFoundError: no such object.
@@ -180,7 +183,7 @@ def version(url: str) -> str:
 
 
 def written_at(url: str) -> datetime | None:
-    """When what is stored now was written, in UTC; None where the store does not tell.
+    """When the stored content was written, in UTC; None if the store does not tell.
 
     Raises:
         FileNotFoundError: no such object.
@@ -191,7 +194,7 @@ def written_at(url: str) -> datetime | None:
     told = retried(lambda: stores.look_up(url), url=url, doing="looking up")
     moment: Any = next((told[key] for key in _CHANGED if told.get(key)), None)
     if isinstance(moment, str):
-        is_iso = moment[:4].isdigit()  # HTTP begins with the day of the week
+        is_iso = moment[:4].isdigit()  # HTTP dates begin with the day of the week
         moment = datetime.fromisoformat(moment) if is_iso else parsedate_to_datetime(moment)
     if not isinstance(moment, datetime):
         return None
@@ -199,7 +202,7 @@ def written_at(url: str) -> datetime | None:
 
 
 def exists(url: str) -> bool:
-    """True when an object is there now; listings are never trusted from a cache."""
+    """Whether an object exists now; cached listings are never used."""
     try:
         size(url)
     except FileNotFoundError:
@@ -208,13 +211,13 @@ def exists(url: str) -> bool:
 
 
 def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str | None = None) -> None:
-    """Write an object whole: a reader sees the old bytes or the new ones, never a part.
+    """Write an object atomically: a reader sees the old bytes or the new ones, never a mix.
 
     Args:
-        url: of the object.
+        url: the object.
         content: its bytes.
-        durable: return only when a local disk holds it; without, a machine that loses power may forget it.
-        scratch: as in `create_file`.
+        durable: return only when a local disk holds the bytes; otherwise a power loss may undo the write.
+        scratch: see `create_file`.
 
     Raises:
         StorageError: it could not be written.
@@ -222,8 +225,7 @@ def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str 
 
     def write() -> None:
         if is_remote(url):
-            filesystem, path = stores.remote(url, in_parts=len(content) >= _PARTS_FROM_BYTES)
-            filesystem.pipe_file(path, content)
+            stores.write(url, content, in_parts=len(content) >= _PARTS_FROM_BYTES)
             return
         with local_files.temporary_beside(local_path(url), _folder(scratch)) as temporary:
             (local_files.write_durably if durable else Path.write_bytes)(temporary, content)
@@ -235,19 +237,19 @@ def write_bytes(url: str, content: bytes, *, durable: bool = True, scratch: str 
 
 
 def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
-    """Create an object only if none is there: one winner among any number of writers.
+    """Create an object only if it does not exist: among any number of writers, exactly one wins.
 
-    Locally a hard link, which fails when the name exists; on object stores a conditional put (`If-None-Match`).
+    On disk this is a hard link, which fails when the name exists; on object stores a conditional put (`If-None-Match`).
 
     Args:
         url: the object.
-        content: bytes that no other writer of the same object writes; let them hold a name or a random token. A put
-            whose answer was lost is repeated, by us or by the library below, and then finds the object there: only
-            its content says who made it.
-        durable: as in `write_bytes`.
+        content: bytes that no other writer of this object writes, for example with a name or a random token in them.
+            A put whose answer was lost is repeated, by us or by the library, and then finds the object there: only its
+            content tells who created it.
+        durable: see `write_bytes`.
 
     Returns:
-        True when this call made the object, False when it was there already.
+        True when this call created the object, False when it existed already.
 
     Raises:
         StorageError: the store failed, or cannot create exclusively.
@@ -264,11 +266,11 @@ def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
             if durable:
                 local_files.sync_folder(local_path(url))
             return
-        filesystem, path = stores.remote(url)
         try:
-            filesystem.pipe_file(path, content, mode="create")
+            stores.write(url, content, mode="create")
         except OSError as error:
-            if http_status(error) == _PRECONDITION_FAILED:  # not every store says which condition, as s3fs expects
+            # s3fs expects the store to name the failed condition, which not every store does.
+            if http_status(error) == _PRECONDITION_FAILED:
                 raise FileExistsError(shown(url)) from error
             raise
 
@@ -277,13 +279,13 @@ def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
     except FileExistsError:
         try:
             return (is_remote(url) or attempts > 1) and read_bytes(url) == content
-        except FileNotFoundError:  # its maker has removed it
+        except FileNotFoundError:  # its creator has removed it since
             return False
     return True
 
 
 def check_exclusive_create(url: str) -> None:
-    """Prove at start that the store under `url` creates exclusively; some S3 clones ignore the condition.
+    """Prove that the store under `url` creates exclusively; some S3 clones ignore the condition.
 
     Raises:
         StorageError: the folder cannot be written, or a second create of the same name succeeded.
@@ -304,12 +306,12 @@ def check_exclusive_create(url: str) -> None:
 def download(url: str, path: Path) -> str:
     """Copy an object to a local file and return its sha256.
 
-    The file is complete only when this returns; write to a temporary name and rename. Each block is retried by itself,
-    so a connection that breaks late does not start a large object over.
+    The file is complete only when this returns, so use a temporary name and rename it. Each block is retried
+    separately, so a connection that breaks late does not restart a large object.
 
     Raises:
         FileNotFoundError: no such object.
-        StorageError: it could not be read; or the local file not written: its folder is missing, its disk is full.
+        StorageError: the object could not be read, or the file not written (a missing folder, a full disk).
     """
     digest, num_bytes = hashlib.sha256(), size(url)
     if not path.parent.is_dir():
@@ -322,18 +324,21 @@ def download(url: str, path: Path) -> str:
                 target.write(block)
     except FileNotFoundError:
         raise
-    except OSError as error:  # of the local file: reading raises StorageError
+    except OSError as error:  # from the local file, since reading the object raises StorageError
         raise failure(error, url=str(path), doing="writing", tries=1, waited=0.0) from error
     return digest.hexdigest()
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a local file to an object, whole or not at all."""
+    """Copy a local file to an object, atomically.
+
+    Raises:
+        StorageError: it could not be written.
+    """
 
     def copy() -> None:
         if is_remote(url):
-            filesystem, remote_path = stores.remote(url, in_parts=True)
-            filesystem.put_file(str(path), remote_path)
+            stores.write_file(url, str(path))
             return
         with local_files.temporary_beside(local_path(url)) as temporary:
             with open(path, "rb") as source, open(temporary, "wb") as target:
@@ -348,14 +353,14 @@ def upload(path: Path, url: str) -> None:
 
 @contextlib.contextmanager
 def create_file(url: str, *, scratch: str | None = None) -> Iterator[io.FileIO]:
-    """A file to fill, unbuffered, which becomes the object when the block ends, whole; after an error nothing does.
+    """Yield an unbuffered file to fill, which becomes the object when the block ends without an error.
 
-    A local one is renamed into its place without waiting for the disk (`sync` does that). A remote one is filled on
-    this machine's temporary disk, under no name, so that a killed process leaves nothing behind, and then uploaded.
+    A local file is renamed into place without waiting for the disk (`sync` does that). A remote object is filled in an
+    unnamed file on this machine's temporary disk, so that a killed process leaves nothing behind, and then uploaded.
 
     Args:
-        url: of the object.
-        scratch: folder for a local file while it is filled, on the same disk; None: beside it.
+        url: the object.
+        scratch: folder on the same disk that holds a local file while it is filled; None for the object's own folder.
 
     Raises:
         StorageError: it could not be written.
@@ -366,20 +371,20 @@ def create_file(url: str, *, scratch: str | None = None) -> Iterator[io.FileIO]:
             with tempfile.TemporaryFile(buffering=0) as file:
                 yield file
                 path = f"/proc/self/fd/{file.fileno()}"
-                filesystem, remote_path = stores.remote(url, in_parts=True)
-                _no_missing(lambda: filesystem.put_file(path, remote_path), url=url)
+                _no_missing(lambda: stores.write_file(url, path), url=url)
             return
         with local_files.temporary_beside(local_path(url), _folder(scratch)) as temporary:
-            with open(temporary, "r+b", buffering=0) as file:  # ext4 flushes at its close what "w" has truncated
+            with open(temporary, "r+b", buffering=0) as file:  # not "w": ext4 flushes a truncated file at close
                 yield file
             os.replace(temporary, local_path(url))
-    except OSError as error:  # of the file: reading and uploading raise StorageError
+    except OSError as error:  # from the file itself, since uploading raises StorageError
         raise failure(error, url=url, doing="writing", tries=1, waited=0.0) from error
 
 
 def sync(url: str) -> None:
-    """Wait until the disk holds the bytes of a local file (not yet its name, which the next durable write into its
-    folder settles); object stores have them already.
+    """Wait until the disk holds the bytes of a local file; does nothing for remote objects.
+
+    The file's name becomes durable only with the next durable write into its folder.
 
     Raises:
         FileNotFoundError: no such file.
@@ -395,8 +400,16 @@ def sync(url: str) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Delete all files below a folder, and the folder; a missing one is fine, also one that others delete now."""
+    """Delete a folder and all files below it; it may be missing, or being deleted by others.
+
+    Raises:
+        StorageError: it could not be deleted.
+    """
     _refuse_http(url)
+
+    def delete_one(path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            retried(lambda: stores.remote(url)[0].rm_file(path), url=url, doing="deleting")
 
     def delete() -> None:
         if not is_remote(url):
@@ -404,15 +417,20 @@ def remove_folder(url: str) -> None:
             return
         filesystem, path = stores.remote(url)
         filesystem.invalidate_cache()
-        filesystem.rm(path, recursive=True)
-        filesystem.invalidate_cache()
+        # Not `rm`: it takes `[`, `*` and `?` in a name for a pattern, and s3fs's does not tell what was refused.
+        with ThreadPoolExecutor(_DELETERS, "delete") as pool:
+            list(pool.map(delete_one, filesystem.find(path)))
 
     with contextlib.suppress(FileNotFoundError):
         retried(delete, url=url, doing="deleting")
 
 
 def remove(url: str) -> None:
-    """Delete an object; a missing one is fine."""
+    """Delete an object; it may be missing.
+
+    Raises:
+        StorageError: it could not be deleted.
+    """
 
     _refuse_http(url)
 
@@ -428,7 +446,7 @@ def remove(url: str) -> None:
 
 
 def arrow_filesystem(url: str) -> tuple[Any, str]:
-    """A pyarrow filesystem over ours, and the path on it: what Ray Train takes as its storage."""
+    """A pyarrow filesystem and a path on it, for Ray Train's storage; (None, absolute path) for a local URL."""
     if not is_remote(url):
         return None, absolute(url)
     filesystem, path = stores.remote(url, in_parts=True)
@@ -436,12 +454,12 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
 
 
 def sha256_of_bytes(content: bytes) -> str:
-    """Hexadecimal digest of bytes."""
+    """Hexadecimal sha256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hexadecimal digest of a local file, read in blocks."""
+    """Hexadecimal sha256 of a local file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -451,7 +469,7 @@ def _folder(scratch: str | None) -> Path | None:
 
 
 def _no_missing(write: Callable[[], None], *, url: str) -> None:
-    """Run a write; a FileNotFoundError then means a bucket that does not exist."""
+    """Run a write with retries; a FileNotFoundError then means that the bucket or folder does not exist."""
     _refuse_http(url)
     try:
         retried(write, url=url, doing="writing")

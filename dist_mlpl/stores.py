@@ -1,13 +1,16 @@
-"""Owns the way to a store: fsspec's file system of a URL, its timeouts and options; and reads over plain HTTP.
+"""Owns access to a store: fsspec's filesystem for a URL, its timeouts and options; and reads over plain HTTP.
 
-fsspec's own reads over HTTP take a whole file for the asked part of it when the server ignores ranges, and take any
-failure of a look-up for a missing file; here both are told apart.
+fsspec's own HTTP reads accept a whole file as the requested range when the server ignores ranges, and treat any failed
+look-up as a missing file; the functions here tell these cases apart.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import math
 import os
+from collections.abc import Coroutine
 from typing import Any
 
 import fsspec
@@ -16,29 +19,31 @@ from dist_mlpl.errors import ConfigError, StorageError
 from dist_mlpl.retry import printable
 from dist_mlpl.urls import hide_secrets_of, is_http, scrubbed, shown
 
-STALL_SECONDS = 30.0  # how long a connection may be silent before it is given up, unless configured
+STALL_SECONDS = 30.0  # default for how long a connection may be silent before it is dropped
 _CONNECT_SECONDS = 10.0
 _PAGE_KEYS = 1000  # the most that S3 lists at once
-_NUM_CONNECTIONS = 64  # at once to one S3 endpoint; more threads wait
+_NUM_CONNECTIONS = 64  # concurrent connections to one S3 endpoint; further threads wait
+_SLOWEST_WRITE = 256 << 10  # bytes per second below which a write counts as stalled
+_PART_BYTES, _PARTS_AT_ONCE, _MOST_PARTS = 16 << 20, 8, 10_000  # how a large file is sent to S3
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 _SCHEMES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "memory")
 
 _OK, _PARTIAL, _RANGE_NOT_THERE = 200, 206, 416
 _GONE = (404, 410)
-_NO_HEAD = (403, 405, 501)  # a URL signed for GET alone, a server that knows GET alone
+_NO_HEAD = (403, 405, 501)  # answers to HEAD from a URL signed for GET only, or a server that supports GET only
 
 _options: dict[str, Any] = {}
 _stall_seconds = STALL_SECONDS
 
-# By process, for forks: a child needs its own file system, and must keep its parent's alive. One that collected it
-# would close the inherited connections, and so take sockets out of the parent's event loop too (both poll the same
-# epoll instance).
+# Keyed by process because of forks: a child needs its own filesystem but must keep its parent's alive. Garbage
+# collecting the parent's would close the inherited connections and so remove sockets from the parent's event loop too
+# (both poll the same epoll instance).
 _made: dict[tuple[Any, ...], Any] = {}
 
 
 def configure(options: dict[str, Any], *, stall_seconds: float) -> None:
-    """Set what every later call in this process uses; see `storage.configure_storage`."""
+    """Configure all later calls of this process; see `storage.configure_storage`."""
     global _stall_seconds
     _options.clear()
     _options.update(options)
@@ -47,20 +52,20 @@ def configure(options: dict[str, Any], *, stall_seconds: float) -> None:
 
 
 def configured() -> tuple[dict[str, Any], float]:
-    """The options and seconds that `configure` was last called with."""
+    """The options and stall seconds that `configure` was last called with."""
     return copy.deepcopy(_options), _stall_seconds
 
 
 def remote(url: str, *, in_parts: bool = False) -> tuple[Any, str]:
-    """The fsspec file system of a remote URL, shared by all threads of this process, and the path on it.
+    """The fsspec filesystem of a remote URL, shared by all threads of this process, and the path on it.
 
     Args:
-        url: with a scheme.
-        in_parts: leave it to s3fs to repeat the parts of a large upload; it then holds the connection by itself for a
-            few tries. Otherwise one call is one try, and all repeating is up to `retry.retried`.
+        url: a URL with a scheme.
+        in_parts: let s3fs itself retry the parts of a large upload a few times. Otherwise one call is one try, and
+            `retry.retried` does all the retrying.
 
     Raises:
-        ConfigError: a scheme that nothing here opens.
+        ConfigError: an unsupported scheme, or one whose package is not installed.
     """
     scheme, _, rest = url.partition("://")
     key = (os.getpid(), scheme, rest.partition("/")[0], in_parts, repr(_options), _stall_seconds)
@@ -88,7 +93,7 @@ def _options_for(scheme: str) -> dict[str, Any]:
     options = {**{option: value for option, value in options.items() if option not in _SCHEMES}, **own}
     if scheme in ("s3", "s3a"):
         defaults = {
-            # botocore would retry for minutes by itself, deadline or not.
+            # Left alone, botocore would retry for minutes, regardless of the deadline.
             "retries": {"total_max_attempts": 1},
             "connect_timeout": min(_CONNECT_SECONDS, _stall_seconds),
             "read_timeout": _stall_seconds,
@@ -99,27 +104,104 @@ def _options_for(scheme: str) -> dict[str, Any]:
 
 
 def read_range(url: str, start: int | None, end: int | None) -> bytes:
-    """Bytes [start, end) of a remote object, in one try.
+    """Read bytes [start, end) of a remote object, in one try; None stands for its beginning and its end.
 
     Raises:
         FileNotFoundError: no such object.
-        StorageError: an HTTP server that ignores ranges.
+        StorageError: the HTTP server ignores ranges.
         Exception: whatever the library raises.
     """
     filesystem, path = remote(url)
     if is_http(url):
         return fsspec.asyn.sync(filesystem.loop, _get, filesystem, url, start, end)
-    # Left to itself, s3fs asks for the size before it reads a whole object; an answer to that names no fault (HEAD).
+    # By default s3fs asks for the size (HEAD) before it reads a whole object, and a HEAD error has no error code.
     whole = {"max_concurrency": 1} if url.startswith("s3") and start is None and end is None else {}
     return filesystem.cat_file(path, start=start, end=end, **whole)
 
 
+def write(url: str, content: bytes, *, in_parts: bool = False, **how: Any) -> None:
+    """Write an object, in one try that ends: while a request is being sent, the libraries have no timeout of their own.
+
+    Args:
+        url: of the object.
+        content: its bytes.
+        in_parts: see `remote`.
+        how: keywords of the file system's `pipe_file`, such as `mode="create"`.
+
+    Raises:
+        TimeoutError: it took longer than the configured stall and the bytes at 256 KiB per second together.
+        Exception: whatever the library raises.
+    """
+    filesystem, path = remote(url, in_parts=in_parts)
+    if not isinstance(filesystem, fsspec.asyn.AsyncFileSystem):
+        filesystem.pipe_file(path, content, **how)
+        return
+    upload = filesystem._pipe_file(path, content, **how)
+    fsspec.asyn.sync(filesystem.loop, _while_it_moves, upload, _Moves(), num_bytes=len(content))
+
+
+def write_file(url: str, file: str) -> None:
+    """Write the bytes of a local file to an object, a large file in parts, in one try that ends.
+
+    Args:
+        url: of the object.
+        file: path of the local file.
+
+    Raises:
+        TimeoutError: no part went through for the configured stall and the bytes in flight at 256 KiB per second
+            together.
+        Exception: whatever the library raises.
+    """
+    filesystem, path = remote(url, in_parts=True)
+    if not isinstance(filesystem, fsspec.asyn.AsyncFileSystem):
+        filesystem.put_file(file, path)
+        return
+    in_flight, moves, how = os.path.getsize(file), _Moves(), {}
+    if url.startswith(("s3://", "s3a://")):
+        part = max(_PART_BYTES, math.ceil(in_flight / _MOST_PARTS))
+        how = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE}
+        in_flight = min(in_flight, part * _PARTS_AT_ONCE)
+    upload = filesystem._put_file(file, path, callback=moves, **how)
+    fsspec.asyn.sync(filesystem.loop, _while_it_moves, upload, moves, num_bytes=in_flight)
+
+
+class _Moves(fsspec.callbacks.Callback):
+    """Counts the parts of an upload that went through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.number += 1
+
+
+async def _while_it_moves(upload: Coroutine[Any, Any, None], moves: _Moves, *, num_bytes: int) -> None:
+    """Wait for an upload for as long as parts of it go through.
+
+    Args:
+        upload: is run here.
+        moves: counts its parts.
+        num_bytes: in flight at once, at most.
+    """
+    limit, task = _stall_seconds + num_bytes / _SLOWEST_WRITE, asyncio.ensure_future(upload)
+    number = -1
+    while not task.done():
+        if number == moves.number:
+            task.cancel()
+            await asyncio.wait({task})
+            raise TimeoutError(f"nothing went through for {limit:.0f} s")
+        number = moves.number
+        await asyncio.wait({task}, timeout=limit)
+    await task
+
+
 def look_up(url: str) -> dict[str, Any]:
-    """What the store says now of a remote object, in one try: `size`, and under names of its own an identity.
+    """Look up a remote object, in one try: `size`, and an ETag or modification time under store-specific names.
 
     Raises:
         FileNotFoundError: no such object.
-        StorageError: an HTTP server that does not tell the size.
+        StorageError: the HTTP server does not tell the size.
         Exception: whatever the library raises.
     """
     filesystem, path = remote(url)
@@ -130,14 +212,14 @@ def look_up(url: str) -> dict[str, Any]:
 
 
 def list_page(url: str, after: str) -> tuple[list[tuple[str, int]], bool]:
-    """Up to 1,000 objects below a folder on S3, in one try.
+    """List up to 1,000 objects below a folder on S3, in one try.
 
     Args:
-        url: of the folder, `s3://...`.
-        after: path in it that the page begins behind; empty for the first page.
+        url: the folder, `s3://...`.
+        after: path below the folder after which the page begins; empty for the first page.
 
     Returns:
-        (path below the folder, bytes) of each, in the order of UTF-8; and whether these were the last.
+        (path below the folder, size in bytes) of each object, in UTF-8 order; and whether this was the last page.
     """
     filesystem, path = remote(url)
     bucket, _, prefix = path.partition("/")
@@ -171,7 +253,7 @@ async def _head(filesystem: Any, url: str) -> dict[str, Any]:
             _check(answer, url)
             return _told(answer.headers, answer.headers.get("Content-Length", ""), url)
     async with await _ask(filesystem, "GET", url, {"Range": "bytes=0-0"}) as answer:
-        if answer.status != _RANGE_NOT_THERE:  # an empty file has no first byte
+        if answer.status != _RANGE_NOT_THERE:  # which an empty file answers, as it has no first byte
             _check(answer, url)
         whole = "Content-Length" if answer.status == _OK else "Content-Range"
         return _told(answer.headers, answer.headers.get(whole, "").rpartition("/")[2], url)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dist_mlpl import comm
 from dist_mlpl.batch import StepOutput
 from dist_mlpl.engine import Engine, EngineSettings, EngineState, start
-from dist_mlpl.engines.state import read_state
+from dist_mlpl.engines.state import gather_state
 from dist_mlpl.errors import RunError
 from dist_mlpl.methods.base import Method
 from tests.support.methods import random_batch, tiny_method
@@ -82,7 +82,7 @@ def starts_with_the_first_ranks_tensors(kind: str | int, rank: int) -> bool:
         for tensor in [*method.parameters(), *method.buffers()]:
             tensor.add_(rank)
     engine = make_engine(kind, method=method)
-    state = read_state(engine._backend, num_updates=0, keep=True)
+    state = gather_state(engine._backend, num_updates=0, keep=True)
     return state is not None and is_equal(state.model, expected)
 
 

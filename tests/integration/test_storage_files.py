@@ -75,6 +75,14 @@ def test_removing_a_folder_removes_all_below_and_nothing_beside(folder: str) -> 
     assert left == {name for name in FILES if not name.startswith("a/")}
 
 
+@pytest.mark.parametrize("name", ["seed[12]", "seed*", "seed?"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_itself(folder: str, name: str) -> None:
+    for run in (name, "seed1", "seed12"):
+        storage.write_bytes(storage.join(folder, f"{run}/rounds/x"), run.encode())
+    storage.remove_folder(storage.join(folder, name))
+    assert sorted(path for path, _ in storage.list_sizes(folder)) == ["seed1/rounds/x", "seed12/rounds/x"]
+
+
 def test_removing_a_folder_that_another_fills_leaves_what_came_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -182,6 +184,46 @@ def test_faults_that_pass_do_not_show(fault: Fault, s3_bucket: str, proxy: Fault
         return found
 
     assert outcomes(num_faults=2) == outcomes(num_faults=0)
+
+
+@pytest.mark.parametrize("num_bytes", [100, 40_000_000, 150_000_000])
+@pytest.mark.parametrize("work", ["write", "create", "upload"])
+def test_a_write_to_a_store_that_goes_silent_ends(
+    work: str, num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_mlpl.stores._SLOWEST_WRITE", 1 << 40)
+    path, kept = tmp_path / "file", []
+    path.write_bytes(bytes(num_bytes))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept_and_read_no_more() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    kept.append(server.accept()[0])
+
+        thread = Thread(target=accept_and_read_no_more)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        storage.configure_storage({"endpoint_url": endpoint, "key": "k", "secret": "s"}, deadline_seconds=0.5,
+                                  stall_seconds=0.5)  # fmt: skip
+        writes = {"write": lambda: storage.write_bytes("s3://bucket/x", path.read_bytes()),
+                  "create": lambda: storage.create_exclusive("s3://bucket/x", path.read_bytes()),
+                  "upload": lambda: storage.upload(path, "s3://bucket/x")}  # fmt: skip
+        with pytest.raises(StorageError, match="writing"):
+            writes[work]()
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    assert kept
+    for connection in kept:
+        connection.close()
+
+
+def test_a_folder_whose_files_may_not_be_deleted_is_not_called_deleted(s3_bucket: str, proxy: FaultyProxy) -> None:
+    storage.write_bytes(f"{s3_bucket}/folder/x", b"content")
+    proxy.fail("deny", times=100, method="DELETE")
+    with pytest.raises(StorageError, match="not allowed"):
+        storage.remove_folder(f"{s3_bucket}/folder")
+    assert storage.exists(f"{s3_bucket}/folder/x")
 
 
 @pytest.mark.parametrize("work", ["read", "write", "create"])

@@ -207,7 +207,9 @@ def test_a_crop_outside_the_image_is_refused_by_number(crop):
 def test_a_crop_that_leaves_the_image_by_rounding_is_taken():
     left = torch.tensor(1 / 3)
     crop = torch.stack([left, left, torch.tensor(1.0) - left + 1e-7, torch.tensor(2 / 3)])[None]
-    read_through_crop(torch.rand(1, 1, 4, 4), crop, torch.tensor([False]), 2)
+    inside = torch.stack([left, left, torch.tensor(2 / 3), torch.tensor(2 / 3)])[None]
+    maps, flipped = torch.rand(1, 1, 4, 4), torch.tensor([False])
+    torch.testing.assert_close(read_through_crop(maps, crop, flipped, 2), read_through_crop(maps, inside, flipped, 2))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -296,12 +298,22 @@ def test_no_nan_enters_as_a_score_and_no_logit_as_a_map():
     assert bank.read_slots(torch.tensor([3])).visits.tolist() == [0]
 
 
-def test_nothing_is_written_and_read_without_trouble():
+def test_writing_no_images_changes_nothing():
     bank = HeatmapBank("slots", 100, num_slots=2, map_size=3, seed=0)
+    written = bank.read_slots(torch.tensor([1]))._replace(visits=torch.tensor([1]))
+    bank.write_slots(torch.tensor([1]), written)
     empty = bank.read_slots(torch.empty(0, dtype=torch.int64))
+    assert empty.heatmaps.shape == (0, 2, 3, 3)
     bank.write_slots(torch.empty(0, dtype=torch.int64), empty)
-    scores_alone = HeatmapBank("slots", 100, num_slots=2, map_size=0, seed=0)
-    scores_alone.write_slots(torch.tensor([1]), scores_alone.read_slots(torch.tensor([1])))
+    assert bank.read_slots(torch.arange(100)).visits.tolist() == [0, 1, *[0] * 98]
+
+
+def test_scores_without_maps_are_read_back():
+    bank = HeatmapBank("slots", 100, num_slots=2, map_size=0, seed=0)
+    given = Slots(torch.tensor([[5, EMPTY]]), torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, 0, 0), torch.tensor([3]))
+    bank.write_slots(torch.tensor([1]), given)
+    for found, expected in zip(bank.read_slots(torch.tensor([1])), given, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 # Slots ---------------------------------------------------------------------------------------------------------------

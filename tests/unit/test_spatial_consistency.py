@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import tests.support.methods as contract
-from dist_mlpl.banks.heatmaps import EMPTY, Slots
+from dist_mlpl.banks.heatmaps import EMPTY, HeatmapBank, Slots
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError
 from dist_mlpl.methods.base import HEATMAPS, Method
@@ -324,9 +324,14 @@ def test_settings_that_cannot_be_meant_are_refused(keys, word):
 
 
 def test_faithful_has_a_slot_for_each_class_however_many_are_asked_for():
-    METHODS["spatial_consistency"](
+    settings = METHODS["spatial_consistency"](
         backbone={"name": "resnet_small"}, expected_positives=31.4, num_slots=16, faithful=True
     )  # fmt: skip
+    method = settings.build(num_classes=40, image_size=32)
+    method.begin_run(num_samples=2, epoch_samples=2, group_size=2, seed=0)
+    bank = method.banks()["slots"]
+    assert isinstance(bank, HeatmapBank)
+    assert bank.read_slots(torch.tensor([0])).classes.shape == (1, 40)
 
 
 def test_of_classes_without_a_told_slot_all_are_expected_absent() -> None:
