@@ -1,11 +1,12 @@
-"""Owns the commit chain as it is read: one small record per checkpoint, each naming its parent and its files.
+"""Owns reading the commit chain: one small record per checkpoint, which names its parent and its files.
 
-The chain alone says where a run stands: the record of the highest step, and its parents. `checkpoint.py` writes it.
+The chain alone says where a run stands: at the commit of the highest step. `checkpoint.py` writes it.
 """
 
 from __future__ import annotations
 
 import platform
+import re
 
 import safetensors.torch
 from pydantic import Field, ValidationError
@@ -18,7 +19,8 @@ from dist_mlpl.errors import CheckpointError
 from dist_mlpl.settings import Settings
 
 FORMAT = 2
-_READABLE = (1, 2)  # 1: without banks
+_READABLE = (1, 2)  # format 1 has no banks
+_RECORD = re.compile(r"\d+\.json")
 
 
 class CommitFile(Settings):
@@ -30,27 +32,27 @@ class CommitFile(Settings):
 
 
 class BankPart(Settings):
-    """One file of a bank and what of it is in force."""
+    """One file of a bank, and which of its shards are current."""
 
-    path: str  # below RUN; of the checkpoint that changed these shards
-    shards: list[tuple[int, int]]  # ranges [first, stop) of virtual shards; others in the file are out of date
+    path: str  # below RUN, in the checkpoint that changed these shards
+    shards: list[tuple[int, int]]  # ranges [first, stop) of virtual shards; others in the file are outdated
 
 
 class BankRecord(Settings):
-    """A bank as it stood; rows of shards that no part holds were never written."""
+    """A saved bank; rows of shards that no part holds were never written."""
 
     spec: BankSpec
     parts: list[BankPart]
 
 
 class RunIdentity(Settings):
-    """What a commit records of how its run was set up; `check_identity` compares all but the batch and the config."""
+    """A run's setup as its commits record it; `check_identity` compares all but the batch and the config."""
 
     global_batch: int
     num_lanes: int
     window_samples: int
     group_size: int
-    digests: dict[str, str | None]  # config, classes, manifest, view
+    digests: dict[str, str | None]  # of config, classes, manifest, view
 
 
 class Commit(Settings):
@@ -61,7 +63,7 @@ class Commit(Settings):
     epoch: int
     samples_consumed: int
     round: int
-    parent: int | None  # step of the commit before it; None for the first
+    parent: int | None  # step of the previous commit; None for the first
     attempt: str
     global_batch: int
     num_lanes: int
@@ -71,36 +73,41 @@ class Commit(Settings):
     digests: dict[str, str | None]
     versions: dict[str, str]
     metrics: dict[str, float]
-    bad_samples: list[tuple[int, str, str]]  # index, name, reason: undecodable since the parent
-    files: list[CommitFile]  # all that it needs; those of banks may lie in the folders of earlier checkpoints
+    bad_samples: list[tuple[int, str, str]]  # (index, name, reason) of samples undecodable since the parent
+    files: list[CommitFile]  # all files it needs; those of banks may lie in folders of earlier checkpoints
     banks: dict[str, BankRecord] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The step as it stands in file names."""
+        """The step as written in file names."""
         return f"{self.step:08d}"
 
 
 def commit_url(out: str, step: int) -> str:
-    """Where the commit of a step lies."""
+    """URL of the commit of a step."""
     return storage.join(out, "commits", f"{step:08d}.json")
 
 
+def numbered_records(folder: str) -> list[int]:
+    """Numbers of the files NUMBER.json in a folder, ascending; other files are ignored."""
+    return sorted(int(name.removesuffix(".json")) for name in storage.list_names(folder) if _RECORD.fullmatch(name))
+
+
 def read_head(out: str) -> Commit | None:
-    """The commit of the highest step, or None in a new run folder.
+    """Read the commit of the highest step; None in a new run folder.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    names = [name for name in storage.list_names(storage.join(out, "commits")) if name.endswith(".json")]
-    return read_commit(out, int(names[-1].removesuffix(".json"))) if names else None
+    steps = numbered_records(storage.join(out, "commits"))
+    return read_commit(out, steps[-1]) if steps else None
 
 
 def read_commit(out: str, step: int) -> Commit:
-    """One commit.
+    """Read the commit of a step.
 
     Raises:
-        CheckpointError: missing, not JSON, of another format.
+        CheckpointError: missing, not JSON or of another format.
     """
     url = commit_url(out, step)
     try:
@@ -122,7 +129,7 @@ def _unreadable(why: str, url: str) -> CheckpointError:
 
 
 def read_newest(out: str) -> Commit:
-    """The commit of the highest step of a run that has one.
+    """Read the commit of the highest step, which must exist.
 
     Raises:
         CheckpointError: no commit at all, or it cannot be read.
@@ -139,7 +146,7 @@ def read_newest(out: str) -> Commit:
 
 
 def read_chain(out: str) -> list[Commit]:
-    """The commits that led to the head, first to last.
+    """Read the commits that led to the head, first to last.
 
     Raises:
         CheckpointError: no commit at all, or a parent is missing.
@@ -151,15 +158,15 @@ def read_chain(out: str) -> list[Commit]:
 
 
 def read_file(out: str, commit: Commit, name: str) -> bytes:
-    """One file of a checkpoint, its digest verified.
+    """Read one file of a checkpoint and verify its digest.
 
     Args:
-        out: RUN.
-        commit: of the checkpoint.
-        name: in its folder, or whole path below RUN.
+        out: URL of the run folder, RUN.
+        commit: the checkpoint's commit.
+        name: file name in its folder, or path below RUN.
 
     Raises:
-        CheckpointError: missing, or not the bytes that the commit names.
+        CheckpointError: missing, or not the bytes that the commit lists.
     """
     entry = next((f for f in commit.files if f"/{f.path}".endswith(f"/{name}")), None)
     where = storage.join(out, entry.path if entry else name)
@@ -179,17 +186,21 @@ def read_file(out: str, commit: Commit, name: str) -> bytes:
 
 
 def read_model(out: str, commit: Commit) -> dict[str, Tensor]:
-    """Parameters and buffers by name; all that evaluation and export need."""
+    """Read parameters and buffers by name: all that evaluation and export need.
+
+    Raises:
+        CheckpointError: the model was pruned or is damaged.
+    """
     return safetensors.torch.load(read_file(out, commit, "model.safetensors"))
 
 
 def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
     """Refuse to resume on other classes, shards, labels or order.
 
-    `global_batch` and the config's other keys are compared by `config.check_resume`, which knows what was allowed.
+    `config.check_resume` compares `global_batch` and the other keys of the config, as it knows which may change.
 
     Raises:
-        CheckpointError: listing every difference.
+        CheckpointError: the message lists every difference.
     """
     differing = [
         f"{name}: {getattr(commit, name)} in the run, {getattr(identity, name)} now"
@@ -211,6 +222,6 @@ def check_identity(identity: RunIdentity, commit: Commit, *, out: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the run is made with."""
+    """Versions of Python and of the main packages, by name."""
     names = ("dist-mlpl", "torch", "torchvision", "deepspeed", "ray", "numpy")
     return {"python": platform.python_version()} | {name: installed_version(name) for name in names}

@@ -1,11 +1,11 @@
-"""Owns everything that resumes a run: a chain of commits, each one small file that makes a checkpoint exist.
+"""Owns saving and resuming a run: a chain of commits, each a small file that makes a checkpoint exist.
 
-    RUN/attempts/0002.json             who started, where, under which config
+    RUN/attempts/0002.json             an attempt's host, ranks and config digest, and whether it has taken over
     RUN/checkpoints/00001200-0002/     model.safetensors  optimizer.safetensors  optimizer.json  consumed.npy  banks/
-    RUN/commits/00001200.json          the record; created exclusively after its files, so all of it is there or none
+    RUN/commits/00001200.json          the commit; created exclusively after its files, so all of it is there or none
 
-The chain alone says where a run stands. A resumed run goes on from the highest step; commits of an attempt that was
-overtaken stay off the chain.
+The chain alone says where a run stands. A resumed run continues from the highest step; an attempt that was overtaken
+cannot add commits to the chain.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import math
 import re
 import secrets
 import socket
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from dist_mlpl.chain import (
     RunIdentity,
     check_identity,
     commit_url,
+    numbered_records,
     read_commit,
     read_file,
     read_head,
@@ -58,19 +59,21 @@ class Attempt(NamedTuple):
     """One start of a run, from its first process to its last."""
 
     name: str  # "0001", "0002", ...
-    parent: Commit | None  # where it went on from
+    parent: Commit | None  # head of the chain when the attempt began; None for a new run
 
 
 def begin_attempt(out: str, config_digest: str, *, job: str | None = None) -> Attempt:
-    """Take the next attempt number and the head of the chain; rank 0 decides for all.
+    """Take the next attempt number and read the head of the chain; rank 0 decides for all.
+
+    The start may still fail, so older attempts continue until `Checkpoint.restore` takes over the run.
 
     Args:
-        out: RUN.
-        config_digest: of the config in force, for the record.
-        job: see `newest_job`.
+        out: URL of the run folder, RUN.
+        config_digest: digest of the config in force, for the attempt's record.
+        job: token of the job, for the same; see `newest_job`.
 
     Raises:
-        CheckpointError: a commit that cannot be read.
+        CheckpointError: a commit cannot be read.
         StorageError: RUN cannot be written, or its store cannot create exclusively.
 
     Collective: all ranks, one broadcast.
@@ -83,7 +86,8 @@ def begin_attempt(out: str, config_digest: str, *, job: str | None = None) -> At
             "world_size": comm.world_size(),
             "host": socket.gethostname(),
             "job": job,
-            "token": secrets.token_hex(8),  # no two starts write the same bytes, so one of them sees that it lost
+            "has_taken_over": False,
+            "token": secrets.token_hex(8),  # two starts never write the same bytes, so the loser sees that it lost
         }
         number = max(_attempt_numbers(out), default=0) + 1
         while not storage.create_exclusive(
@@ -91,42 +95,56 @@ def begin_attempt(out: str, config_digest: str, *, job: str | None = None) -> At
             json.dumps(started).encode(),
         ):
             number += 1
-        # The record first, then the head: whoever commits after this sees the record and gives way.
         return Attempt(f"{number:04d}", read_head(out))
 
     return comm.on_first_rank(begin)
 
 
 def newest_job(out: str) -> str | None:
-    """The token of the job that started the newest attempt; None without one.
+    """The token of the job whose attempt was the last to take over the run; None without a token or an attempt.
 
     Raises:
-        StorageError: it could not be read.
+        StorageError: the attempt's record could not be read.
     """
-    number = max(_attempt_numbers(out))
-    return json.loads(storage.read_bytes(storage.join(out, "attempts", f"{number:04d}.json"))).get("job")
+    return next((record.get("job") for _, record in _attempts_in_force(out)), None)
+
+
+def take_over(out: str, attempt: Attempt) -> Commit | None:
+    """Stop older attempts at their next save, and read the head of the chain."""
+    url = storage.join(out, "attempts", f"{attempt.name}.json")
+    record = json.loads(storage.read_bytes(url)) | {"has_taken_over": True}
+    # Write the record before reading the head: an older attempt that commits later sees the record and stops.
+    storage.write_bytes(url, json.dumps(record).encode())
+    return read_head(out)
+
+
+def _attempts_in_force(out: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and records of the attempts that have taken over the run, newest first."""
+    for number in sorted(_attempt_numbers(out), reverse=True):
+        record = json.loads(storage.read_bytes(storage.join(out, "attempts", f"{number:04d}.json")))
+        if record.get("has_taken_over", True):  # earlier versions took over at once, without this key
+            yield number, record
 
 
 def _attempt_numbers(out: str) -> list[int]:
-    names = storage.list_names(storage.join(out, "attempts"))
-    return [int(name.removesuffix(".json")) for name in names]
+    return numbered_records(storage.join(out, "attempts"))
 
 
 class Checkpoint:
     """Saves and restores one run.
 
     Args:
-        out: RUN, a local path or URL.
-        engine: whose state is saved, with the banks of its method.
-        stream: whose consumed positions are saved as evidence.
-        identity: goes into every commit.
-        attempt: of this start.
-        length: of the run.
-        keep_checkpoints: newest commits whose model, optimiser and banks stay; of older ones the record and the
-            consumed samples stay, which `audit` reads.
+        out: URL of the run folder, RUN.
+        engine: its state is saved, with the banks of its method.
+        stream: its consumed positions are saved as evidence for `audit`.
+        identity: the run's setup, recorded in every commit.
+        attempt: this attempt.
+        length: length of the run.
+        keep_checkpoints: number of newest commits whose model, optimiser and banks are kept, >= 1. Of older ones only
+            the commit and the consumed samples stay, which `audit` reads.
 
     Raises:
-        BankError: the method remembers single samples, and the stream cannot tell which they are.
+        BankError: the method has banks by sample, and tars without an index do not identify samples.
     """
 
     def __init__(
@@ -153,26 +171,31 @@ class Checkpoint:
         self._identity, self._attempt, self._length = identity, attempt, length
         self._head = attempt.parent
         self._keep_checkpoints = keep_checkpoints
-        self._kept: list[Commit] | None = None  # whose files stay, on rank 0; read at the first save
+        self._kept: list[Commit] | None = None  # commits whose files are kept, on rank 0; read at the first save
 
     @property
     def head(self) -> Commit | None:
-        """The newest commit of the chain."""
+        """The newest commit of the chain that this attempt knows; None before the first."""
         return self._head
 
     def restore(self) -> Progress:
-        """Take over the head of the chain, if there is one; a new run takes over what its method asks of other runs.
+        """Load the head of the chain; a new run instead loads the banks that its method wants from other runs.
+
+        Returns:
+            Where the run stands.
 
         Raises:
-            BankError: a bank is missing or of another make.
-            CheckpointError: a file is missing or damaged, or belongs to another data set.
+            BankError: a bank is missing or has another specification.
+            CheckpointError: a file is missing or damaged, or the data set or its order has changed.
 
         Collective: all ranks.
         """
-        head = self._head
+        if self._head is not None:
+            check_identity(self._identity, self._head, out=self._out)  # before stopping a run that works
+        head = self._head = comm.on_first_rank(lambda: take_over(self._out, self._attempt))
         if head is None:
             for name, run in self._engine.method.bank_sources().items():
-                self._take_over(name, run)
+                self._load_from(name, run)
             return Progress()
         check_identity(self._identity, head, out=self._out)
         load_banks(self._out, head, self._banks)
@@ -183,23 +206,25 @@ class Checkpoint:
         return Progress(head.epoch, head.samples_consumed, head.step, head.round, fraction)
 
     def save(self, progress: Progress, metrics: dict[str, float] | None = None) -> Progress:
-        """Make a checkpoint of the run as it stands, all ranks together; it exists when this returns.
+        """Save a checkpoint of the run's present state; it exists when this returns.
 
         Args:
             progress: where the run stands.
-            metrics: go into the commit, undefined ones left out.
+            metrics: recorded in the commit, without non-finite ones.
 
         Returns:
             `progress`.
 
         Raises:
-            OvertakenError: another attempt has begun or committed since; this one must stop.
-            RankMismatchError: the ranks did not consume the positions that this commit covers.
+            OvertakenError: another attempt has taken over the run or committed; this one must stop.
+            RankMismatchError: the ranks did not consume exactly the positions that this commit covers.
+            BankError: see `save_banks`.
+            StorageError: a file cannot be written.
 
-        Collective: all ranks; parameters and moments as the engine gathers them, what was consumed to rank 0.
+        Collective: all ranks; the engine gathers parameters and moments, and consumed samples go to rank 0.
         """
         if self._head is not None and self._head.step == progress.step:
-            return progress  # nothing moved since: an epoch's rest too short for one step of a larger global batch
+            return progress  # no step since: the rest of the epoch was too short for a larger global batch
         state = self._engine.state()
         folder = f"checkpoints/{progress.step:08d}-{self._attempt.name}"
         banks, bank_files = save_banks(self._out, folder, self._banks, self._head)
@@ -220,9 +245,9 @@ class Checkpoint:
             bank.mark_saved()
         return progress
 
-    def _take_over(self, name: str, run: str) -> None:
-        """One bank from the newest commit of another run over the same classes."""
-        source = comm.on_first_rank(lambda: read_head(run))  # one for all ranks: it may still train
+    def _load_from(self, name: str, run: str) -> None:
+        """Load one bank from the newest commit of another run over the same classes."""
+        source = comm.on_first_rank(lambda: read_head(run))  # read once for all ranks, as that run may still train
         if source is None or source.digests.get("classes") != self._identity.digests["classes"]:
             raise CheckpointError(
                 "no commit" if source is None else "a run over other classes",
@@ -234,7 +259,11 @@ class Checkpoint:
         self._banks[name].mark_changed()  # the first commit of this run saves it
 
     def _check_consumed(self, positions: Positions, progress: Progress) -> None:
-        """Every position between the last commit and this one, once, to the end of an epoch that ends."""
+        """Check that every position since the last commit was consumed once, up to the epoch's end if it ends.
+
+        Raises:
+            RankMismatchError: otherwise.
+        """
         is_end = progress.samples_consumed == 0 and len(positions) > 0
         epoch = progress.epoch - 1 if is_end else progress.epoch
         first = self._head.samples_consumed if self._head and self._head.epoch == epoch else 0
@@ -263,7 +292,7 @@ class Checkpoint:
         bad: list[BadSample],
         metrics: dict[str, float],
     ) -> Commit:
-        """Files first, then the record. Rank 0 only."""
+        """Write the files, then the commit. Rank 0 only."""
         self._check_newest()
         files = []
         for name, content in contents.items():
@@ -286,16 +315,16 @@ class Checkpoint:
             banks=banks,
             **self._identity.model_dump(),
         )
-        self._check_newest()  # again: writing took a while, and a newer attempt may have read the head meanwhile
+        self._check_newest()  # again, as a newer attempt may have read the head while the files were written
         if not storage.create_exclusive(commit_url(self._out, commit.step), commit.model_dump_json(indent=1).encode()):
             raise _overtaken(self._attempt.name)
         return commit
 
     def newest_head(self) -> Commit | None:
-        """The commit that the engine stands at or behind, the newest of the chain.
+        """The newest commit of the chain, verified to be this attempt's; None before the first.
 
         Raises:
-            OvertakenError: a newer attempt has begun or committed; on all ranks.
+            OvertakenError: a newer attempt has taken over the run or committed; on all ranks.
 
         Collective: all ranks.
         """
@@ -303,16 +332,17 @@ class Checkpoint:
         return self._head
 
     def _check_newest(self) -> None:
-        """Give way to a newer attempt, whether it has committed yet or not."""
+        """Raise OvertakenError if a newer attempt has taken over the run, whether or not it has committed."""
         newest = read_head(self._out)
-        is_newest_attempt = max(_attempt_numbers(self._out)) == int(self._attempt.name)
+        in_force = next((number for number, _ in _attempts_in_force(self._out)), None)
+        is_newest_attempt = in_force == int(self._attempt.name)
         if (newest and newest.step) != (self._head and self._head.step) or not is_newest_attempt:
             raise _overtaken(self._attempt.name)
 
     def _prune(self, commit: Commit) -> None:
-        """Delete what no commit needs that stays. The commit stands, so that nothing here may end the run.
+        """Delete files that no kept commit needs. The commit is already written, so storage errors are only logged.
 
-        At the first save, also what earlier attempts left behind when they were killed.
+        At the first save, files that killed attempts left behind are deleted too.
         """
         folder = "checkpoints"
         try:
@@ -324,16 +354,16 @@ class Checkpoint:
                 self._kept.append(commit)
                 there = [file.path for old in self._kept[: -self._keep_checkpoints] for file in old.files]
             self._kept = self._kept[-self._keep_checkpoints :]
-            needed = {file.path for kept in self._kept for file in kept.files}  # banks reach back
+            needed = {file.path for kept in self._kept for file in kept.files}  # banks may need files of older commits
             for path in there:
-                if path not in needed and not path.endswith("/consumed.npy"):  # which `audit` reads
+                if path not in needed and not path.endswith("/consumed.npy"):  # kept for `audit`
                     storage.remove(storage.join(self._out, path))
         except (CheckpointError, StorageError) as error:
             log.warning("old checkpoints could not be deleted: %s", error)
 
 
 def _state_files(state: EngineState) -> dict[str, bytes]:
-    """What `read_state` reads."""
+    """The engine's state as files by name, for `read_state`."""
     return {
         "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.model.items()}),
         "optimizer.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in state.moments.items()}),
@@ -348,7 +378,7 @@ def _npy(array: Positions) -> bytes:
 
 
 def _attempt_of(path: str) -> int:
-    """The attempt that wrote a file of checkpoints/STEP-ATTEMPT; 0 if none did."""
+    """The attempt that wrote a file below checkpoints/STEP-ATTEMPT/; 0 for any other path."""
     match = re.match(r"checkpoints/\d+-(\d+)/", path)
     return int(match[1]) if match else 0
 
@@ -363,7 +393,7 @@ def _newest(out: str, head: Commit | None, count: int) -> list[Commit]:
 
 
 def _num_bad_in_epoch(out: str, head: Commit) -> int:
-    """Undecodable samples that the chain holds of the epoch that `head` stands in."""
+    """Number of undecodable samples that the chain records for the epoch that `head` is in."""
     if head.samples_consumed == 0:
         return 0
     count, commit = 0, head
@@ -376,7 +406,7 @@ def _num_bad_in_epoch(out: str, head: Commit) -> int:
 
 
 def _flat(consumed: Consumed) -> tuple[Positions, Positions, list[BadSample]]:
-    """Positions, their sample indices and undecodable samples of this rank since the last commit, padding dropped."""
+    """This rank's positions, their sample indices and undecodable samples since the last commit, without padding."""
     empty = np.empty(0, dtype=np.int64)
     positions, indices = (np.concatenate([empty, *parts]) for parts in (consumed.positions, consumed.indices))
     is_real = positions != PADDING
@@ -384,7 +414,7 @@ def _flat(consumed: Consumed) -> tuple[Positions, Positions, list[BadSample]]:
 
 
 def _merged(parts: Sequence[tuple[Positions, Positions]]) -> tuple[Positions, Positions]:
-    """All ranks' positions, rising, and their sample indices."""
+    """All ranks' positions, ascending, and their sample indices."""
     positions, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(positions, kind="stable")
     return positions[order], indices[order]
@@ -400,7 +430,11 @@ def _overtaken(attempt: str) -> OvertakenError:
 
 
 def read_state(out: str, commit: Commit) -> EngineState:
-    """Everything that training changes."""
+    """Read the engine's state: model, optimiser moments and number of updates.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     moments = safetensors.torch.load(read_file(out, commit, "optimizer.safetensors"))
     document = json.loads(read_file(out, commit, "optimizer.json"))
     return EngineState(read_model(out, commit), moments, document["num_updates"])

@@ -1,6 +1,6 @@
-"""Owns communication between ranks after start-up: each verb is the identity on one rank.
+"""Owns communication between ranks after start-up; with one rank no function sends anything.
 
-Tensors are moved on the device they live on, so the caller chooses NCCL or gloo by where its tensor is.
+A tensor is sent from the device that it is on, so the caller chooses NCCL or gloo by where its tensor is.
 """
 
 from __future__ import annotations
@@ -20,38 +20,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_mlpl.errors import MlplError, RankMismatchError
+from dist_mlpl.errors import MlplError, RankMismatchError, RunError
 
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
 
-HEAD_BYTES: Final = 24  # of a message between two ranks, before its rows
-SHORT_BYTES: Final = 232  # of rows that any message may carry: indices, mostly
+HEAD_BYTES: Final = 24  # bytes of the header of a message between two ranks
+SHORT_BYTES: Final = 232  # default room for rows in a message, enough for a few indices
 
-_FAULT: Final = -1  # rows of a rank that cannot send any
+_FAULT: Final = -1  # the row count in the header of a rank that has an error
 _CPU: Final = torch.device("cpu")
 _sent: Counter[str] = Counter()
 
 
 class Room(NamedTuple):
-    """Rows for which a message leaves room, by rank. Both ends of a message know it, from an earlier exchange say."""
+    """Space reserved for rows in the messages to and from each rank, in rows (for `exchange_messages`, bytes).
+
+    Both ends of a message must know it and agree, for example from an earlier exchange.
+    """
 
     to_ranks: list[int]
     from_ranks: list[int]
 
 
 def traffic() -> dict[str, int]:
-    """Bytes of tensors that this rank has sent to other ranks since the process began, by verb.
+    """Bytes of tensors that this rank has sent to other ranks since the process began, by kind of collective.
 
-    An exchange counts the messages that leave this rank; a reduction what a ring moves, 2 (R - 1) / R of the tensor
-    from each rank; a gather R - 1 times the padded rows; a broadcast (R - 1) / R of the tensor, as if all ranks had
-    passed it on alike. Pickled objects are not counted.
+    `exchange` counts the messages that leave this rank; `reduce` what a ring moves, 2 (R - 1) / R of the tensor from
+    each rank; `gather` R - 1 times the padded rows and 8 bytes; `broadcast` (R - 1) / R of the tensor, as if all ranks
+    forwarded it equally. Pickled objects are not counted.
     """
     return dict(_sent)
 
 
 def world_size() -> int:
-    """Ranks of the process group, 1 when there is none."""
+    """Number of ranks in the process group, 1 when there is none."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -105,7 +108,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_on_first_rank(value: T) -> list[T]:
-    """Every rank's picklable value, in rank order, on rank 0; nothing elsewhere.
+    """Every rank's picklable value, in rank order, on rank 0; an empty list elsewhere.
 
     Collective: all ranks, one gather of pickles.
     """
@@ -117,7 +120,7 @@ def gather_on_first_rank(value: T) -> list[T]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate rows of different number from every rank, in rank order, on every rank.
+    """Concatenate the rows of all ranks, in rank order, on every rank; their numbers may differ.
 
     Collective: all ranks; the row counts, then one all-gather padded to the longest.
 
@@ -141,7 +144,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T, *, source: int = 0) -> T:
-    """The picklable value of rank `source`, on every rank: one rank decides, the others follow.
+    """The picklable value of rank `source`, on every rank.
 
     Collective: all ranks, one broadcast of a pickle.
     """
@@ -153,23 +156,27 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
 
 
 def on_first_rank(make: Callable[[], T]) -> T:
-    """What rank 0 makes, or the error that stopped it, on all ranks: none waits for a rank that gave up.
+    """Call a function on rank 0 and give its result, or its error, to all ranks: none waits for a rank that failed.
 
     Collective: all ranks, one broadcast of a pickle.
 
     Args:
-        make: is called on rank 0 alone; what it returns is picklable, and it has no collective in it.
+        make: called on rank 0 only; it must return something picklable and contain no collective.
 
     Raises:
-        MlplError: rank 0's, on all ranks.
+        MlplError: the one that `make` raised on rank 0, on all ranks.
+        Exception: any other error of `make`, on rank 0; the other ranks raise RunError.
     """
     made: T | MlplError | None = None
+    fault: Exception | None = None
     if rank() == 0:
         try:
             made = make()
-        except MlplError as error:
-            made = error
+        except Exception as error:
+            fault, made = error, _told(error)
     made = broadcast_object(made)
+    if fault is not None:
+        raise fault
     if isinstance(made, MlplError):
         raise made
     return cast(T, made)
@@ -177,19 +184,35 @@ def on_first_rank(make: Callable[[], T]) -> T:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """What one rank raises in a block without a collective, on all ranks: none waits for a rank that gave up.
+    """Raise on all ranks what any rank raises in the block, which has no collective: none waits for a failed rank.
 
     Collective: all ranks, one gather of pickles at the end of the block.
 
     Raises:
-        MlplError: of the lowest rank that raised one, on all ranks.
+        MlplError: the one of the lowest rank that raised one, on all ranks.
+        Exception: any other error, on the rank that raised it; the other ranks raise RunError.
     """
-    own: MlplError | None = None
+    fault: Exception | None = None
     try:
         yield
-    except MlplError as error:
-        own = error
-    raise_first(own)
+    except Exception as error:
+        fault = error
+    if fault is not None and not isinstance(fault, MlplError):
+        gather_objects(_told(fault))
+        raise fault
+    raise_first(fault)
+
+
+def _told(error: Exception) -> MlplError:
+    """What other ranks hear of an error: itself, or, if it is a fault of the program, its text."""
+    if isinstance(error, MlplError):
+        return error
+    return RunError(
+        f"{type(error).__name__}: {error}",
+        expected="no fault of the program",
+        where=f"rank {rank()} of {world_size()}",
+        next_step="the log of that rank has the traceback: keep it and report it",
+    )
 
 
 def raise_first(error: MlplError | None) -> None:
@@ -201,7 +224,7 @@ def raise_first(error: MlplError | None) -> None:
         error: this rank's.
 
     Raises:
-        MlplError: of the lowest rank that handed one in.
+        MlplError: the one of the lowest rank that passed one, on all ranks.
     """
     for error_of_rank in gather_objects(error):
         if error_of_rank is not None:
@@ -209,12 +232,12 @@ def raise_first(error: MlplError | None) -> None:
 
 
 def is_stop_asked(is_asked: bool, failure: MlplError | None) -> bool:
-    """Whether any rank was asked to stop; the same on every rank, so that all leave a loop in the same turn.
+    """True if any rank was asked to stop; the same on every rank, so that all leave a loop in the same iteration.
 
     Collective: all ranks, one all-reduce of 4 bytes; a gather of pickles too when a rank has failed.
 
     Args:
-        is_asked: whether this rank was asked.
+        is_asked: True if this rank was asked.
         failure: what went wrong here since the last call; None if nothing did.
 
     Raises:
@@ -231,27 +254,27 @@ def exchange(
 ) -> tuple[Tensor, list[int]]:
     """Send each row to one rank and receive the rows meant for this one.
 
-    Calling it again on the received rows with the received counts sends every row back where it came from.
+    Calling it again on the received rows with the received counts sends every row back to where it came from.
 
     Each rank sends each rank one message: how many rows there are for it, whether anything is wrong, and as many bytes
-    of the rows as there is room for. What finds no room follows at once.
+    of the rows as there is room for. Bytes that find no room follow in a second message.
 
-    Collective: all ranks, one uneven all-to-all of HEAD_BYTES and the room; another of what is left, if anything is.
+    Collective: all ranks, one uneven all-to-all of HEAD_BYTES and the room; a second one of the bytes left, if any.
 
     Args:
         rows: (n, ...) ordered by destination; n is free, the other dimensions and the type equal on every rank.
         counts: R numbers; the first counts[0] rows go to rank 0, the next counts[1] to rank 1, and so on. Sum is n.
         expected: room in rows; more or fewer may be sent. None: room of SHORT_BYTES to and from every rank.
-        error: what this rank found wrong before it could send anything; all ranks raise it in place of moving rows.
-            With `expected`, rows must have the right type and shape even so, but there may be none.
+        error: what this rank found wrong before it could send anything; all ranks raise it instead of moving rows.
+            With `expected`, `rows` must have the right type and shape even then, but may be empty.
 
     Returns:
-        The received rows in order of source rank, and how many came from each rank.
+        The received rows in order of source rank, and how many came from each rank. With one rank, `rows` itself.
 
     Raises:
-        RankMismatchError: counts that do not cut the rows into one part a rank, or rows whose shape or type differs
+        RankMismatchError: counts that do not split the rows into one part per rank, or rows whose shape or type differs
             between ranks; on all ranks.
-        MlplError: `error` of the lowest rank that handed one in, on all ranks.
+        MlplError: `error` of the lowest rank that passed one, on all ranks.
     """
     error = error or _counts_error(rows, counts)
     if world_size() == 1:
@@ -278,22 +301,25 @@ def exchange_messages(
     expected: Room | None = None,
     error: MlplError | None = None,
 ) -> list[Bytes]:
-    """As `exchange`, of bytes that are written where they leave from and read where they arrived: nothing is copied.
+    """Exchange bytes like `exchange`, written straight into the send buffer and returned as views of what arrived.
+
+    Bytes are copied only where they exceed the room.
 
     Collective: all ranks, see `exchange`.
 
     Args:
         lengths: R numbers, bytes for each rank, this one included.
-        fill: is called with a rank and (lengths[rank],) uint8, which it writes; ranks with nothing are left out.
-        kind: what the messages hold, the same on every rank.
+        fill: called with a rank and a buffer (lengths[rank],) uint8, which it fills; with several ranks it is not
+            called where the length is 0.
+        kind: name of what the messages hold, the same on every rank.
         expected: room in bytes, see `exchange`.
         error: see `exchange`; `fill` is not called then.
 
     Returns:
-        R arrays (bytes,) uint8, from each rank, in memory that is the caller's; they may begin at any address.
+        R arrays (bytes,) uint8, one from each rank, in memory that is the caller's; they may begin at any address.
 
     Raises:
-        RankMismatchError: another kind on another rank; on all ranks.
+        RankMismatchError: `kind` differs between ranks; on all ranks.
         MlplError: see `exchange`.
     """
     if len(lengths) == 1:
@@ -314,9 +340,13 @@ def _exchange(
     error: MlplError | None,
     device: torch.device,
 ) -> tuple[list[Any], list[int]]:
-    """Rows of `width` bytes from each rank, as slices of bytes, and how many they are. More than one rank."""
+    """Exchange rows of `width` bytes between two or more ranks; see `exchange` and `exchange_messages`.
+
+    Returns:
+        The bytes from each rank, and how many rows each sent.
+    """
     size = world_size() if error is not None else len(counts)
-    if error is not None:  # every rank sees it, and none waits for rows that will not come
+    if error is not None:  # told to every rank, so that none waits for rows that will not come
         counts = [_FAULT] * size
     if expected is None:
         to_ranks = from_ranks = [SHORT_BYTES] * size
@@ -369,7 +399,7 @@ def _exchange(
 
 
 def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Any:
-    """Bytes for each rank, and bytes from each rank, to be sliced."""
+    """Send `to_ranks` bytes of `content` to each rank; return the `from_ranks` bytes of each, see `_sliceable`."""
     _sent["exchange"] += sum(to_ranks) - to_ranks[rank()]
     arrived = content.new_empty(sum(from_ranks))
     dist.all_to_all_single(arrived, content, from_ranks, to_ranks)
@@ -377,19 +407,19 @@ def _all_to_all(content: Tensor, to_ranks: list[int], from_ranks: list[int]) -> 
 
 
 def _read_heads(heads: list[Any]) -> list[list[int]]:
-    """R times rows, code of their kind, and bytes for all ranks that are left."""
+    """Read R headers: a rank's number of rows, the code of their kind, and its bytes for all ranks that follow."""
     if isinstance(heads[0], Tensor):
         return torch.cat(heads).view(torch.int64).view(-1, 3).tolist()  # once from the device
     return [head.view(np.int64).tolist() for head in heads]
 
 
 def _sliceable(content: Tensor) -> Any:
-    """What slices are taken of: on the CPU an array, of which that costs a tenth; the tensor itself elsewhere."""
+    """A NumPy view of a CPU tensor, ten times cheaper to slice; on another device the tensor itself."""
     return content.numpy() if content.device.type == "cpu" else content
 
 
 def _joined(parts: list[Any]) -> Tensor:
-    """Slices one after the other, in memory of their own."""
+    """Concatenate slices into a new tensor."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     joined = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
@@ -420,7 +450,7 @@ def _exchange_error(found: str, *, expected: str) -> RankMismatchError:
 
 
 def broadcast_tensor(tensor: Tensor, *, source: int = 0) -> Tensor:
-    """Rank `source`'s values on every rank, in place.
+    """Copy rank `source`'s values to every rank, in place; returns the same tensor.
 
     Collective: all ranks, one broadcast of the tensor's bytes.
     """

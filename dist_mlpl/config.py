@@ -1,4 +1,4 @@
-"""Owns the config of a run: the rooms' settings composed, read from YAML, checked before any work starts."""
+"""Owns the config of a run: all settings in one class, read from YAML and checked before any work starts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from dist_mlpl.settings import Location, Settings, with_locations
 
 
 class ClusterSettings(Settings):
-    """Where the ranks run when Ray starts them."""
+    """The workers of a run on Ray, and the cluster that they run on."""
 
-    num_workers: int | tuple[int, int] = 1  # ranks, or [fewest, most] for a group that follows the cluster's size
+    num_workers: int | tuple[int, int] = 1  # number of ranks, or [fewest, most] to follow the cluster's size
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0.0)
-    max_failures: int = Field(3, ge=-1)  # lost workers that the run survives; -1: any number
-    address: str | None = (
-        None  # of a running Ray cluster (`auto` on one of its nodes); null: RAY_ADDRESS, else a local one
-    )
+    max_failures: int = Field(3, ge=-1)  # how many lost worker groups the run survives; -1: any number
+    # address of a running Ray cluster (`auto` on one of its nodes); null: RAY_ADDRESS, else a local one
+    address: str | None = None
 
     @model_validator(mode="after")
     def _check_workers(self) -> ClusterSettings:
@@ -42,15 +41,15 @@ class ClusterSettings(Settings):
 
 
 class Config(Settings):
-    """One run."""
+    """The config of one run."""
 
     seed: int = 0
     out: Location | None = None  # the run folder, a path or URL; `--out` on the command line
     num_epochs: int = Field(gt=0)
-    global_batch: int = Field(gt=0)  # samples of one update over all ranks
-    save_every_steps: int | None = Field(None, gt=0)  # beside the save at each epoch's end
-    keep_checkpoints: int = Field(3, gt=0)  # newest ones whose model and optimiser stay; the chain's records all stay
-    group_size: int = Field(8, gt=0)  # consecutive positions that may interact and stay on one rank
+    global_batch: int = Field(gt=0)  # samples per update, over all ranks
+    save_every_steps: int | None = Field(None, gt=0)  # in addition to the save at each epoch's end
+    keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints whose model and optimiser are kept; commits all stay
+    group_size: int = Field(8, gt=0)  # number of consecutive positions that stay on one rank and may interact
     data: DataSettings
     transform: TransformSettings = TransformSettings()
     method: AnyMethodSettings
@@ -89,10 +88,10 @@ class Config(Settings):
 
     @property
     def run_folder(self) -> str:
-        """`out`, which must be set by then.
+        """`out`, which must be set.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is null.
         """
         if self.out is None:
             raise ConfigError(
@@ -110,14 +109,14 @@ class Config(Settings):
 
     @property
     def scoring_digest(self) -> str:
-        """sha256 of what a model's answers depend on besides its weights, wherever it runs."""
+        """sha256 of what scores depend on besides the weights: method, transform, decoder and precision."""
         method = self.method.model_dump(mode="json", exclude={"init_from": True, "backbone": {"weights"}})
         transform = self.transform.model_dump(mode="json")
         settings = [method, transform, self.data.decode_on, self.engine.precision]
         return storage.sha256_of_bytes(json.dumps(settings, sort_keys=True).encode())
 
     def to_yaml(self, *, is_whole: bool = False) -> str:
-        """The resolved config; `data.storage_options`, which may hold keys and secrets, only if asked for."""
+        """The resolved config as YAML; with `data.storage_options`, which may hold secrets, only if `is_whole`."""
         return yaml.safe_dump(self.model_dump(mode="json") if is_whole else self._public(), sort_keys=False)
 
     def _public(self) -> dict[str, Any]:
@@ -125,15 +124,15 @@ class Config(Settings):
 
 
 def load_config(path: str, *, overrides: list[str] | None = None, out: str | None = None) -> Config:
-    """Read a YAML config, follow its `extends`, apply overrides, and check it whole.
+    """Read a YAML config, follow its `extends`, apply overrides, and check the result.
 
     Args:
         path: local path or URL.
-        overrides: `section.field=value` strings, the value parsed as YAML.
-        out: replaces `out`.
+        overrides: `section.field=value` strings, with values parsed as YAML.
+        out: replaces `out` unless None.
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown (nearest names), a value is out of range.
+        ConfigError: the file is missing or not YAML, a key is unknown (nearest names), a value is out of range.
     """
     document = _read_document(path if storage.is_remote(path) else os.path.normpath(path), seen=())
     for override in overrides or []:
@@ -145,17 +144,21 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
                 where="--set",
                 next_step="write it like --set optimizer.learning_rate=3e-4",
             )
-        _set(document, name.split("."), parse_yaml(text, where=f"--set {override}"))
+        _set(document, name.split("."), parse_yaml(text, where=f"--set {name}"))
     if out is not None:
         document["out"] = out
     return check_config(document, where=path)
 
 
 def check_config(document: dict[str, Any], *, where: str) -> Config:
-    """Validate a document and turn pydantic's findings into one message of ours.
+    """Validate a document and turn pydantic's findings into one message.
+
+    Args:
+        document: the config as plain dicts.
+        where: the file, for messages.
 
     Raises:
-        ConfigError: listing every wrong key.
+        ConfigError: the message lists every wrong key.
     """
     try:
         return Config.model_validate(document)
@@ -167,7 +170,7 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
             expected="keys and values as `dist-mlpl config schema` lists them",
             where=where,
             next_step="correct the lines above",
-        ) from error
+        ) from None  # pydantic's error contains all values, including secrets
 
 
 def _explain(finding: Any) -> str:
@@ -182,15 +185,15 @@ def _explain(finding: Any) -> str:
         return f"{name}.name: no method {context['tag']!r}; {nearest_names(context['tag'], valid)}"
     if finding["type"] == "union_tag_not_found":
         return f"{name}.name: missing; {nearest_names('', METHODS)}"
-    # A section as a whole is not shown: it is long, and that of the data may hold secrets.
-    is_shown = finding["type"] != "missing" and not isinstance(finding["input"], dict)
+    # Whole sections are not shown: they are long, and `data` may hold secrets.
+    is_shown = finding["type"] != "missing" and not isinstance(finding["input"], dict) and not _under(name, _SECRET)
     given = f" (found {finding['input']!r})" if is_shown else ""
     text = f"{finding['msg'].removeprefix('Value error, ')}{given}"
-    return f"{name}: {text}" if name else text  # of the config as a whole, which names its keys itself
+    return f"{name}: {text}" if name else text  # errors about the whole config name its keys themselves
 
 
 def _fields_at(place: list[str]) -> list[str]:
-    """Names of the settings class at a path; a tagged union's tag is part of pydantic's path and chooses the class."""
+    """Field names of the settings class at a path; in a tagged union, pydantic's path holds the tag that chooses it."""
     model: type[BaseModel] = Config
     for part in place:
         field = model.model_fields.get(part)
@@ -237,26 +240,29 @@ def _read_document(path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
     base = parent if storage.is_remote(parent) or parent.startswith("/") else storage.join(folder, parent)
     if not storage.is_remote(base):
-        base = os.path.normpath(base)  # one name for one file, or a circle through `..` would never close
+        base = os.path.normpath(base)  # one name per file, else a cycle through `..` would go unnoticed
     return _merged(_read_document(base, seen=(*seen, path)), document)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """Read YAML.
+    """Parse YAML.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not YAML.
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except yaml.YAMLError as error:  # its text repeats the line, which may hold secrets
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(
-            " ".join(str(error).split()), expected="YAML", where=where, next_step="correct the file"
-        ) from error
+            f"{place}{problem or 'text that cannot be read'}", expected="YAML", where=where,
+            next_step="correct the file, or the option",
+        ) from None  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string for want of a dot, and 1.5e6 for want of a sign; people mean numbers."""
+    """A safe loader that reads 3e-4 and 1.5e6 as numbers; YAML 1.1 takes them as strings (no dot, no sign)."""
 
 
 _Loader.add_implicit_resolver(
@@ -265,7 +271,7 @@ _Loader.add_implicit_resolver(
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Maps merge deeply, everything else is replaced."""
+    """Merge two documents: dicts deeply, everything else replaced by `over`."""
     merged = dict(base)
     for name, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(name), dict):
@@ -285,57 +291,59 @@ def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: workers start in folders of their own."""
+    """Make local paths absolute, since workers start in other folders."""
     config = with_locations(config, storage.absolute)
     backbone = config.method.backbone
-    if backbone.weights is not None and "/" in backbone.weights:  # a file; names of torchvision's tables have no slash
+    if backbone.weights is not None and "/" in backbone.weights:  # a file, as torchvision's weight names have no slash
         backbone = backbone.model_copy(update={"weights": storage.absolute(backbone.weights)})
     data = config.data
-    if data.view is not None and "/" in data.view:  # a folder; names of the set's own views have no slash
+    if data.view is not None and "/" in data.view:  # a folder, as names of the set's own views have no slash
         data = data.model_copy(update={"view": storage.absolute(data.view)})
     method = config.method.model_copy(update={"backbone": backbone})
     return config.model_copy(update={"method": method, "data": data})
 
 
-# What a resumed run may change: freely, or with --allow-change. Everything else is refused.
+# Keys that a resumed run may change freely, and keys that it may never change. All others need --allow-change.
 _FREE = ("out", "cluster", "engine.kind", "engine.zero_stage", "engine.micro_batch", "engine.compile", "data.manifest",
          "data.view", "data.unindexed.tars", "data.unindexed.classes", "data.cache_bytes", "data.num_workers",
-         "data.storage_options", "data.max_bad_fraction", "method.bank_folder",
+         "data.max_bad_fraction", "method.bank_folder",
          "save_every_steps", "keep_checkpoints", "evaluation", "curriculum.measure_hidden")  # fmt: skip
 _NEVER = ("seed", "group_size", "data.num_lanes", "data.window_samples", "data.known_fraction", "data.known_rule",
           "data.known_seed", "data.held_out_fraction", "data.train_split", "data.unindexed.epoch_samples",
           "data.unindexed.unlisted", "method.name")  # fmt: skip
 
+_SECRET = ("data.storage_options",)  # never saved, so it cannot be compared
+
 Change = Literal["free", "allowed", "refused"]
 
 
 def compare_configs(old: Config, new: Config) -> list[tuple[str, Any, Any, Change]]:
-    """What differs between the config a run began with and the one it is resumed under.
+    """The differences between the config of a run and the one it is resumed under.
 
     Returns:
-        (key, old value, new value, how the change is treated): `allowed` ones need --allow-change. Relative paths are
-        taken for those from here: on Ray all are made absolute.
+        (key, old value, new value, how the change is treated) of each differing key; `allowed` changes need
+        --allow-change. Relative paths are resolved from the current folder, since Ray runs store absolute ones.
     """
     before, after = (_flat(with_absolute_paths(config).model_dump(mode="json")) for config in (old, new))
     changes: list[tuple[str, Any, Any, Change]] = []
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and not _under(name, _SECRET):
             kind: Change = "free" if _under(name, _FREE) else "refused" if _under(name, _NEVER) else "allowed"
             changes.append((name, before.get(name), after.get(name), kind))
     return changes
 
 
 def check_resume(old: Config, new: Config, *, allow_change: bool) -> list[str]:
-    """Refuse to resume under a config that would quietly make another run of it.
+    """Refuse to resume under a config that would silently make it another run.
 
-    The manifest is compared by digest, in the commit, and so are the names of tars without an index and their classes;
-    where they lie is free.
+    The manifest is compared by its digest in the commit, and so are the names of tars without an index and their
+    classes; their location may change.
 
     Returns:
         Lines that say what changed, for the log.
 
     Raises:
-        CheckpointError: listing the differences that are refused, or that need --allow-change.
+        CheckpointError: the message lists the changes that are refused, or that need --allow-change.
     """
     changes = compare_configs(old, new)
     lines = [f"{name}: {before!r} -> {after!r}" for name, before, after, _ in changes]
@@ -359,15 +367,16 @@ def check_resume(old: Config, new: Config, *, allow_change: bool) -> list[str]:
 
 
 def run_config_url(run: str) -> str:
-    """Where a run keeps its config."""
+    """URL of a run's config."""
     return storage.join(run, "config.yaml")
 
 
 def read_run_config(run: str) -> Config:
-    """The config of a run as it was last started.
+    """Read the config under which a run was last started.
 
     Raises:
         CheckpointError: no run there.
+        ConfigError: the config is damaged.
     """
     url = run_config_url(run)
     try:

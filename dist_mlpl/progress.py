@@ -1,4 +1,4 @@
-"""Owns what a run tells while it goes on: rows of numbers, as JSON lines and TensorBoard files, and its logs.
+"""Owns a run's reports: rows of numbers, written as JSON lines and TensorBoard files, and its logs.
 
 Rank 0 makes rows; sinks take them. A row is a flat dict with an `event`: start, step, epoch, commit, scoring, round,
 stopped or note.
@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,42 +20,44 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
 
+_ROWS: Final = re.compile(r"(?P<attempt>\d+)-(?P<number>\d+)\.jsonl")
+
 Row = dict[str, Any]
 
 
 class Action(IntEnum):
-    """What the loop must do after a step; the largest over ranks wins."""
+    """What the training loop must do after a step; the largest value over ranks wins."""
 
     GO_ON = 0
     STOP = 1  # save, then return
 
 
 class Sink(Protocol):
-    """Something that takes rows, on rank 0."""
+    """The interface of a receiver of rows, on rank 0."""
 
     def row(self, row: Row) -> None:
         """Take one row."""
 
     def flush(self) -> None:
-        """Make what was taken so far durable; called at each commit."""
+        """Make the rows so far durable; called at each commit."""
 
     def close(self) -> None:
-        """No more rows."""
+        """Release resources; no more rows follow."""
 
 
 class Report:
-    """What the recipe tells about a run, the same calls on every rank.
+    """Reports on a run for the training loop, with the same calls on every rank.
 
     Args:
-        make_sinks: given the run folder and the attempt, the places that rows go to; called on rank 0 only.
-        ask: whether this rank was asked to stop (a signal, the driver); cheap.
+        make_sinks: makes the sinks from the run folder and the attempt's name; called on rank 0 only.
+        ask: the action asked of this rank (by a signal or the driver); must be cheap.
     """
 
     def __init__(
@@ -67,12 +70,20 @@ class Report:
         self._global_batch = 0
         self._clock = 0.0
         self._loading = Loading()  # at the last row
-        self._losses: list[float] = []  # of this epoch's steps
-        self._metrics: dict[str, float] = {}  # the method's, summed over the same steps
-        self._seconds = 0.0  # of the same steps
+        self._losses: list[float] = []  # of the steps since the last evaluation
+        self._metrics: dict[str, float] = {}  # sums of the method's metrics over the same steps
+        self._seconds = 0.0  # total time of the same steps
 
     def begin(self, out: str, attempt: str, progress: Progress, *, global_batch: int, about: Row) -> None:
-        """A run starts or goes on from `progress`; `about` says with what (epochs, steps, classes, device)."""
+        """Report that a run starts or resumes.
+
+        Args:
+            out: URL of the run folder, RUN.
+            attempt: name of the attempt.
+            progress: where the run stands.
+            global_batch: G.
+            about: more entries for the row (epochs, steps, classes, processes, method).
+        """
         if comm.rank() == 0:
             self._sinks = self._make_sinks(out, attempt)
         self._global_batch = global_batch
@@ -80,19 +91,19 @@ class Report:
         self._emit({"event": "start", "attempt": attempt, **_position(progress), **about})
 
     def note(self, text: str) -> None:
-        """Something a person should read once."""
+        """Report something that the user should read once."""
         self._emit({"event": "note", "text": text})
 
     def step(self, progress: Progress, output: StepOutput, loading: Loading) -> Action:
-        """A step is done.
+        """Report that a step is done.
 
         Args:
-            progress: after the step.
-            output: of the global batch.
-            loading: totals of this rank.
+            progress: where the run stands after the step.
+            output: the step's output, for the global batch.
+            loading: this rank's totals.
 
         Returns:
-            What all ranks do next, the same on all of them.
+            What to do next, the same on all ranks.
 
         Collective: all ranks, one all-reduce of 4 bytes.
         """
@@ -128,7 +139,7 @@ class Report:
         return Action(int(comm.reduce_max(torch.tensor([int(self._ask())], dtype=torch.int32))))
 
     def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """An epoch is evaluated; `progress` stands at the start of the next. Flushed, like a commit."""
+        """Report that an epoch was evaluated; `progress` is at the start of the next. Flushes the sinks."""
         self._emit({"event": "epoch", **_position(progress), **self.train_metrics(), **metrics})
         self._losses, self._metrics, self._seconds = [], {}, 0.0
         for sink in self._sinks:
@@ -136,23 +147,25 @@ class Report:
         self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
 
     def scoring(self, progress: Progress, done: int, total: int) -> None:
-        """A round of labels is being made: so many images of this rank are scored."""
+        """Report that `done` of this rank's `total` images are scored for a round of labels."""
         self._emit({"event": "scoring", **_position(progress), "num_scored": done, "num_to_score": total})
 
     def round(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """A round of labels is in force from now on, `progress.round`. Flushed, like a commit."""
+        """Report that the round of labels `progress.round` is in force from now on. Flushes the sinks."""
         self._emit({"event": "round", **_position(progress), **metrics})
         for sink in self._sinks:
             sink.flush()
         self._clock = time.perf_counter()
 
     def is_asked_to_stop(self) -> bool:
-        """Whether this rank was; other ranks may not have been."""
+        """Whether this rank was asked to stop; other ranks may differ."""
         return self._ask() is Action.STOP
 
     def train_metrics(self) -> dict[str, float]:
-        """Mean loss, the method's metrics and rate of the steps since the last evaluation in this attempt; empty before
-        the first step."""
+        """Mean loss, means of the method's metrics, and images per second, over the steps since the last evaluation.
+
+        Only steps of this attempt count; empty before the first one.
+        """
         num_steps = len(self._losses)
         if not num_steps:
             return {}
@@ -161,18 +174,18 @@ class Report:
         return {"train_loss": sum(self._losses) / num_steps, **means, "train_images_per_second": rate}
 
     def saved(self, progress: Progress) -> None:
-        """A commit exists; what was reported so far is made as durable as it."""
+        """Report that a commit exists, and flush the sinks so that the rows before it are durable too."""
         self._emit({"event": "commit", **_position(progress)})
         for sink in self._sinks:
             sink.flush()
         self._clock = time.perf_counter()
 
     def stopped(self, progress: Progress) -> None:
-        """The run was asked to stop, and has saved."""
+        """Report that the run was asked to stop and has saved."""
         self._emit({"event": "stopped", **_position(progress)})
 
     def close(self) -> None:
-        """The run has returned, or failed."""
+        """Close all sinks; the run has returned or failed."""
         with ExitStack() as closing:  # every sink is closed, whatever one of them raises
             for sink in self._sinks:
                 closing.callback(sink.close)
@@ -194,12 +207,14 @@ def _position(progress: Progress) -> Row:
 
 
 class JsonLines:
-    """Rows as JSON lines under RUN/metrics. On a disk a line is there once written; in an object store a new object
-    holds the lines since the last commit.
+    """A sink that writes rows as JSON lines under RUN/metrics.
+
+    On a disk each line is written at once; in an object store, each commit writes a new object with the lines since the
+    one before.
 
     Args:
-        out: RUN.
-        attempt: of this start.
+        out: URL of the run folder, RUN.
+        attempt: name of this attempt.
     """
 
     def __init__(self, out: str, attempt: str) -> None:
@@ -232,19 +247,19 @@ class JsonLines:
 
 
 def without_nan(row: Row) -> Row:
-    """JSON has no NaN: an undefined number is null."""
+    """Replace non-finite numbers by None, since JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def read_rows(out: str) -> list[Row]:
-    """Every row that still counts, in order: rows past the commit that the next attempt went on from are dropped."""
+    """Read all rows in force, in order; rows after the commit from which the next attempt resumed are dropped."""
     folder = storage.join(out, "metrics")
-    names = [name for name in storage.list_names(folder) if name.endswith(".jsonl")]
+    files = [match for name in storage.list_names(folder) if (match := _ROWS.fullmatch(name))]
     by_attempt: dict[str, list[Row]] = {}
-    for name in sorted(names, key=lambda name: (name.split("-")[0], int(name.split("-")[1].removesuffix(".jsonl")))):
-        lines = storage.read_bytes(storage.join(folder, name)).decode().splitlines()
+    for file in sorted(files, key=lambda file: (file["attempt"], int(file["number"]))):
+        lines = storage.read_bytes(storage.join(folder, file[0])).decode().splitlines()
         complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
-        by_attempt.setdefault(name.split("-")[0], []).extend(json.loads(line) for line in complete)
+        by_attempt.setdefault(file["attempt"], []).extend(json.loads(line) for line in complete)
     kept: list[Row] = []
     for rows in filter(None, by_attempt.values()):  # an attempt may have died before its first row
         kept = [row for row in kept if row.get("step", 0) <= rows[0]["step"]] + rows
@@ -252,11 +267,11 @@ def read_rows(out: str) -> list[Row]:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; written beside the run, or here and copied at commits when RUN is a URL.
+    """A sink that writes scalars for TensorBoard, into RUN, or here and copied at commits if RUN is remote.
 
     Args:
-        out: RUN.
-        attempt: of this start; each has its own folder, so that a curve shows where a run went on.
+        out: URL of the run folder, RUN.
+        attempt: name of this attempt; each has its own folder, so that curves show where a run resumed.
     """
 
     def __init__(self, out: str, attempt: str) -> None:
@@ -289,14 +304,14 @@ class TensorBoard:
 
 
 class LogFile:
-    """This rank's log, RUN/logs/ATTEMPT/rank-r.log; copied there at commits when RUN is a URL.
+    """This rank's log, RUN/logs/ATTEMPT/rank-r.log; copied there at commits if RUN is remote.
 
     Args:
-        out: RUN.
-        attempt: of this start.
-        rank: of this process.
-        has_output: all that the process prints too, its libraries' and its last words included, instead of showing
-            it; for workers that nobody watches.
+        out: URL of the run folder, RUN.
+        attempt: name of this attempt.
+        rank: this process's rank.
+        has_output: redirect everything that the process prints into the log, libraries' output and crash traces
+            included; for workers without a terminal.
     """
 
     def __init__(self, out: str, attempt: str, rank: int, *, has_output: bool = False) -> None:
@@ -312,7 +327,7 @@ class LogFile:
         self._handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("dist_mlpl"))
         logging.getLogger().addHandler(self._handler)
         logging.getLogger("dist_mlpl").setLevel(logging.INFO)
-        self._shown: dict[int, int] = {}  # where standard output and error went before
+        self._shown: dict[int, int] = {}  # duplicates of the original standard output and error
         if has_output:
             faulthandler.enable(self._file)
             for number in (1, 2):
@@ -320,13 +335,13 @@ class LogFile:
                 os.dup2(self._file.fileno(), number)
 
     def copy(self) -> None:
-        """Make what was logged so far outlive this machine."""
+        """Flush the log, and copy it to RUN if that is remote."""
         self._handler.flush()
         if self._is_remote:
             storage.upload(self._path, self._url)
 
     def close(self) -> None:
-        """Copy for the last time and let go."""
+        """Copy the log a last time, and restore standard output and error."""
         if self._shown:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Owns one rank's run: everything it works with, opened in order, and what happens between its steps."""
+"""Owns one rank's run: all its parts, opened in order, and what happens between training steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.build import build_cache, build_method, build_stream, build_view, check_cache, open_samples
-from dist_mlpl.chain import Commit, RunIdentity, read_model, read_newest
+from dist_mlpl.chain import Commit, RunIdentity, read_head, read_model, read_newest
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded, is_due
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one rank's run works with, opened in order."""
+    """All parts of one rank's run, opened by `open_run`."""
 
     config: Config
     manifest: Manifest
@@ -54,11 +54,17 @@ class Run:
     judged_labels: Labels
     saved: Checkpoint
     attempt: Attempt
-    notes: list[str]  # what a person should read once
+    notes: list[str]  # lines that the user should read once
     log_file: LogFile
 
     def restore(self) -> Progress:
-        """Go on where the run stands, and write down the config in force: `evaluate` and the next resume read it.
+        """Load the head of the chain, and save the config in force, which `evaluate` and the next resume read.
+
+        Returns:
+            Where the run stands.
+
+        Raises:
+            BankError, CheckpointError: see `Checkpoint.restore`.
 
         Collective: all ranks.
         """
@@ -68,7 +74,7 @@ class Run:
         return progress
 
     def introduce(self, report: Report, progress: Progress) -> None:
-        """Tell the report what begins here.
+        """Report what starts or resumes here, and the notes.
 
         Collective: all ranks, one gather of names.
         """
@@ -92,7 +98,7 @@ class Run:
         )
 
     def commit(self, progress: Progress, report: Report) -> None:
-        """Make a checkpoint, and all that was reported so far as durable as it.
+        """Save a checkpoint, and make all reports so far durable. Raises as `Checkpoint.save`.
 
         Collective: all ranks.
         """
@@ -101,10 +107,13 @@ class Run:
         self.log_file.copy()
 
     def renew_labels(self, progress: Progress, report: Report) -> Progress | None:
-        """Make a round of labels if one is due, then take over the newest one, whoever made it.
+        """Make a round of labels if one is due, then switch to the newest round, whichever job made it.
 
         Returns:
-            The same position under the newest labels; None when the run was asked to stop in the middle of a round.
+            `progress` with the newest round; None when the run was asked to stop in the middle of a round.
+
+        Raises:
+            MlplError: see `relabel` and `measure`.
 
         Collective: all ranks.
         """
@@ -133,18 +142,18 @@ class Run:
         return progress
 
     def judge_if_due(self, progress: Progress, report: Report) -> None:
-        """Evaluate the epoch that just ended, unless that is done; RUN/evaluations holds one record a step.
+        """Evaluate the epoch that just ended, unless it is not due or done already; RUN/evaluations has the record.
 
-        It comes after the epoch's commit, so that nothing is lost if the evaluation fails or is killed.
+        This comes after the epoch's commit, so nothing is lost if the evaluation fails or is killed.
 
         Collective: all ranks.
         """
         config, epoch = self.config, progress.epoch
-        is_due = epoch % config.evaluation.every_epochs == 0 or epoch == config.num_epochs
-        if progress.samples_consumed > 0 or epoch == 0 or not is_due:
+        is_judged = epoch % config.evaluation.every_epochs == 0 or epoch == config.num_epochs
+        if progress.samples_consumed > 0 or epoch == 0 or not is_judged:
             return
         head = self.saved.head
-        assert head is not None  # it ended this epoch
+        assert head is not None  # the epoch ended with it
         url = storage.join(config.run_folder, "evaluations", f"{head.name}.json")
         about = {"step": head.step, "attempt": head.attempt, "epoch": epoch, "split": config.data.eval_split}
         if comm.on_first_rank(lambda: _is_about(url, head)):
@@ -159,12 +168,17 @@ class Run:
 def open_run(
     config: Config, world: World, *, allow_change: bool, is_output_logged: bool, job: str | None = None
 ) -> Iterator[Run]:
-    """Check what can be checked, then build everything from the manifest to the checkpoint.
+    """Check the config, then open all parts of a run, from the samples to the checkpoint.
 
-    Whatever ends the run goes into its log; its threads stop, and the log is closed, with the context.
+    The error that ends the run goes into its log. Leaving the context stops the run's threads and closes the log.
+
+    Args:
+        config: the run's config.
+        world: this rank.
+        allow_change, is_output_logged, job: see `train`.
 
     Raises:
-        MlplError: before any work is lost.
+        MlplError: the run cannot start; nothing that was committed is lost.
 
     Collective: all ranks.
     """
@@ -230,7 +244,7 @@ def open_run(
 
 @contextmanager
 def _logged(out: str, attempt: Attempt, world: World, *, has_output: bool) -> Iterator[LogFile]:
-    """This rank's log, whose last lines say what ended the run."""
+    """Open this rank's log; an exception that ends the run becomes its last lines."""
     log_file = LogFile(out, attempt.name, world.rank, has_output=has_output)
     try:
         yield log_file
@@ -245,25 +259,25 @@ def _logged(out: str, attempt: Attempt, world: World, *, has_output: bool) -> It
 
 
 def _is_about(url: str, commit: Commit) -> bool:
-    """Whether an evaluation is of this commit, and not of one at the same step that was moved away."""
+    """Whether a record exists for this commit, rather than for one at the same step that was moved away."""
     return storage.exists(url) and json.loads(storage.read_bytes(url)).get("attempt") == commit.attempt
 
 
 def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
-    """Hold the config against the one in force in the run folder. Rank 0 decides for all.
+    """Compare the config with the one saved in the run folder. Rank 0 decides for all.
 
     Returns:
-        Lines that say what changed.
+        Lines that say what changed; none in a new run folder.
 
     Raises:
-        CheckpointError: a change that is refused, or needs --allow-change.
+        CheckpointError: a change is refused, or needs --allow-change.
 
     Collective: all ranks, one broadcast.
     """
 
     def compare() -> list[str]:
-        if not storage.exists(run_config_url(config.run_folder)):
-            return []
+        if read_head(config.run_folder) is None or not storage.exists(run_config_url(config.run_folder)):
+            return []  # nothing was trained yet that another config could contradict
         changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
         return [f"changed since the run was last started: {line}" for line in changes]
 
@@ -271,18 +285,23 @@ def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
 
 
 def start_from(url: str, engine: Engine) -> str:
-    """Take over the model of another run where names and shapes agree.
+    """Load the model of another run where names and shapes agree.
+
+    Args:
+        url: URL of that run's folder.
+        engine: receives the tensors.
 
     Returns:
-        A line that says how much was taken.
+        A line that says how many tensors were loaded, and which were kept as they are, and why.
 
     Raises:
-        CheckpointError: no such run, or not enough of it for the method.
+        CheckpointError: no such run, no tensor that fits, or too few for the method.
 
     Collective: all ranks, one broadcast of a commit.
     """
-    model = read_model(url, comm.on_first_rank(lambda: read_newest(url)))  # one for all ranks: it may still train
-    taken = engine.load_matching(model)
+    # Read the commit once for all ranks, as that run may still train.
+    model = read_model(url, comm.on_first_rank(lambda: read_newest(url)))
+    taken, kept = engine.load_matching(model)
     if not taken:
         raise CheckpointError(
             f"none of {len(model)} tensors has a name and shape of this method's",
@@ -291,4 +310,6 @@ def start_from(url: str, engine: Engine) -> str:
             next_step="check the path and the backbone's name",
         )
     engine.method.check_start(url, taken)
-    return f"init_from {url}: {len(taken)} of {len(model)} tensors taken over"
+    parts = [f"{len(taken)} of {len(model)} tensors taken over"]
+    parts += [f"kept: {name}, {reason}" for name, reason in kept.items()]
+    return f"init_from {url}: {'; '.join(parts)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +38,10 @@ def stopped_by(rank: int, world_size: int, out: str, fault: str, verb: str) -> s
         identity=RunIdentity(global_batch=GLOBAL_BATCH, num_lanes=1, window_samples=1, group_size=4, digests={}),
         attempt=attempt, length=RunLength(1, 10 * GLOBAL_BATCH), keep_checkpoints=1,
     )  # fmt: skip
-    if rank == 0 and fault == "attempt":
-        Path(out, "attempts", "0002.json").write_text("{}")
+    saved.restore()
+    if rank == 0 and "attempt" in fault:
+        has_taken_over = fault == "attempt"
+        Path(out, "attempts", "0002.json").write_text(json.dumps({"has_taken_over": has_taken_over}))
     if rank == 0 and fault == "commit":
         Path(commit_url(out, 1)).parent.mkdir(exist_ok=True)
         Path(commit_url(out, 1)).write_text("not a record")
@@ -57,6 +60,7 @@ def stopped_by(rank: int, world_size: int, out: str, fault: str, verb: str) -> s
     ("fault", "expected"),
     [
         ("none", "saved"),
+        ("attempt that has not taken over", "saved"),
         ("attempt", "OvertakenError"),
         ("commit", "CheckpointError"),
         ("positions", "RankMismatchError"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_mlpl.checkpoint import begin_attempt, newest_job
+from dist_mlpl.checkpoint import begin_attempt, newest_job, take_over
 from dist_mlpl.errors import ConfigError, OvertakenError, StorageError
 
 pytestmark = pytest.mark.integration
@@ -20,14 +20,19 @@ def test_a_job_gives_way_to_another_one_but_not_to_its_own_older_workers(tmp_pat
     from dist_mlpl.cluster import is_final  # imports Ray
 
     run = str(tmp_path)
-    begin_attempt(run, "config", job="this")
-    begin_attempt(run, "config", job="this")  # the group of workers, started again
+
+    def start(job: str | None) -> None:
+        take_over(run, begin_attempt(run, "config", job=job))
+
+    start("this")
+    start("this")  # the group of workers, started again
+    begin_attempt(run, "config", job="one that fails before it takes over")
     assert newest_job(run) == "this"
     assert not is_final(fault(OvertakenError), run, "this")
-    begin_attempt(run, "config")  # --local, by hand
+    start(None)  # --local, by hand
     assert newest_job(run) is None
     assert is_final(fault(OvertakenError), run, "this")
-    begin_attempt(run, "config", job="other")
+    start("other")
     assert is_final(fault(OvertakenError), run, "this")
     assert not is_final(fault(OvertakenError), run, None), "a round of labels: the faster job commits it"
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import pytest
 
 from dist_mlpl import storage
 from dist_mlpl.chain import read_chain
+from dist_mlpl.config import read_run_config
 from dist_mlpl.errors import CheckpointError
-from dist_mlpl.progress import read_rows
+from dist_mlpl.progress import Row, read_rows
 from tests.support.runs import (
     assert_same_end,
     command,
@@ -254,6 +256,76 @@ def test_a_newer_attempt_makes_an_older_one_give_way(shards: str, tmp_path: Path
     assert "OvertakenError" in older.communicate(timeout=120)[1]
     assert older.returncode == 4
     assert json.loads(run("audit", str(out), "--json").stdout)["is_exact"]
+
+
+class AtStep:
+    """A sink that does something at a step."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self._step, self._act = step, act
+
+    def row(self, row: Row) -> None:
+        if (row["event"], row.get("step")) == ("step", self._step):
+            self._act()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_start_that_fails_leaves_the_run_that_goes_on_alone(shards: str, tmp_path: Path) -> None:
+    config, out = tiny_config(shards), tmp_path / "run"
+    bad = write_config(tmp_path / "bad.yaml", tiny_config(shards, engine={"micro_batch": 1}))
+    elsewhere = write_config(tmp_path / "else.yaml", tiny_config(tiny_shards(tmp_path / "other", num_classes=6)))
+    codes: list[int] = []
+
+    def start_others() -> None:
+        codes.extend(
+            run("train", path, "--local", "--out", str(out), check=False).returncode for path in (bad, elsewhere)
+        )
+
+    train_in_process(config, out, AtStep(3, start_others))
+    assert codes == [2, 4]
+    assert [commit.attempt for commit in read_chain(str(out))] == ["0001"] * 6
+
+
+def test_secrets_of_a_store_stay_out_of_the_run_folder_when_a_run_is_resumed(shards: str, tmp_path: Path) -> None:
+    config = tiny_config(shards)
+    config["data"]["storage_options"] = {"secret": "XYZZY", "client_kwargs": {"token": "PLUGH"}}
+    for _ in range(2):
+        train_in_process(config, tmp_path / "run", max_steps=1)
+    files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [content for content in files if b"XYZZY" in content or b"PLUGH" in content]
+
+
+def test_a_run_that_committed_nothing_may_start_again_under_another_config(shards: str, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("killed before the first commit")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train_in_process(tiny_config(shards, seed=3), tmp_path / "run", AtStep(1, fail))
+    assert (tmp_path / "run" / "config.yaml").exists()
+    train_in_process(tiny_config(shards), tmp_path / "run", max_steps=1)
+    assert read_run_config(str(tmp_path / "run")).seed == 0
+
+
+def test_files_that_are_not_of_the_run_are_left_alone_in_its_folder(
+    undisturbed: Path, shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    newest = max((out / "commits").iterdir())
+    shutil.copy(newest, newest.with_name(f"old-{newest.name}"))
+    shutil.copy(newest, newest.with_name(f"{newest.name}.bak"))
+    newest.unlink()
+    (out / "attempts" / "0001.json.bak").write_text("{}")
+    (out / "metrics" / "my.jsonl").write_text("{}")
+    run("train", write_config(tmp_path / "run.yaml", tiny_config(shards)), "--local", "--out", str(out))
+    assert read_chain(str(out))[-1].step == 12
+    assert read_rows(str(out))[-1]["epoch"] == 2
 
 
 def test_audit_finds_a_sample_that_was_not_the_planned_one(undisturbed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def test_settings_never_change_after_they_are_read() -> None:
 
 FREE = {
     "out": "x", "engine__micro_batch": 4, "engine__kind": "plain", "engine__zero_stage": 1, "data__num_workers": 7,
-    "data__cache_bytes": 1 << 40, "data__manifest": "s3://elsewhere", "data__storage_options": {"anon": True},
+    "data__cache_bytes": 1 << 40, "data__manifest": "s3://elsewhere",
     "data__max_bad_fraction": 0.5, "cluster__num_workers": 5, "cluster__max_failures": 9, "save_every_steps": 3,
     "evaluation__top_k": 5,
 }  # fmt: skip
@@ -426,3 +427,18 @@ def test_storage_options_that_are_refused_are_not_printed(text: str, says: str) 
     with pytest.raises(ConfigError, match=says) as refused:
         parse_storage_options(text)
     assert "XYZZY" not in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["data.storage_options={secret: XYZZY", "data.storage_options=XYZZY"])
+def test_a_wrong_override_of_the_store_does_not_show_its_secrets(override: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE))
+    with pytest.raises(ConfigError, match="storage_options") as refused:
+        load_config(str(tmp_path / "run.yaml"), overrides=[override])
+    assert "XYZZY" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_a_yaml_error_says_where_and_not_what_the_line_holds(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 0\ndata: {storage_options: {secret: XYZZY}")
+    with pytest.raises(ConfigError, match="line 2, column 40: expected") as refused:
+        load_config(str(tmp_path / "run.yaml"))
+    assert "XYZZY" not in "".join(traceback.format_exception(refused.value))
