@@ -1,4 +1,4 @@
-"""Owns banks in a checkpoint: each rank writes the shards that changed, and reads those that it holds."""
+"""Owns banks in checkpoints: each rank writes the shards that changed, and reads the shards that it holds."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from dist_mlpl.banks.held import BankSpec
 from dist_mlpl.chain import BankPart, BankRecord, Commit, CommitFile, read_file
 from dist_mlpl.errors import BankError, MlplError
 
-_FILE_BYTES: Final = 64 << 20  # a larger file is cut at the next shard: its content is in memory while it is written
+_FILE_BYTES: Final = 64 << 20  # largest file (unless one shard is larger), as its content is in memory while written
 
 
 def save_banks(
     out: str, folder: str, banks: Mapping[str, Bank], parent: Commit | None
 ) -> tuple[dict[str, BankRecord], list[CommitFile]]:
-    """Write what changed since the parent commit; the rest is taken over from it by name.
+    """Write the shards that changed since the parent commit; the record refers to the parent's files for the rest.
 
     Args:
-        out: RUN.
-        folder: of the checkpoint, below RUN.
+        out: URL of the run folder, RUN.
+        folder: the checkpoint's folder, below RUN.
         banks: by name, the same on every rank.
-        parent: of the commit to come.
+        parent: parent of the commit to come; None for the first.
 
     Returns:
         Every bank's record and all files that they need, the same on every rank.
 
     Raises:
-        BankError: rows that waited for their owners are refused, see `WritableBank.write`; on all ranks, and nothing
-            is saved.
-        MlplError: a rank that cannot write; on all ranks.
+        BankError: buffered rows are refused, see `WritableBank.write`; on all ranks, and nothing is saved.
+        MlplError: a rank cannot write; on all ranks.
 
     Collective: all ranks, `Bank.flush` of every bank and one gather of records.
     """
@@ -67,16 +66,16 @@ def save_banks(
 
 
 def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
-    """Take over the rows that this rank holds, saved on any number of ranks.
+    """Load the rows that this rank holds, saved on any number of ranks.
 
     Args:
-        out: RUN of the commit.
-        commit: which holds the banks.
+        out: URL of the run folder that has the commit.
+        commit: holds the banks.
         banks: by name; the commit may hold others.
 
     Raises:
-        BankError: the commit lacks one, or holds one of another make.
-        CheckpointError: a file is missing or damaged; on all ranks, whoever read it.
+        BankError: the commit lacks a bank, or holds it with another specification.
+        CheckpointError: a file is missing or damaged; on all ranks, whichever read it.
 
     Collective: all ranks, one gather of errors; see `Bank.flush` and `Bank.mark_loaded`.
     """
@@ -103,7 +102,7 @@ def load_banks(out: str, commit: Commit, banks: Mapping[str, Bank]) -> None:
 
 
 def _cut(bank: Bank, shards: Iterable[int]) -> list[list[int]]:
-    """Shards, in files of at most _FILE_BYTES or one shard."""
+    """Group shards into files of at most _FILE_BYTES, or of one shard."""
     files: list[list[int]] = []
     room = 0
     for shard in shards:
@@ -117,7 +116,7 @@ def _cut(bank: Bank, shards: Iterable[int]) -> list[list[int]]:
 
 
 def _ranges(shards: Iterable[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as ranges [first, stop)."""
+    """Distinct numbers as ascending ranges [first, stop)."""
     ranges: list[tuple[int, int]] = []
     for shard in sorted(shards):
         if ranges and ranges[-1][1] == shard:
@@ -128,7 +127,7 @@ def _ranges(shards: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _still_in_force(kept: Iterable[BankPart], new: Iterable[BankPart]) -> list[BankPart]:
-    """Earlier parts without the shards that newer ones hold; those with none left are gone."""
+    """Earlier parts without the shards that newer parts hold; parts with none left are dropped."""
     replaced = {shard for part in new for first, stop in part.shards for shard in range(first, stop)}
     left = []
     for part in kept:

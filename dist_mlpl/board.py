@@ -1,4 +1,4 @@
-"""Owns what passes between workers on Ray and the driver that shows and stops them."""
+"""Owns communication between workers on Ray and the driver, which shows and stops them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dist_mlpl import comm
 from dist_mlpl.errors import MlplError
 from dist_mlpl.progress import Action, Row
 
-_PUSH_SECONDS = 0.3  # at least, between two rows of steps
+_PUSH_SECONDS = 0.3  # shortest time between two pushes of step rows
 
 
 class Board:
-    """An actor between workers and the driver: rows go one way, the wish to stop the other.
+    """An actor between workers and the driver: rows go one way, stop requests the other.
 
-    Ray's trainer runs in it too, beside the other calls: nobody but the owner of Ray's controller can end it, and with
-    this actor it ends, and the workers with it. From a thread of the driver it could not be ended at all.
+    Ray's trainer runs in it too, concurrently with the other calls: only the owner of Ray's controller can end it, so
+    killing this actor ends the trainer and the workers. From a thread of the driver it could not be ended at all.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Board:
 
     @ray.method(concurrency_group="fit")
     def fit(self, trainer: TorchTrainer) -> Exception | None:
-        """Run workers until they end; what Ray says of their failures, if it gave up on them."""
+        """Run workers until they end; returns Ray's error if it gave up on them, else None."""
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -40,46 +40,46 @@ class Board:
         return None
 
     def push(self, rows: list[Row]) -> Action:
-        """Rank 0 hands over rows and learns what the driver wants."""
+        """Rank 0: add rows, and return the action that the driver wants."""
         self._rows.extend(rows)
         return self._action
 
     def open(self) -> MlplError | None:
-        """A worker begins: from now on workers are at work. The error that none should repeat, if there is one."""
+        """A worker: note that workers run, and return the error that would only repeat, if there is one."""
         self._is_running = True
         return self._fatal
 
     def lose(self) -> None:
-        """A group of workers has ended in an error; Ray may start another when it finds room for one."""
+        """Note that a group of workers has ended in an error; Ray may start another when it finds room for one."""
         self._is_running = False
 
     def take(self) -> tuple[list[Row], bool]:
-        """The driver takes the rows, and learns whether workers are at work."""
+        """The driver: take the rows, and return whether workers are running."""
         rows, self._rows = self._rows, []
         return rows, self._is_running
 
     def ask_stop(self) -> None:
-        """The driver wants a commit and an end."""
+        """The driver: ask the workers to commit and stop."""
         self._action = Action.STOP
 
     def give_up(self, error: MlplError) -> None:
-        """A worker met an error that a restart would only repeat; the first one is kept."""
+        """A worker: report an error that a restart would only repeat; the first one is kept."""
         self._fatal = self._fatal or error
 
     def fatal(self) -> MlplError | None:
-        """That error, if there is one."""
+        """The error reported to `give_up`, or None."""
         return self._fatal
 
 
 def make_board() -> Any:
-    """The actor, on the driver's node."""
+    """Start the actor, on the driver's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(Board)
     return actor.remote()
 
 
 class BoardSink:
-    """Rank 0's side of the board; never waits for it."""
+    """A sink that pushes rank 0's rows to the board; it never waits for it."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
@@ -94,10 +94,10 @@ class BoardSink:
             self._push()
 
     def ask(self) -> Action:
-        """What the driver wanted when it was last heard of, which is not long ago."""
+        """The action that the driver wanted at the last answer, at most a moment ago."""
         self._listen()
         if self._answer is None and comm.rank() == 0 and time.monotonic() - self._pushed > _PUSH_SECONDS:
-            self._push()  # where no rows are told for a while, a stop would not be heard
+            self._push()  # otherwise a stop would go unnoticed while there are no rows
         return self.action
 
     def _listen(self) -> None:
@@ -106,7 +106,7 @@ class BoardSink:
             self._answer = None
 
     def _push(self) -> None:
-        self._listen()  # to the answer to the last push, before its successor takes its place
+        self._listen()  # read the answer to the last push before the next one replaces it
         self._answer = self._board.push.remote(self._rows)
         self._rows, self._pushed = [], time.monotonic()
 
@@ -117,7 +117,7 @@ class BoardSink:
         self._push()
 
 
-class Losses(UserCallback):
+class LostWorkers(UserCallback):
     """Tells the board, from Ray's own process, that a group of workers has ended in an error.
 
     Args:
@@ -128,5 +128,5 @@ class Losses(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """See Ray."""
+        """Called by Ray; see `ray.train.UserCallback`."""
         ray.get(self._board.lose.remote())

@@ -1,6 +1,6 @@
-"""Owns how a config becomes what a run reads and trains: samples, view, cache, stream, method.
+"""Owns building the parts of a run from its config: samples, view, cache, stream, method.
 
-The recipe, evaluation, relabelling jobs and pictures all build theirs here, so that they see the same data.
+Training, evaluation, relabelling jobs and pictures all build theirs here, so that they see the same data.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from dist_mlpl.world import World
 
 
 def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
-    """Find the samples of some splits, by their index or as tars without one.
+    """Open the samples of some splits, in the order named, by their index or as tars without one.
 
     Raises:
-        MlplError: no such split, no manifest, no tars.
+        MlplError: no such split, no manifest or no tars.
     """
     if data.unindexed is not None:
         return [open_tars(data.unindexed, split) for split in splits]
@@ -46,7 +46,11 @@ def build_method(config: Config, manifest: Manifest) -> Method:
 
 
 def build_view(data: DataSettings, index: AnySamples) -> LabelView | None:
-    """What train labels are seen through, or None when every label may be seen as it is."""
+    """The view through which train labels are seen; None if all labels are visible.
+
+    Raises:
+        MlplError: a view on disk is missing or belongs to other shards, or the whole split of a held-out part is gone.
+    """
     if isinstance(index, TarSet):
         return None
     if data.held_out_fraction is not None:  # drawn over the whole split, so that each sample keeps its labels
@@ -69,20 +73,24 @@ def build_view(data: DataSettings, index: AnySamples) -> LabelView | None:
 
 
 def build_cache(data: DataSettings, index: AnySamples, world: World) -> ExtentCache | None:
-    """This node's cache of remote shards, or None where there is nothing to cache."""
+    """This node's cache of remote shards; None for local shards, tars without an index, or `data.cache_bytes` 0.
+
+    Raises:
+        ConfigError: no permission to write the cache folder.
+    """
     if isinstance(index, TarSet) or data.cache_bytes == 0 or not index.is_remote:
         return None
     return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
 
 
 def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
-    """Hold data.cache_bytes against what the ranks of this node read at once.
+    """Check data.cache_bytes against what the ranks of this node read at once.
 
     Returns:
-        Lines for a person: what the node's cache needs, what would keep the whole split.
+        Lines for the user: what this node's cache needs, and what would keep the whole split; none for local shards.
 
     Raises:
-        ConfigError: too small.
+        ConfigError: data.cache_bytes is too small.
     """
     data = config.data
     if not index.is_remote:
@@ -103,7 +111,22 @@ def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
 def build_stream(
     config: Config, samples: AnySamples, cache: ExtentCache | None, world: World, engine: Engine, *, train: bool
 ) -> AnyStream:
-    """Batches of one split for this rank, augmented or as they are."""
+    """Open the batches of one split for this rank; the caller closes the stream.
+
+    Args:
+        config: the run's config.
+        samples: the split, from `open_samples`.
+        cache: this node's cache, from `build_cache`; None to read every remote sample singly.
+        world: this rank.
+        engine: its device is where batches go.
+        train: crop, flip and augment; False for the evaluation transform.
+
+    Returns:
+        A `Stream`, or for tars without an index a `TarStream`.
+
+    Raises:
+        ConfigError: with `train`, fewer tars without an index than ranks.
+    """
     transform = Transform(config.transform, seed=config.seed, train=train)
     if isinstance(samples, TarSet):
         return TarStream(
@@ -128,7 +151,13 @@ def build_stream(
 
 
 def epoch_order(config: Config, samples: AnySamples, epoch: int) -> EpochOrder:
-    """The order of one epoch of this run."""
+    """The order of one epoch of this run.
+
+    Args:
+        config: the run's config.
+        samples: the train split.
+        epoch: counted from 0.
+    """
     return EpochOrder(
         samples.shard_sizes,
         seed=config.seed,

@@ -1,6 +1,6 @@
-"""Owns the command line: one verb, one function, no logic of its own.
+"""Owns the command line: one function per command, with no logic of its own.
 
-Verbs import what they need when they run: threads are set before torch loads, and `--help` answers at once.
+Commands import what they need when they run, so that threads are set before torch loads, and `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Run a verb; typed errors become four lines on standard error and an exit code."""
+    """Run a command; typed errors become four lines on standard error and an exit code."""
     try:
         app(standalone_mode=True)
     except MlplError as error:
@@ -67,7 +67,7 @@ def train(
         bool, typer.Option("--profile", help="Trace a few steps now and then, into RUN/profile; says where time goes.")
     ] = False,
 ) -> None:
-    """Train, or go on where the run folder stands."""
+    """Train, or resume from the run folder's newest commit."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.config import load_config
 
@@ -94,7 +94,7 @@ def evaluate(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the newest commit of a run."""
+    """Evaluate the newest commit of a run."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.display import metrics_table
     from dist_mlpl.tools.judge import judge
@@ -165,7 +165,7 @@ def sweep(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make many runs, those that are missing, and fill a table: mean and spread over seeds."""
+    """Make the missing runs of a sweep, and a table of means and spreads over seeds."""
     from dist_mlpl.display import work_bar
     from dist_mlpl.local import StopRequest
     from dist_mlpl.tools.sweep import is_known_word, plan_sweep
@@ -173,7 +173,7 @@ def sweep(
     from dist_mlpl.tools.sweep_queue import check_outcome, make_sweep
     from dist_mlpl.tools.sweep_table import rows_json, tabulate
 
-    # In `--known 0.1 0.3` the 0.3 comes as an argument of its own.
+    # In `--known 0.1 0.3`, typer passes 0.3 as a config.
     words = [*(known or []), *(word for word in configs if is_known_word(word))]
     paths = [word for word in configs if not is_known_word(word)]
     runs = plan_sweep(
@@ -209,7 +209,7 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """What trunk, heads and banks of a run hold, send and compute; nothing is trained."""
+    """Show the memory, traffic and FLOPs of a run's trunk, heads and banks, without training."""
     prepare_environment(os.environ, num_ranks=1)
     from dist_mlpl.config import load_config
     from dist_mlpl.tools.plan import LARGEST, document, largest_line, make_plan, plan_table
@@ -239,7 +239,7 @@ def pictures(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw where the model sees its classes, and which images could give which labels to others, into RUN/pictures."""
+    """Draw heatmaps of the model's classes, and labels that similar images could transfer, into RUN/pictures."""
     prepare_environment(os.environ, num_ranks=1)
     from dist_mlpl.tools.pictures import draw_pictures
 
@@ -255,7 +255,7 @@ def demo(
     folder: Annotated[str, typer.Option(help="Where images, logs and the embedded bucket's copy go.")] = "runs/demo",
     epochs: Annotated[int | None, typer.Option(help="Epochs; the config's by default.")] = None,
 ) -> None:
-    """The whole system on this machine: S3, shards, two Ray workers, a killed worker, recovery, the result."""
+    """Run the whole system on this machine: S3, shards, two Ray workers, a killed worker, recovery, the result."""
     prepare_environment(os.environ, num_ranks=2)
     from dist_mlpl.tools.demo import run_demo
 
@@ -264,7 +264,7 @@ def demo(
 
 @config_app.command("show")
 def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print a config as it resolves, defaults included."""
+    """Print the resolved config, defaults included."""
     from dist_mlpl.config import load_config
 
     print(load_config(config, overrides=overrides).to_yaml(is_whole=True), end="")
@@ -272,7 +272,7 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @config_app.command("check")
 def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config and say what is wrong with it."""
+    """Check a config and list what is wrong with it."""
     from dist_mlpl.config import load_config
 
     print(f"valid, digest {load_config(config, overrides=overrides).digest[:16]}")

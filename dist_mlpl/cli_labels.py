@@ -1,4 +1,4 @@
-"""Owns the verbs about beliefs: `relabel`, which makes a round of labels, and `labels`, which looks at rounds."""
+"""Owns the commands about beliefs: `relabel`, which makes a round of labels, and `labels`, which inspects rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RoundNumber = Annotated[int | None, typer.Option("--round", help="A committed ro
 
 
 def add_label_verbs(app: typer.Typer) -> None:
-    """Hang `relabel` and `labels` into the command line."""
+    """Add `relabel` and `labels` to the command line."""
     app.command()(relabel)
     app.add_typer(labels_app, name="labels")
 
@@ -43,7 +43,7 @@ def relabel(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the next round of labels from a run's model; a running training takes it up at its next epoch."""
+    """Make the next round of labels from a run's model; a running training switches to it at its next epoch."""
     prepare_environment(os.environ, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     from dist_mlpl.display import round_line
     from dist_mlpl.tools.relabel_job import job_config
@@ -69,7 +69,7 @@ def relabel(
 
 @labels_app.command("log")
 def labels_log(run: RunUrl, storage_options: StorageOptions = None, as_json: AsJson = False) -> None:
-    """Every round: what made it and when, how much it holds, how much was right where hidden labels told the run."""
+    """List all rounds: how and when each was made, its numbers of labels, and its precision on hidden labels."""
     from dist_mlpl import storage
     from dist_mlpl.tools.label_rounds import rounds_of
 
@@ -98,7 +98,7 @@ def labels_show(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a round holds by class, or a picture of samples with all that is known and believed about them."""
+    """Show a round's labels by class, or draw samples with their known labels and beliefs."""
     from dist_mlpl import storage
     from dist_mlpl.config import read_run_config
     from dist_mlpl.tools.label_rounds import class_counts, committed, open_split, rounds_of, truth_of
@@ -137,7 +137,7 @@ def labels_diff(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """What beliefs became between two rounds: added, removed, flipped."""
+    """Show how beliefs changed between two rounds: added, removed, flipped."""
     from dist_mlpl import storage
     from dist_mlpl.tools.label_rounds import DIFFERENCES, committed, differences, open_split
 
@@ -161,7 +161,7 @@ def labels_rollback(
     to: Annotated[int | None, typer.Option(help="Round to restore, 0 for no beliefs; else the one before.")] = None,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Drop a round that was never finished, else restore an earlier one as a new round."""
+    """Drop an unfinished round, else restore an earlier one as a new round."""
     from dist_mlpl import storage
     from dist_mlpl.tools.label_rounds import roll_back
 
@@ -180,7 +180,7 @@ def _print_round(console: Console, one: Round) -> None:
 
 
 def _class_table(names: list[str], counts: Any, columns: Sequence[str], top: int) -> Table:
-    """Rows of (C, k) counts, those with the largest sums first."""
+    """A table of (C, k) counts with one row per class, largest sums first, at most `top` rows."""
     table = Table()
     table.add_column("class", overflow="fold")
     for name in columns:

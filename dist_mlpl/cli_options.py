@@ -1,4 +1,4 @@
-"""Owns what the verbs of the command line share: options, and how a result is printed as JSON."""
+"""Owns what commands share: options, and printing a result as JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def parse_storage_options(text: str | None) -> dict[str, Any] | None:
-    """`--storage-options` as a dict.
+    """Parse `--storage-options` to a dict; None stays None.
 
     Raises:
-        ConfigError: it is no JSON object. The message does not hold the text, which may have secrets in it.
+        ConfigError: not a JSON object. The message omits the text, which may contain secrets.
     """
     if text is None:
         return None
@@ -39,7 +39,7 @@ def parse_storage_options(text: str | None) -> dict[str, Any] | None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One object; undefined numbers are null, for JSON has no NaN."""
+    """Print one JSON object; non-finite numbers become null, since JSON has no NaN."""
     from dist_mlpl.progress import without_nan
 
     print(json.dumps(without_nan(document)))

@@ -1,4 +1,4 @@
-"""Owns the verbs of `dist-mlpl shards`: one verb, one function, no logic of its own."""
+"""Owns the commands of `dist-mlpl shards`: one function per command, with no logic of its own."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def shards_build(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack images and labels into tars, their indexes and one manifest; the same command again goes on."""
+    """Pack images and labels into tars, indexes and one manifest; run again to resume."""
     from shards.build import build
 
     began, mapper = time.monotonic(), _mapper(ray_address, workers, storage_options)
@@ -120,7 +120,7 @@ def shards_extend(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add images that a packed set lacks, as new shards behind the old ones."""
+    """Add images that a packed set lacks, as new shards after the existing ones."""
     from shards.extend import extend
 
     began, mapper = time.monotonic(), _mapper(ray_address, workers, storage_options)
@@ -150,7 +150,7 @@ def shards_repair(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a packed set, and pack damaged or missing shards again from the source, to the same bytes."""
+    """Verify a packed set, and repack damaged or missing shards from the source, to the same bytes."""
     from shards.repair import repair
 
     mapper = _mapper(ray_address, workers, storage_options)
@@ -185,7 +185,7 @@ def shards_index(
     workers: Annotated[int, typer.Option(help="Threads.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Index tars of other people's where they lie, by their headers."""
+    """Index existing tars in place, by their headers."""
     from shards.index import index_tars
 
     with _bar() as on_progress:
@@ -224,7 +224,7 @@ def shards_verify(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read everything again and compare it with the manifest."""
+    """Read a whole set again and compare it with the manifest."""
     from shards.verify import verify
 
     mapper = _mapper(ray_address, workers, storage_options)
@@ -254,10 +254,10 @@ def shards_verify(
 
 
 def _mapper(ray_address: str | None, workers: int | None, storage_options: str | None) -> Mapper | None:
-    """Where the work is done; None for processes of this machine. Storage is set up on the way.
+    """Configure storage, and make the mapper for --ray-address; None for processes of this machine.
 
     Raises:
-        ConfigError: two places at once.
+        ConfigError: both --workers and --ray-address, or invalid storage options.
     """
     from dist_mlpl import storage
 
@@ -282,10 +282,10 @@ def _source(
     order: str | None,
     others: Any,
 ) -> Source:
-    """The data set that the options describe.
+    """Read the data set that the options describe, and map its classes.
 
     Raises:
-        ConfigError: an option that is no KEY=VALUE, or given twice; see `read_source`.
+        ConfigError: an option that is not KEY=VALUE, or is given twice; see `read_source`.
         DataError: see `read_source`.
     """
     from shards.sources.mapping import map_classes
@@ -307,7 +307,7 @@ def _source(
 
 
 def _show_set(manifest: Manifest, state: str, as_json: bool, began: float, **told: Any) -> None:
-    """What a set holds and where it lies."""
+    """Print a set's size and URL."""
     splits = {
         name: {"num_samples": s.num_samples, "num_shards": len(s.shards), "megabytes": round(s.num_bytes / 1e6, 1)}
         for name, s in manifest.splits.items()
@@ -341,7 +341,7 @@ def _print_faults(console: Console, faults: Any) -> None:
 
 
 def _bar() -> Any:
-    """A bar on standard error for verbs that report (doing, done, total[, bytes])."""
+    """A progress bar on standard error; its callback takes (doing, done, total[, bytes])."""
     from dist_mlpl.display import work_bar
 
     return work_bar()
@@ -431,7 +431,7 @@ def shards_simulate(
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a partial, noisy or web-like labelling and keep it as a view beside the shards, which stay as they are."""
+    """Draw a partial, noisy or web-like labelling, and write it as a view; the shards are not changed."""
     from dist_mlpl import storage
     from shards.simulate import simulate
 

@@ -1,7 +1,7 @@
-"""Owns Ray: the recipe on N workers, restarted when one is lost, shown and stopped from the driver.
+"""Owns runs on Ray: training on N workers, restarted when one is lost, shown and stopped from the driver.
 
-Ray starts, watches and restarts workers. It is handed no checkpoint and no metrics: where a run stands is in the
-commit chain alone, so a restarted worker group, a resubmitted job and a second call of the command are one thing.
+Ray starts, watches and restarts workers. It gets no checkpoints and no metrics: only the commit chain says where a run
+stands, so a restarted worker group, a resubmitted job and a second call of the command all resume alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dist_mlpl import comm, storage
-from dist_mlpl.board import BoardSink, Losses, make_board
+from dist_mlpl.board import BoardSink, LostWorkers, make_board
 from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.checkpoint import newest_job
 from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url, with_absolute_paths
@@ -43,11 +43,11 @@ from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
 
 _POLL_SECONDS = 0.3
-_PATIENCE_SECONDS = 40.0  # a worker group starts in 15 s or so, if the cluster has room for it
+_PATIENCE_SECONDS = 40.0  # when to say that workers are awaited; with room on the cluster, they start in about 15 s
 
 
 class Ending:
-    """Remembers whether the run was stopped before its end."""
+    """A sink that remembers whether the run was stopped before its end."""
 
     def __init__(self) -> None:
         self.is_stopped = False
@@ -72,25 +72,24 @@ def train_on_ray(
     observer: Sink | None = None,
     is_result_shown: bool = True,
 ) -> bool:
-    """Run the recipe on Ray workers and show it here until it ends.
+    """Train on Ray workers and show progress here until the end.
 
-    A lost worker costs the steps since the last commit: Ray starts the group again, up to
-    `cluster.max_failures` times, and the recipe goes on from the chain.
+    A lost worker costs the steps since the last commit: Ray restarts the group, up to `cluster.max_failures` times, and
+    training resumes from the chain.
 
     Args:
-        config: of the run.
-        address: of a running cluster; None for the config's, then RAY_ADDRESS, then a local cluster of this
+        config: the run's config.
+        address: address of a running cluster; None for the config's, then RAY_ADDRESS, then a local cluster on this
             machine that ends with the call.
-        allow_change: as in `train`.
-        max_steps, is_profiled: as in `train`.
-        observer: takes the rows too.
+        allow_change, max_steps, is_profiled: see `train`.
+        observer: another sink for the rows.
         is_result_shown: print the last evaluation at the end.
 
     Returns:
         True when a signal stopped the run before its end.
 
     Raises:
-        MlplError: what stopped the workers, or RunError when they failed too often.
+        MlplError: the error that stopped the workers; RunError if they failed too often.
     """
     config = with_absolute_paths(config)
     check_before_start(config, allow_change=allow_change)
@@ -111,18 +110,18 @@ def relabel_on_ray(
 ) -> Relabelled | None:
     """Make the next round of labels on Ray workers, as many as train the run.
 
-    A lost worker costs the shards that it had not finished: what is scored stays.
+    A lost worker costs the pieces of shards that it had not finished; finished ones are kept.
 
     Args:
         config: from `job_config`.
-        step, manifest_url: as in `relabel_run`.
-        address: as in `train_on_ray`.
+        step, manifest_url: see `relabel_run`.
+        address: see `train_on_ray`.
 
     Returns:
         The round; None when a signal stopped it.
 
     Raises:
-        MlplError: what stopped the workers, or RunError when they failed too often.
+        MlplError: the error that stopped the workers; RunError if they failed too often.
     """
     config = with_absolute_paths(config)
     made: list[Relabelled] = []
@@ -144,27 +143,27 @@ def _run_workers(
     shown: list[Sink],
     stop: StopRequest,
 ) -> bool:
-    """Run a function on every worker until it ends, and show the rows that it tells.
+    """Run a function on every worker until it ends, and show the rows that it reports.
 
     Args:
-        work: takes `arguments`, with the config and the board among them.
-        arguments: what pickles.
-        config: of the run.
-        address: of a running cluster, before the config's.
-        shown: take the rows.
-        stop: asked by a signal. Workers at work end as they see fit; where none are, waiting for them ends.
+        work: takes `arguments`, to which the config and the board are added.
+        arguments: picklable.
+        config: the run's config.
+        address: address of a running cluster, in place of the config's.
+        shown: sinks for the rows.
+        stop: set by a signal. Running workers then stop by themselves; if none run, waiting for them ends.
 
     Returns:
-        False where waiting for workers was ended.
+        False if a signal came while no workers ran.
 
     Raises:
-        MlplError: what stopped the workers, or RunError when they failed too often.
+        MlplError: the error that stopped the workers; RunError if they failed too often.
     """
     with cluster_at(address or config.cluster.address, config):
-        stop.listen()  # not before: ray.init takes SIGTERM for itself
+        stop.listen()  # only now, as ray.init installs its own SIGTERM handler
         board = make_board()
         arguments = arguments | {"config": config.model_dump(mode="json"), "board": board}
-        end = board.fit.remote(_trainer(work, config, arguments, callback=Losses(board)))
+        end = board.fit.remote(_trainer(work, config, arguments, callback=LostWorkers(board)))
         idle_since, is_told, is_given_up = time.monotonic(), False, False
         fatal: MlplError | None = None
         failure: Exception | None = None
@@ -189,7 +188,7 @@ def _run_workers(
         finally:
             for sink in shown:
                 sink.close()
-            with contextlib.suppress(RayError):  # it has ended by itself
+            with contextlib.suppress(RayError):  # it may have ended by itself
                 ray.kill(board)
     if fatal is not None:
         raise fatal
@@ -199,13 +198,13 @@ def _run_workers(
 
 
 def _note(shown: list[Sink], text: str) -> None:
-    """Tell a person, beside the rows of the run."""
+    """Show a note to the user, beside the rows of the run."""
     for sink in shown:
         sink.row({"event": "note", "text": text})
 
 
 def _waiting(config: Config) -> str:
-    """What a person should know who waits for workers that do not come."""
+    """The note shown when no worker has started for a while."""
     have = ray.cluster_resources()
     cluster = config.cluster
     need = f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs" + (
@@ -215,7 +214,7 @@ def _waiting(config: Config) -> str:
 
 
 def check_before_start(config: Config, *, allow_change: bool) -> None:
-    """Find out on the driver what would stop every worker: shards, batch, run folder, changed settings.
+    """Check on the driver what would otherwise stop every worker: shards, batch, run folder, changed settings.
 
     Raises:
         MlplError: see `errors`.
@@ -226,7 +225,7 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
     if config.data.is_view_asked:
         check_size(num_samples, samples.manifest.num_classes)
     elif config.data.view is not None:
-        build_view(config.data, samples)  # missing, or of other shards: found here, not by every worker
+        build_view(config.data, samples)  # raises here, not on every worker, if missing or of other shards
     num_workers = config.cluster.num_workers
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
     check_global_batch(config.global_batch, group_size=config.group_size, world_size=most, num_samples=num_samples)
@@ -249,7 +248,7 @@ def _trainer(
     }
     prepare_environment(environment, num_ranks=1)
     if not cluster.use_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from workers that asked for none
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray does not hide GPUs from workers that asked for none
     filesystem, path = storage.arrow_filesystem(storage.join(config.run_folder, "ray"))
     return TorchTrainer(
         work,
@@ -261,7 +260,7 @@ def _trainer(
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=f"run-{secrets.token_hex(4)}",  # never the same: Ray must not go on from a snapshot of its own
+            name=f"run-{secrets.token_hex(4)}",  # always new, so that Ray never restores a snapshot of its own
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
@@ -272,10 +271,10 @@ def _trainer(
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """One worker: the recipe, with the board as rank 0's display."""
+    """Train on one worker, with the board as rank 0's display."""
     board = arguments["board"]
     if ray.get(board.open.remote()) is not None:
-        return  # all workers of a restarted group see the same, and the driver raises it
+        return  # all workers of a restarted group see the same error, and the driver raises it
     config = Config.model_validate(arguments["config"])
     sink = BoardSink(board)
     report = Report(lambda out, attempt: run_sinks(out, attempt, sink), sink.ask)
@@ -293,7 +292,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
 
 def _relabel_worker(arguments: dict[str, Any]) -> None:
-    """One worker: a round of labels, told to the board by rank 0."""
+    """Make a round of labels on one worker; rank 0 reports to the board."""
     board = arguments["board"]
     if ray.get(board.open.remote()) is not None:
         return
@@ -316,11 +315,11 @@ def _relabel_worker(arguments: dict[str, Any]) -> None:
 
 
 class MadeRound:
-    """Shows how a round of labels comes along, and keeps it.
+    """A sink that shows the progress of a round of labels, and keeps the round.
 
     Args:
-        made: where it goes.
-        tell: takes what is done, how much of it, of how much.
+        made: list to which the finished round is appended.
+        tell: takes what is being done, how much is done, and the total.
     """
 
     def __init__(self, made: list[Relabelled], tell: Callable[[str, int, int], None]) -> None:
@@ -343,13 +342,13 @@ class MadeRound:
 
 @contextlib.contextmanager
 def _telling_failures(board: Any, run: str, job: str | None) -> Iterator[None]:
-    """Tell the driver what ends a worker: an error that a restart would only repeat, or what else went wrong."""
+    """Report the exception that ends a worker to the driver, as final if a restart would only repeat it."""
     try:
         yield
     except Exception as error:
         if is_final(error, run, job):
             ray.get(board.give_up.remote(error))
-        else:  # a lost peer, usually; the group starts again
+        else:  # usually a lost peer; the group restarts
             first_line = (str(error).splitlines() or [""])[0][:160]
             text = f"rank {comm.rank()} stopped: {type(error).__name__}: {first_line}"
             ray.get(board.push.remote([{"event": "note", "text": text}]))
@@ -357,25 +356,25 @@ def _telling_failures(board: Any, run: str, job: str | None) -> Iterator[None]:
 
 
 def is_final(error: Exception, run: str, job: str | None) -> bool:
-    """Whether a restart would only repeat an error, or overtake another job that has overtaken this one.
+    """Whether a restart would only repeat an error, or would in turn overtake the job that overtook this one.
 
     Args:
-        error: that ended a worker.
-        run: RUN.
-        job: token of this training job; None for a round of labels, which a faster job may overtake for good.
+        error: the exception that ended a worker.
+        run: URL of the run folder, RUN.
+        job: token of this training job; None for a round of labels, where being overtaken is not final.
     """
     if not isinstance(error, MlplError) or isinstance(error, StorageError):
         return False
     if not isinstance(error, OvertakenError):
         return True
     try:
-        return job is not None and newest_job(run) != job  # else it was an older group of workers of this very job
+        return job is not None and newest_job(run) != job  # else an older worker group of this job was overtaken
     except MlplError:
         return False
 
 
 def _show(board: Any, shown: list[Sink]) -> bool:
-    """Show the rows that came, and say whether workers are at work."""
+    """Show new rows; returns whether workers are running."""
     rows, is_running = ray.get(board.take.remote())
     for row in rows:
         for sink in shown:
@@ -384,7 +383,7 @@ def _show(board: Any, shown: list[Sink]) -> bool:
 
 
 def _failed(error: BaseException, config: Config) -> MlplError:
-    """The typed error inside Ray's, or one that says where to look."""
+    """The typed error inside Ray's, or a new one that says where to look."""
     inner = error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else [error]
     for failure in inner:
         cause = getattr(failure, "cause", failure)
@@ -412,10 +411,14 @@ def _failed(error: BaseException, config: Config) -> MlplError:
 def cluster_at(address: str | None, config: Config) -> Iterator[None]:
     """Join a running cluster, or start one on this machine for as long as the block runs.
 
-    A cluster of our own gets its own temporary folder: a stale address file of another one costs every run 12 s.
+    A local cluster gets its own temporary folder, since another cluster's stale address file costs every run 12 s.
+
+    Args:
+        address: address of a running cluster; None or `local` (after RAY_ADDRESS for None) starts one here.
+        config: the run's config, for the workers' needs.
 
     Raises:
-        ConfigError: the machine, as a local cluster, has too few CPUs for the workers.
+        ConfigError: this machine, as a local cluster, has too few CPUs or GPUs for the workers.
         RunError: no cluster at the address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -448,7 +451,7 @@ def cluster_at(address: str | None, config: Config) -> Iterator[None]:
             next_step="lower one of them, or join a larger cluster with --address",
         )
     folder = tempfile.mkdtemp(prefix="mlpl-ray-")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # this cluster listens on this machine alone
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # this cluster listens on this machine only
     try:
         ray.init(
             address="local", include_dashboard=False, _temp_dir=folder, num_cpus=num_cores,

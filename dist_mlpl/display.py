@@ -1,4 +1,4 @@
-"""Owns what a person sees in a terminal: the bar of a run, a line per finished epoch, the table at the end."""
+"""Owns terminal output: a run's progress bar, a line per finished epoch, the table at the end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rich.table import Table
 
 from dist_mlpl.progress import Row
 
-_LINE_SECONDS = 30.0  # between lines about long work in a log
+_LINE_SECONDS = 30.0  # time between progress lines in a log
 
 
 class Display:
-    """A bar while steps run, one line per finished epoch. Without a terminal, the lines alone.
+    """A sink that shows a bar while steps run and one line per finished epoch; without a terminal, only the lines.
 
     Args:
-        console: where to; the standard error stream by default, which leaves standard output to results.
+        console: where to print; standard error by default, which leaves standard output to results.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -41,7 +41,7 @@ class Display:
         self._task: TaskID | None = None
         self._about: Row = {}
         self._rate = 0.0
-        self._num_bad, self._retries = 0, 0  # of this attempt
+        self._num_bad, self._retries = 0, 0  # totals of this attempt
 
     def row(self, row: Row) -> None:
         event = row["event"]
@@ -62,7 +62,7 @@ class Display:
             self._say(row["text"])
 
     def _say(self, text: str) -> None:
-        """A line of plain text: brackets in it are no markup, and a narrow log breaks nothing."""
+        """Print a line of plain text: brackets are not markup, and narrow logs do not wrap it."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _start(self, row: Row) -> None:
@@ -92,7 +92,7 @@ class Display:
         self._num_bad += row["num_bad"]
         self._retries += row["retries"]
         parts += [f"{count} {what}" for what, count in (("bad", self._num_bad), ("retries", self._retries)) if count]
-        numbers = "  ".join(parts + (terms if len(terms) > 1 else []))  # a lone term is the loss
+        numbers = "  ".join(parts + (terms if len(terms) > 1 else []))  # one term is the loss
         self._bar.update(
             self._task,
             completed=row["step"],
@@ -109,7 +109,7 @@ class Display:
 
 
 def epoch_line(row: Row, *, num_epochs: Any) -> str:
-    """One line for one finished epoch."""
+    """One line about a finished epoch."""
     parts = [f"epoch {row['epoch']:>3}/{num_epochs}", f"step {row['step']}"]
     if "train_loss" in row:
         parts.append(f"loss {row['train_loss']:.4f}")
@@ -125,19 +125,19 @@ def epoch_line(row: Row, *, num_epochs: Any) -> str:
 
 
 def round_line(row: Row) -> str:
-    """One line for a round of labels that comes into force."""
+    """One line about a round of labels that comes into force."""
     parts = [f"labels of round {row['round']}: {row['num_present']:,.0f} present, {row['num_absent']:,.0f} absent"]
     parts += [f"{row['num_proposed']:,.0f} proposed"] if row.get("num_proposed") else []
     parts.append(f"{row['labelled_fraction']:.1%} of all labels in force")
     for sign in ("present", "absent"):
         share = row.get(f"hidden_precision_{sign}")
-        parts += [f"{share:.1%} of {sign} right"] if share is not None and share == share else []  # NaN is not itself
+        parts += [f"{share:.1%} of {sign} right"] if share is not None and share == share else []  # NaN != NaN
     parts += [f"{row['num_flipped']:,.0f} flipped"] if row.get("num_flipped") else []
     return "  ".join(parts)
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """Every metric of one evaluation, fractions with four digits, counts as they are."""
+    """A table of all metrics of one evaluation, fractions with four digits, counts as integers."""
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -148,14 +148,14 @@ def metrics_table(metrics: dict[str, float]) -> Table:
 
 
 class _Pace:
-    """How fast one kind of work has gone since it was first told of, which may be in its middle."""
+    """The pace of one kind of work since it was first reported, possibly midway."""
 
     def __init__(self, done: int, num_bytes: int) -> None:
         self._began, self._done, self._num_bytes = time.monotonic(), done, num_bytes
         self._said = self._began
 
     def text(self, done: int, total: int, num_bytes: int) -> str:
-        """`1,900/s  310 MB/s  1:08:00 left`; empty before there is anything to divide."""
+        """Text like `1,900/s  310 MB/s  1:08:00 left`; empty before there is progress."""
         seconds = time.monotonic() - self._began
         if done <= self._done or seconds <= 0:
             return ""
@@ -166,7 +166,7 @@ class _Pace:
         return "  ".join([*parts, f"{timedelta(seconds=round((total - done) / rate))} left"])
 
     def is_due(self) -> bool:
-        """True once in a while: when a log should hear of it again."""
+        """Whether the next line for a log is due; if so, the waiting time starts anew."""
         is_due = time.monotonic() - self._said > _LINE_SECONDS
         if is_due:
             self._said = time.monotonic()
@@ -175,9 +175,9 @@ class _Pace:
 
 @contextmanager
 def work_bar() -> Iterator[Callable[..., None]]:
-    """A bar for work that is counted: yields `tell(doing, done, total[, bytes done])`.
+    """Show a progress bar: yields `tell(doing, done, total[, bytes done])`.
 
-    Without a terminal, which is to say in a log, it is a line every half minute.
+    Without a terminal, as in a log, it prints a line every half minute instead.
     """
     console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))

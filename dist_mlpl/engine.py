@@ -1,4 +1,4 @@
-"""Owns the training step: micro-batches, one backward, one update, on DeepSpeed or on the plain engine."""
+"""Owns the training step: forward and backward by micro-batches, then one update, on DeepSpeed or the plain engine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dist_mlpl.engines.faults import not_finite, watched_gradients
 from dist_mlpl.engines.plain import PlainEngine
 from dist_mlpl.engines.state import (
     EngineState,
-    read_state,
+    gather_state,
+    install_state,
     tensor_shapes,
     write_model,
-    write_state,
     write_tensors,
 )
 from dist_mlpl.engines.zero import ZeroEngine, derive_config
@@ -41,16 +41,17 @@ from dist_mlpl.world import World
 
 
 class EngineSettings(Settings):
-    """How a step is computed. Of these, `clip_norm`, `batch_norm` and `weight_average` change what is learned."""
+    """How a step is computed. Only `clip_norm`, `batch_norm`, `weight_average` and rounding change what is learned."""
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 by autocast; parameters and updates stay float32
-    micro_batch: int | None = Field(None, gt=0)  # rows of a rank at once at most; null: the rank's whole share
+    micro_batch: int | None = Field(None, gt=0)  # most rows of a rank at once; null: its whole share
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
-    weight_average: float | None = Field(None, gt=0.0, lt=1.0)  # decay of the average that is judged and saved as model
-    # Takes a minute at the first step. Semantic and pair heads, which work block by block, stay as they are. Not at
+    # Decay of a running average of the weights, which is then evaluated, and saved as the model; null: none.
+    weight_average: float | None = Field(None, gt=0.0, lt=1.0)
+    # Takes a minute at the first step. Semantic and pair heads, which work block by block, are not compiled. Refused at
     # stage 3, whose hooks sit inside every layer.
     compile: bool = False
 
@@ -62,14 +63,14 @@ class EngineSettings(Settings):
 
 
 def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World:
-    """Join the process group if there are several ranks, and choose this rank's device.
+    """Make the process group if it is needed and missing, and choose this rank's device.
 
-    Ray Train and DeepSpeed find the group already there; torchrun leaves making it to us.
+    Ray Train has made the group already; torchrun leaves it to this function. DeepSpeed uses the group it finds.
 
     Raises:
-        ConfigError: `sync` BatchNorm without CUDA.
+        ConfigError: `sync` BatchNorm without CUDA, or more ranks on this node than GPUs.
 
-    Collective: all ranks, when the group is made.
+    Collective: all ranks, if the group is made here.
     """
     world = World.detect()
     has_cuda = torch.cuda.is_available()
@@ -88,14 +89,14 @@ def start(settings: EngineSettings, *, timeout_seconds: float = 1800.0) -> World
     if world.size > 1:
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
-    elif settings.kind == "deepspeed":  # which wants a group even for one rank; this store needs no port
+    elif settings.kind == "deepspeed":  # needs a group even for one rank; this store needs no port
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     return world
 
 
 def _own_device(world: World) -> int:
-    """One GPU a rank.
+    """The index of this rank's GPU: one GPU per rank.
 
     Raises:
         ConfigError: more ranks on this node than GPUs.
@@ -114,19 +115,19 @@ class Engine:
     """One method being trained.
 
     Args:
-        method: built on every rank; rank 0's weights win.
+        method: built on every rank; rank 0's parameters and buffers are copied to all.
         settings: how a step is computed.
-        optimizer: which update rule.
-        schedule: how its learning rate moves.
-        length: of the run, for the schedule.
+        optimizer: the update rule.
+        schedule: how its learning rate changes.
+        length: the run's length, for the schedule.
         world: this rank.
-        global_batch: G.
-        group_size: positions that are never cut apart.
+        global_batch: G, samples in a global batch.
+        group_size: number of consecutive samples that are never split over ranks or micro-batches.
         num_samples: N of the train split; None: as many as an epoch has.
-        seed: of the run; the torch generator is reseeded from (seed, step, rank) before each step.
+        seed: the run's seed; the torch generator is reseeded from (seed, step, rank) before each step.
 
     Raises:
-        ConfigError: a micro-batch that holds no whole group.
+        ConfigError: a micro-batch smaller than a group.
 
     Collective: all ranks; weights are broadcast.
     """
@@ -152,7 +153,7 @@ class Engine:
         self._group_size = group_size
         self._num_updates = 0
 
-        share_groups = -(-(global_batch // group_size) // world.size)  # of the longest share; others are padded to it
+        share_groups = -(-(global_batch // group_size) // world.size)  # in the longest share; others are padded to it
         micro_groups = share_groups if settings.micro_batch is None else settings.micro_batch // group_size
         if micro_groups == 0:
             raise ConfigError(
@@ -172,7 +173,7 @@ class Engine:
         method.to(self.device)
         if settings.batch_norm == "sync":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        if settings.compile:  # part by part: DeepSpeed hangs hooks on the whole, which cannot be compiled with it
+        if settings.compile:  # child by child: DeepSpeed puts hooks on the whole module, which cannot be compiled
             for part in method.children():
                 part.compile()
         self.method = method
@@ -207,19 +208,20 @@ class Engine:
 
         Args:
             batch: this rank's share of the global batch.
-            recalled: what the method recalled for the whole step; every micro-batch gets it whole.
-            progress: where the run stands before this step; keys the learning rate and the random generator.
+            recalled: what the method recalled for the whole step; every micro-batch gets all of it.
+            progress: where the run stands before this step; sets the learning rate and seeds the random generator.
 
         Returns:
-            `loss` and `terms` of the global batch, the same on every rank; `logits` of this rank's rows; `extras` of
-            the method, whose tensors have a row per image and are joined like the logits, with `grad_norm` (before
-            clipping), `learning_rate` (of the backbone), `num_bad` (undecodable samples over all ranks), and as numbers
-            the metrics of the global batch.
+            `loss` and `terms` of the global batch, the same on every rank; `logits` of this rank's rows; and `extras`:
+            the method's, whose tensors with dimensions have a row per image and are joined like the logits; METRIC
+            entries as numbers for the global batch; `grad_norm` (before clipping), `learning_rate` (of the backbone)
+            and `num_bad` (undecodable samples over all ranks).
 
         Raises:
-            RunError: loss or gradient is not finite. No parameter or moment moved on any rank; the engine is spent.
+            RunError: loss or gradient norm is not finite, on all ranks. No parameter or moment changed on any rank; the
+                engine cannot be used further.
 
-        Collective: all ranks; gradients, and one all-reduce of the loss terms.
+        Collective: all ranks; the gradients, and one all-reduce of loss, terms and metrics.
         """
         self._show_average(False)
         learning_rate = self._set_learning_rate(progress)
@@ -233,13 +235,13 @@ class Engine:
         num_bad = ((batch.index >= 0) & ~batch.valid).sum()
         own = torch.cat([shares.sum(0), num_bad[None]])
         with span("loss over ranks"):
-            total = comm.reduce_sum(own.clone()).tolist()  # of the global batch: loss, terms, metrics, bad samples
+            total = comm.reduce_sum(own.clone()).tolist()  # global batch: loss, terms, metrics, bad samples
         if not math.isfinite(total[0]):
             raise not_finite("the loss", progress, dict(zip(names, own.tolist(), strict=False)))
         with span("update"):
             grad_norm = self._backend.update()
         if not math.isfinite(grad_norm):
-            with watched_gradients(self.method) as bad:  # the sum hides whose NaN it is: run the step again
+            with watched_gradients(self.method) as bad:  # the sum hides the NaN's source: run the step again
                 self._accumulate(batch, recalled, progress)
             raise not_finite("the gradient norm", progress, dict(zip(names, own.tolist(), strict=False)), bad)
         self._num_updates += 1
@@ -256,10 +258,10 @@ class Engine:
         )
 
     def predict(self, batch: Batch) -> StepOutput:
-        """Inference: no losses, no gradient, evaluation mode, with the average of the weights where one is kept.
+        """Run inference: no loss, no gradient, evaluation mode; with the average of the weights if one is kept.
 
-        Collective: all ranks at stage 3, where forward gathers parameters; with an average, at stages 1 and 2 the first
-        call after a step.
+        Collective: all ranks at stage 3, where forward gathers parameters; with an average, at stages 1 and 2 in the
+        first call after a step.
         """
         self._show_average(True)
         self.method.eval()
@@ -267,7 +269,7 @@ class Engine:
             return self._backend.forward(batch, None)
 
     def average_buffers(self) -> None:
-        """Make BatchNorm's running statistics the mean over ranks, in place (`engine.batch_norm: averaged`).
+        """Average BatchNorm's running statistics over ranks, in place, if `engine.batch_norm` is `averaged`.
 
         Collective: all ranks, one all-reduce of the statistics.
         """
@@ -280,28 +282,28 @@ class Engine:
             average_over_ranks([self._average.buffers[name] for name in statistics])
 
     def state(self) -> EngineState | None:
-        """Everything that training changes, whole, on rank 0; None elsewhere.
+        """Gather everything that training changes on rank 0; None elsewhere.
 
-        Where an average of the weights is kept, it is the model, and the weights are with the moments.
+        If an average of the weights is kept, it is the state's `model`, and the weights themselves are in `moments`.
 
         Collective: all ranks; above stage 0 each parameter and moment is gathered in turn.
         """
         self.average_buffers()
         self._show_average(False)
-        return read_state(self._backend, self._average, num_updates=self._num_updates, keep=self.world.is_first)
+        return gather_state(self._backend, self._average, num_updates=self._num_updates, keep=self.world.is_first)
 
     def load(self, state: EngineState) -> None:
-        """Take over a state that every rank holds whole, made at any stage on any number of ranks.
+        """Load a state that every rank holds whole, made at any stage on any number of ranks.
 
         Raises:
             CheckpointError: names or shapes differ from this method's.
         """
         self._show_average(False)
-        write_state(self._backend, state, self._average)
+        install_state(self._backend, state, self._average)
         self._num_updates = state.num_updates
 
     def load_model(self, model: dict[str, Tensor]) -> None:
-        """Take over parameters and buffers alone.
+        """Load parameters and buffers only; an average of the weights starts from them.
 
         Raises:
             CheckpointError: names or shapes differ from this method's.
@@ -309,30 +311,33 @@ class Engine:
         self._show_average(False)
         write_model(self._backend, model, self._average)
 
-    def load_matching(self, model: dict[str, Tensor]) -> list[str]:
-        """Take over the tensors whose name and shape agree with this method's.
+    def load_matching(self, model: dict[str, Tensor]) -> tuple[list[str], dict[str, str]]:
+        """Load the parameters and buffers whose name and shape agree with this method's; leave the others.
 
         Returns:
-            Their names.
+            The names of those loaded; and, by name, what those are that the method keeps (`Method.kept_at_start`)
+            although name and shape agree.
         """
         shapes = tensor_shapes(self._backend)
-        taken = {name: tensor for name, tensor in model.items() if shapes.get(name) == tensor.shape}
+        kept = self.method.kept_at_start([name for name, t in model.items() if shapes.get(name, t.shape) == t.shape])
+        fitting = {name: tensor for name, tensor in model.items() if shapes.get(name) == tensor.shape}
+        taken = {name: tensor for name, tensor in fitting.items() if name not in kept}
         self._show_average(False)
         write_tensors(self._backend, taken, self._average)
-        return list(taken)
+        return list(taken), {name: kept[name] for name in fitting if name in kept}
 
     def _accumulate(self, batch: Batch, recalled: dict[str, Tensor], progress: Progress) -> list[StepOutput]:
-        """Forward and backward over the micro-batches; a pure function of the arguments and the weights.
+        """Run forward and backward over the micro-batches; random draws depend on seed, step and rank only.
 
         Returns:
-            The micro-batches' outputs, detached.
+            The micro-batches' outputs, the losses detached.
         """
         torch.manual_seed(keyed.key("step", self._seed, progress.step, self.world.rank) & (2**63 - 1))
         if not self.method.training:
             self._train_mode()
         outputs = []
         num_groups, count = batch.num_images // self._group_size, self._num_micro_batches
-        for number in range(count):  # cut between groups into nearly equal parts, the same number on every rank
+        for number in range(count):  # split between groups into nearly equal parts, as many on every rank
             first, last = number * num_groups // count, (number + 1) * num_groups // count
             with span("forward"):
                 output = self._backend.forward(batch.rows(first * self._group_size, last * self._group_size), recalled)
@@ -349,7 +354,7 @@ class Engine:
         return self._optimizer_settings.learning_rate * factor
 
     def _show_average(self, is_shown: bool) -> None:
-        """Have forward see the average, or the weights that training goes on with."""
+        """Make forward use the average of the weights, or the weights that are trained."""
         if self._average is not None:
             self._average.show() if is_shown else self._average.hide()
 
@@ -361,7 +366,7 @@ class Engine:
 
 
 def _joined_extras(outputs: list[StepOutput]) -> dict[str, Any]:
-    """The extras of a step from those of its micro-batches."""
+    """The extras of a step: tensors with dimensions joined over micro-batches, others those of the last one."""
     extras = dict(outputs[-1].extras)
     for name, last in extras.items():
         if isinstance(last, Tensor) and last.dim() > 0:

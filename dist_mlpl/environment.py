@@ -1,7 +1,7 @@
-"""Owns what a process finds installed, and what must stand in its environment before torch and Ray load.
+"""Owns versions of installed packages, and the environment variables needed before torch and Ray load.
 
-Two ranks whose OpenMP threads spin on one another's cores run ten times slower, so waiting threads sleep, and the
-ranks of a node share its cores.
+Two ranks whose OpenMP threads spin on each other's cores run ten times slower, so waiting threads sleep, and the ranks
+of a node share its cores.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, num_ranks: int) -> None:
-    """Set what nobody has set already.
+    """Set OpenMP and Ray variables that are not set yet.
 
     Args:
-        environment: of this process, or of one about to start.
-        num_ranks: ranks that share this node's cores.
+        environment: variables of this process, or of one about to start; changed in place.
+        num_ranks: number of ranks that share this node's cores.
     """
     num_cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // max(1, num_ranks))))
-    # Ray prints a paragraph for a lost worker; the run's own line says it.
+    # Ray prints a paragraph about a lost worker; the run's own line suffices.
     environment.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 
 
 def installed_version(package: str) -> str:
-    """Of an installed package; `absent` where it is not, as DeepSpeed for the plain engine, or this one in a job."""
+    """Version of a package; `absent` if it is not installed, as DeepSpeed may be with the plain engine."""
     try:
         return version(package)
     except PackageNotFoundError:

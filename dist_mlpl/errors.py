@@ -1,4 +1,4 @@
-"""Owns the exception tree, the four parts every message has, and the exit code each branch maps to.
+"""Owns the exception tree, the four parts of every message, and the exit code of each branch.
 
 MlplError
   ConfigError         a setting is wrong, alone or with another            exit 2
@@ -27,7 +27,7 @@ class MlplError(Exception):
     Args:
         found: what was found, one phrase.
         expected: what was expected instead.
-        where: setting, shard, sample or rank the fault belongs to.
+        where: the setting, shard, sample or rank at fault.
         next_step: what the reader should do now.
     """
 
@@ -38,7 +38,7 @@ class MlplError(Exception):
         super().__init__(f"{found}\n  expected: {expected}\n  where:    {where}\n  do:       {next_step}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keyword-only constructors do not pickle by themselves; errors cross processes, so they must."""
+        """Support pickling, which keyword-only constructors lack: errors are sent between processes."""
         return _rebuild, (type(self), self.found, self.expected, self.where, self.next_step)
 
 
@@ -91,10 +91,10 @@ class RankMismatchError(RunError):
 
 
 def nearest_names(name: str, valid: Iterable[str], *, limit: int = 3) -> str:
-    """The valid names closest to `name`, for the `expected` part of a message about an unknown one.
+    """List the valid names closest to `name`, for the `expected` part of a message about an unknown one.
 
     Returns:
-        "one of 'a', 'b'" for a short list, else "nearest: 'a', 'b' (of 601)".
+        "one of 'a', 'b'" for up to 6 names, else "nearest: 'a', 'b' (of 601)".
     """
     names = sorted(valid)
     if len(names) <= 6:

@@ -1,4 +1,4 @@
-"""Owns one evaluation: a padded pass over a split, merged over ranks."""
+"""Owns one evaluation: a padded pass over a split, with scores merged over ranks."""
 
 from __future__ import annotations
 
@@ -20,25 +20,39 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationSettings(Settings):
-    """When the model is judged, and how scores become decisions."""
+    """When the model is evaluated, and how scores become decisions."""
 
     every_epochs: int = Field(1, gt=0)  # the last epoch is always evaluated
     top_k: int = Field(3, gt=0)  # classes per image in the _top metrics
-    groups: int | None = Field(None, gt=0)  # mAP of so many groups of classes, rarest first
-    thresholds: float = Field(0.5, gt=0.0, lt=1.0)  # probability from which a class is called present
+    groups: int | None = Field(None, gt=0)  # also report mAP of this many groups of classes, rarest first
+    thresholds: float = Field(0.5, gt=0.0, lt=1.0)  # probability threshold for calling a class present
 
 
 class Judged(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     evaluation: Evaluation
     metrics: dict[str, float]  # the summary, with `num_undecodable`
 
 
 def evaluate(engine: Engine, stream: AnyStream, labels: Labels, settings: EvaluationSettings) -> Judged:
-    """Score every image of a split once, the same numbers on any number of ranks.
+    """Score every image of a split once; the metrics are the same on any number of ranks.
 
-    BatchNorm's statistics are averaged over ranks first, so that every rank judges one model.
+    BatchNorm statistics are averaged over ranks first, so that all ranks evaluate one model. Over tars without an
+    index, the last bits of the logits do depend on the number of ranks.
+
+    Args:
+        engine: holds the model.
+        stream: over the split, with the evaluation transform.
+        labels: labels to score against; over tars without an index, only their class list is used.
+        settings: thresholds and groups.
+
+    Returns:
+        The evaluation and its metrics, the same on every rank. Undecodable images are logged and counted in
+        `num_undecodable`; they do not enter other metrics.
+
+    Raises:
+        ShardError, DataError, StorageError: the images could not be read.
 
     Collective: all ranks; see `Scores.merge`.
     """

@@ -1,4 +1,4 @@
-"""Owns keyed chance: random numbers that are pure functions of a key, the same on every machine and numpy, for ever.
+"""Owns keyed random numbers: pure functions of a key, the same on every machine and with every version of numpy.
 
 numpy keeps the streams of `Generator` stable only within a release, so the arithmetic is our own: a key is a
 hash of what the draw is for (seed, epoch, position, purpose), and SplitMix64 turns (key, counter) into bits.
@@ -25,8 +25,8 @@ def key(*parts: int | str) -> int:
     """Hash what a draw is for into its key.
 
     Args:
-        parts: integers of any size and sign, and strings, say (seed, epoch, position, "crop"). Order counts; 1
-            and "1" differ; no two sequences of parts are written alike before hashing.
+        parts: integers of any size and sign, and strings, for example (seed, epoch, position, "crop"). Order matters;
+            1 and "1" differ; no two sequences of parts have the same encoding before hashing.
 
     Returns:
         An integer in [0, 2**64).
@@ -53,6 +53,9 @@ def hash_integers(key: int, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.ui
 
     Returns:
         Same shape, uint64, uniform over all 64 bits.
+
+    Raises:
+        OverflowError: a key outside [0, 2**64).
     """
     bits = np.asarray(values, dtype=np.uint64) * _GAMMA_64
     bits += np.uint64((_mix(key) + _GAMMA) & _MASK)
@@ -75,7 +78,7 @@ def uniform(key: int, count: int) -> npt.NDArray[np.float64]:
 
 
 def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
-    """Permute 0 .. n-1: the stable order of their hashes.
+    """Permute 0 .. n-1 by sorting their hashes; equal ones would keep their order.
 
     Returns:
         (n,) int64, a bijection of 0 .. n-1.
@@ -85,7 +88,7 @@ def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
 
 
 def _mix(key: int) -> int:
-    """One SplitMix64 step on a plain integer; np.uint64 refuses a key outside [0, 2**64), so this does too."""
+    """Do one SplitMix64 step on a plain integer; like np.uint64, raise OverflowError outside [0, 2**64)."""
     if not 0 <= key <= _MASK:
         raise OverflowError(f"key {key} is outside [0, 2**64); make keys with dist_mlpl.keyed.key")
     bits = (key + _GAMMA) & _MASK

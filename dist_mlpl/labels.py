@@ -1,4 +1,4 @@
-"""Owns the one label code (-1 absent, 0 unknown, +1 present) and the converters at its border."""
+"""Owns the library's label code (-1 absent, 0 unknown, +1 present) and the converters from other codes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Unlisted = Literal["absent", "unknown"]
 
 
 def check_codes(targets: npt.NDArray, *, where: str) -> Targets:
-    """Assert that every entry is -1, 0 or +1 and return the array as int8.
+    """Check that every entry is -1, 0 or +1, and return the array as int8.
 
     Args:
         targets: any shape, any numeric type.
         where: what the array is, for the message.
 
     Raises:
-        LabelCodeError: naming the first offending value and its position.
+        LabelCodeError: another value; the message has the first one and its position.
     """
     return _checked(targets, CODES, expected="-1 (absent), 0 (unknown) or +1 (present)", where=where)
 
@@ -47,12 +47,16 @@ def _checked(values: npt.NDArray, allowed: Sequence[int], *, expected: str, wher
 def from_one_zero(values: npt.NDArray, *, zero: Unlisted, where: str = "labels") -> Targets:
     """Convert {1, 0, -1} codes whose zero means `absent` (CSL: -1 unknown) or `unknown` (SST, Durand: -1 absent).
 
-    The two conventions share their alphabet, so the meaning of zero has no default: choosing it wrong
-    trains happily on wrong labels.
+    The two conventions use the same values, so the meaning of zero has no default: a wrong choice would train on
+    wrong labels without an error.
 
     Args:
         values: any shape, entries in {-1, 0, 1}.
         zero: what 0 means in the source.
+        where: what the array is, for the message.
+
+    Raises:
+        LabelCodeError: any other value.
     """
     codes = check_codes(values, where=where)
     if zero == "unknown":
@@ -61,10 +65,10 @@ def from_one_zero(values: npt.NDArray, *, zero: Unlisted, where: str = "labels")
 
 
 def from_nan(values: npt.NDArray, *, where: str = "labels") -> Targets:
-    """Convert {1.0 present, 0.0 absent, NaN unknown} (mlcpl's convention) to the one code.
+    """Convert {1.0 present, 0.0 absent, NaN unknown} (mlcpl's convention).
 
     Raises:
-        LabelCodeError: any other value, -1 among them.
+        LabelCodeError: any other value, including -1.
     """
     is_known = ~np.isnan(values)
     ones = _checked(np.where(is_known, values, 0), (0, 1), expected="1 (present), 0 (absent) or NaN", where=where)
@@ -75,7 +79,7 @@ def from_confidence(confidences: npt.NDArray, *, where: str = "labels") -> Targe
     """Convert Open Images human confidences (1 verified present, 0 verified absent) of listed rows.
 
     Raises:
-        LabelCodeError: any other value: machine confidences are beliefs, not labels.
+        LabelCodeError: any other value: machine confidences are predictions, not labels.
     """
     ones = _checked(confidences, (0, 1), expected="1 (verified present) or 0 (verified absent)", where=where)
     return (2 * ones - 1).astype(np.int8)
@@ -84,7 +88,7 @@ def from_confidence(confidences: npt.NDArray, *, where: str = "labels") -> Targe
 def dense_targets(
     positives: Sequence[npt.NDArray], negatives: Sequence[npt.NDArray], *, num_classes: int, unlisted: Unlisted
 ) -> Targets:
-    """Spread class ids of B samples into a dense matrix.
+    """Make a dense target matrix from the class ids of B samples.
 
     Args:
         positives: B integer arrays of class columns that are present.
@@ -93,7 +97,7 @@ def dense_targets(
         unlisted: what a class in neither list means: `absent` or `unknown`.
 
     Returns:
-        (B, C) int8. Where an id is in both lists, presence wins (the sharding tool refuses such rows).
+        (B, C) int8. A class in both lists is present (the sharding tool refuses such rows).
     """
     fill = ABSENT if unlisted == "absent" else UNKNOWN
     targets = np.full((len(positives), num_classes), fill, dtype=np.int8)  # (B, C)

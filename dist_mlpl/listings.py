@@ -1,4 +1,4 @@
-"""Owns what lies below a folder: names, paths and sizes, on disk and in object stores."""
+"""Owns listings of folders: names, paths and sizes, on disk and in object stores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dist_mlpl.errors import StorageError
 from dist_mlpl.retry import retried
 from dist_mlpl.urls import is_http, is_remote, local_path, name, shown
 
-_LISTERS: Final = 16  # parts of an S3 folder that are listed at once
+_LISTERS: Final = 16  # parts of an S3 folder that are listed concurrently
 
 
 def list_names(url: str) -> list[str]:
-    """Sorted names directly under a folder URL, dot files left out; empty when the folder does not exist."""
+    """Sorted names directly below a folder URL, without dot files; empty when the folder does not exist."""
 
     def ask() -> list[str]:
         if not is_remote(url):
@@ -55,17 +55,17 @@ def list_files(url: str) -> list[str]:
 
 
 def list_sizes(url: str, *, starts: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """Paths of all files below a folder URL, relative to it, and their sizes; in any order.
+    """Paths of all files below a folder URL, relative to it, and their sizes in bytes; in any order.
 
-    S3 is listed a page at a time, so millions of files need little memory; other object stores in one piece.
+    S3 is listed page by page, so millions of files need little memory; other object stores are listed in one piece.
 
     Args:
-        url: of the folder.
-        starts: some of the paths, ascending. On S3 the parts between them are listed at once.
+        url: the folder.
+        starts: some of the paths, ascending. On S3 the parts between them are listed concurrently.
 
     Raises:
-        FileNotFoundError: no such folder, or, in an object store, nothing in it.
-        StorageError: it could not be listed; no HTTP server can.
+        FileNotFoundError: no such folder or, in an object store, nothing in it.
+        StorageError: it could not be listed; HTTP servers never can.
     """
     if is_http(url):
         raise StorageError(
@@ -87,7 +87,7 @@ def list_sizes(url: str, *, starts: Sequence[str] = ()) -> Iterator[tuple[str, i
 
 
 def _pages(url: str, starts: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """All objects of an S3 folder: every part between two starts page after page, several parts at once."""
+    """All objects of an S3 folder: the part between two starts page by page, several parts concurrently."""
 
     def page(after: str) -> tuple[list[tuple[str, int]], bool]:
         return retried(lambda: stores.list_page(url, after), url=url, doing="listing")

@@ -1,4 +1,4 @@
-"""Owns a run without Ray: this process, or one of torchrun's ranks; signals commit and stop."""
+"""Owns a run without Ray, in this process or as one of torchrun's ranks; a signal makes it commit and stop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dist_mlpl.train import train
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C, remembered; a second Ctrl-C interrupts at once.
+    """Remembers SIGTERM and Ctrl-C as a request to stop; a second Ctrl-C interrupts at once.
 
     Args:
-        answer: what a person reads who asks.
+        answer: the line printed on standard error in response.
     """
 
     def __init__(self, answer: str = "stopping after this step, with a commit") -> None:
@@ -31,7 +31,7 @@ class StopRequest:
         self.is_asked = False
 
     def listen(self) -> None:
-        """Take over both signals."""
+        """Install handlers for both signals."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
@@ -39,18 +39,18 @@ class StopRequest:
         if self.is_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_asked = True
-        with contextlib.suppress(OSError):  # told past Python's buffers, in which the signal may have come
+        with contextlib.suppress(OSError):  # written directly, as the signal may have interrupted Python's buffered I/O
             os.write(sys.stderr.fileno(), f"{self._answer}\n".encode())
 
     def action(self) -> Action:
-        """What the loop should do."""
+        """The action that the training loop should take."""
         return Action.STOP if self.is_asked else Action.GO_ON
 
 
 def train_here(
     config: Config, *, allow_change: bool = False, max_steps: int | None = None, is_profiled: bool = False
 ) -> bool:
-    """Run the recipe in this process.
+    """Run a training in this process; see `train` for the arguments.
 
     Returns:
         True when a signal stopped the run before its end.
@@ -75,7 +75,7 @@ def relabel_here(config: Config, *, step: int | None = None, manifest_url: str |
 
     Args:
         config: from `job_config`.
-        step, manifest_url: as in `relabel_run`.
+        step, manifest_url: see `relabel_run`.
 
     Returns:
         The round; None when a signal stopped it.
@@ -98,19 +98,19 @@ def relabel_here(config: Config, *, step: int | None = None, manifest_url: str |
 
 
 def run_sinks(out: str, attempt: str, *others: Sink) -> list[Sink]:
-    """Where rank 0's rows go in every run: JSON lines, TensorBoard, and whatever shows them to a person."""
+    """The sinks of rank 0's rows in every run: JSON lines, TensorBoard, and `others`, which show them."""
     return [JsonLines(out, attempt), TensorBoard(out, attempt), *others]
 
 
 def show_last(metrics: dict[str, float], out: str) -> None:
-    """The last evaluation as a table, on standard error."""
+    """Print the last evaluation as a table on standard error."""
     console = Console(file=sys.stderr)
     console.print(f"last evaluation of {out}", markup=False, highlight=False, soft_wrap=True)
     console.print(metrics_table(metrics))
 
 
 class LastEpoch:
-    """Keeps the metrics of the last evaluation, for the table at the end."""
+    """A sink that keeps the metrics of the last evaluation in a dict, for the table at the end."""
 
     def __init__(self, metrics: dict[str, float]) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""Owns files of this machine: written whole and durably under a temporary name, listed, deleted with their folder."""
+"""Owns local files: atomic and durable writes through temporary names, listings, deletion of folders."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def temporary_beside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
-    """An empty file to fill and rename, or link, to `path`; removed at the end if it is still there.
+    """Yield an empty file to fill and then rename or link to `path`; it is removed at the end if it still exists.
 
-    It lies in the same folder, or in `scratch`, which must be on the same disk. Folders are made where they lack.
+    It lies in the same folder, or in `scratch`, which must be on the same disk. Missing folders are created.
     """
     folder = scratch or path.parent
     for needed in {path.parent, folder}:
@@ -30,7 +30,7 @@ def temporary_beside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk holds its bytes; `sync_folder` does so for its name."""
+    """Write a file and wait until the disk holds its bytes; `sync_folder` does the same for its name."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -38,7 +38,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a name as durable as the file it names, and the folder's own name with it."""
+    """Make a file's name durable, and the name of its folder too."""
     for folder in (path.parent, path.parent.parent):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -48,7 +48,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sizes_below(root: Path) -> Iterator[tuple[str, int]]:
-    """Paths of all files below a folder, relative to it, and their sizes; in any order.
+    """Paths of all files below a folder, relative to it, and their sizes in bytes; in any order.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -67,12 +67,12 @@ def sizes_below(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def remove_tree(root: Path) -> None:
-    """Delete a folder with all that is below it, also while others delete the same."""
+    """Delete a folder and everything below it, even while others delete the same."""
     for folder, _, files in os.walk(root, topdown=False):
         for file in files:
             Path(folder, file).unlink(missing_ok=True)
         try:
             os.rmdir(folder)
-        except OSError as error:  # removed by another process, or filled by one that removes it later
+        except OSError as error:  # removed by another process, or not empty yet
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
                 raise

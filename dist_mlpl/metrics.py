@@ -1,7 +1,7 @@
-"""Owns the numbers a model is judged by: average precision per class, its means, and counted precision, recall and F1.
+"""Owns the evaluation metrics: average precision per class and its means, and precision, recall and F1 from counts.
 
-Every number is a function of the known entries (target +1 or -1) alone, so partially annotated test sets need no
-special case, and of counts and sorted scores alone, so neither the order of the images nor the number of ranks shows.
+Every number depends only on the known entries (target +1 or -1), so partially annotated test sets need no special
+case, and only on counts and sorted scores, so neither the order of images nor the number of ranks changes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def average_precision(scores: Tensor, targets: Tensor, *, interpolation: Interpo
     Equal scores form one threshold, so the order of tied images cannot matter.
 
     Args:
-        scores: (N, C) float, any monotone score (logits or probabilities); numpy arrays are taken too.
+        scores: (N, C) float, logits, probabilities or any increasing function of them; numpy arrays are accepted too.
         targets: (N, C) int8: -1 absent, 0 unknown (ignored), +1 present.
         interpolation: `none` for the step sum over thresholds (recall_n - recall_{n-1}) * precision_n; `voc12` replaces
             precision_n by the largest precision at that recall or any higher one (area under the monotone envelope).
@@ -42,7 +42,7 @@ def average_precision(scores: Tensor, targets: Tensor, *, interpolation: Interpo
 
     Raises:
         ConfigError: an unknown interpolation.
-        DataError: shapes differ (LabelCodeError: a target outside the code).
+        DataError: shapes differ (LabelCodeError: a target outside {-1, 0, +1}).
         RunError: a NaN among the scores of known entries.
 
     Source: scikit-learn's average_precision_score (`none`); Pascal VOC 2012 development kit (`voc12`).
@@ -59,7 +59,7 @@ def average_precision(scores: Tensor, targets: Tensor, *, interpolation: Interpo
 
 
 def compute_metrics(logits: Tensor, targets: Tensor, *, top_k: int = 3, threshold: float = 0.0) -> dict[str, float]:
-    """All numbers of one evaluation that lies in memory; see `Evaluation.metrics` for the keys.
+    """Compute all metrics of an evaluation that fits in memory; see `Evaluation.metrics` for the keys.
 
     Args:
         logits: (N, C) float.
@@ -68,7 +68,7 @@ def compute_metrics(logits: Tensor, targets: Tensor, *, top_k: int = 3, threshol
         threshold: a class is called present iff its logit >= threshold; 0 is probability 0.5.
 
     Raises:
-        DataError: shapes differ (LabelCodeError: a target outside the code).
+        DataError: shapes differ (LabelCodeError: a target outside {-1, 0, +1}).
         RunError: a NaN among the logits of known entries.
     """
     logits, targets = _as_matrices(logits, targets)
@@ -80,19 +80,19 @@ def compute_metrics(logits: Tensor, targets: Tensor, *, top_k: int = 3, threshol
 
 
 class Counts(NamedTuple):
-    """Sums over images of what was labelled, called present, and both; the (C,) fields count known entries only."""
+    """Counts over images of labels, of classes called present, and of both; (C,) fields count known entries only."""
 
     present: Tensor  # (C,) int64, labelled present: Ng
     absent: Tensor  # (C,) int64, labelled absent
     predicted: Tensor  # (C,) int64, called present: Np
-    correct: Tensor  # (C,) int64, called present and labelled so: Nc
+    correct: Tensor  # (C,) int64, called present and labelled present: Nc
     predicted_top: Tensor  # (C,) int64, called present and among the image's top k
     correct_top: Tensor  # (C,) int64, the same and labelled present
-    images: Tensor  # (3,) int64: images; those with a known label; those whose known labels are all called right
+    images: Tensor  # (3,) int64: images; those with a known label; those of them with all known labels right
 
     @classmethod
     def zeros(cls, num_classes: int) -> Counts:
-        """No image counted yet."""
+        """Counts of no images."""
         return cls._make(torch.zeros(size, dtype=torch.int64) for size in [num_classes] * 6 + [3])
 
     def plus(self, other: Counts) -> Counts:
@@ -114,7 +114,7 @@ class ClassRow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What one evaluation found, per class.
+    """The results of one evaluation, per class.
 
     Args:
         precision: (C, 2) float64, average precision without and with the `voc12` envelope; NaN for classes not scored.
@@ -127,18 +127,18 @@ class Evaluation:
     top_k: int
 
     def metrics(self) -> dict[str, float]:
-        """The summary, as fractions in [0, 1].
+        """Summarise the evaluation; metrics are fractions in [0, 1].
 
         Returns:
             mAP, mAP_voc12 (means over the scored classes); OP, OR, OF1 (all entries together), CP, CR, CF1 (classes
-            averaged); these six again as `OP_top3` ... where only the k highest logits of an image may be called
-            present; exact_match, the fraction of images with a known label whose known labels are all called right;
-            num_images; num_classes_scored. NaN where nothing defines a number.
+            averaged); these six again as `OP_top3` ... (3 being `top_k`), where only the k highest logits of an image
+            may be called present; exact_match, the fraction of images with a known label whose known labels are all
+            right; num_images; num_classes_scored. NaN where a number is undefined.
 
         Source: the HCP multi-label reference code: CF1 is the harmonic mean of CP and CR, not a mean of F1; a class
             that is never called present has precision 0.
         Differs: classes without a positive are left out of CP and CR (there NaN); OP's denominator is the number of
-            calls (there one more for each class that is never called); the top k are drawn from the known entries.
+            entries called present (there one more for each class that never is); the top k are among known entries.
         """
         counts = self.counts
         scored = self.precision[~self.precision[:, 0].isnan()]  # (classes scored, 2)
@@ -158,7 +158,7 @@ class Evaluation:
         """One row per class, in class order.
 
         Args:
-            names: C names for people.
+            names: C display names.
         """
         counts = self.counts
         precision = counts.correct / counts.predicted.clamp(min=1)
@@ -186,9 +186,9 @@ class Evaluation:
 class Scores:
     """Collects one rank's part of an evaluation, block by block, and merges the ranks.
 
-    Known entries alone are kept, on the CPU: 9 bytes each, and 8 bytes an image. COCO (40,504 x 80, all known) takes
-    29 MB over all ranks; a few million known entries of Open Images (125,436 x 9,605) some 30 MB, where the matrix of
-    logits would take 4.8 GB.
+    Only known entries are kept, on the CPU: 9 bytes each, and 8 bytes per image. COCO (40,504 x 80, all known) takes
+    29 MB over all ranks; a few million known entries of Open Images (125,436 x 9,605) take some 30 MB, where the matrix
+    of logits would take 4.8 GB.
 
     Args:
         num_classes: C.
@@ -206,7 +206,7 @@ class Scores:
         self._targets = [torch.empty(0, dtype=torch.int8)]
 
     def add(self, logits: Tensor, targets: Tensor, index: Tensor, valid: Tensor) -> None:
-        """Take one block of images, on any device; rows with `valid` False are dropped.
+        """Add one block of images, on any device; rows with `valid` False are dropped.
 
         Args:
             logits: (B, C) float; kept as float32.
@@ -215,7 +215,7 @@ class Scores:
             valid: (B,) bool.
 
         Raises:
-            DataError: shapes differ (LabelCodeError: a target outside the code).
+            DataError: shapes differ (LabelCodeError: a target outside {-1, 0, +1}).
         """
         kept = valid.cpu()
         logits, targets = _as_matrices(logits, targets, num_classes=self._num_classes)
@@ -229,16 +229,17 @@ class Scores:
         self._targets.append(targets[known])
 
     def merge(self) -> Evaluation:
-        """The evaluation over all ranks' images, bit-equal on every rank and for every number of ranks.
+        """Evaluate all ranks' images; the result is bit-equal on every rank and for every number of ranks.
 
-        Rank r sorts the scores of classes [r C / R, (r + 1) C / R); nobody holds all of them.
+        Rank r sorts the scores of classes [r C / R, (r + 1) C / R); no rank holds all of them.
 
-        Collective: all ranks; the indices (8 bytes an image) to everyone, known entries (9 bytes each) once over, then
-        counts and results (64 bytes a class). The tensors are on the CPU, so the process group must include gloo.
+        Collective: all ranks; indices and ranks (16 bytes per image) to every rank, known entries (9 bytes each) to
+        one rank, then counts and results (64 bytes per class). The tensors are on the CPU, so the process group must
+        include gloo.
 
         Raises:
-            RankMismatchError: on all ranks, when an image was scored twice.
-            RunError: on all ranks, a NaN among the logits of known entries.
+            RankMismatchError: an image was scored more than once; on all ranks.
+            RunError: a NaN among the logits of known entries; on all ranks.
         """
         self._refuse_repeated_images()
         if (nan_index := comm.gather_rows(torch.cat(self._nan_index))).numel():
@@ -297,8 +298,9 @@ def _refuse_nan(where: str) -> NoReturn:
 def _class_precision(scores: npt.NDArray, present: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """Both average precisions of one class from its (K,) known entries.
 
-    Precision need be known at the positives alone: recall stands still elsewhere, and a threshold that adds only
-    negatives lowers precision, so it is never the envelope. `sum` adds in an order that K alone decides.
+    Precision is needed only at the positives: recall does not change elsewhere, and a threshold that adds only
+    negatives lowers precision, so it is never on the envelope. `sum` adds in an order that depends on the number of
+    positives only.
     """
     positives = np.sort(scores[present])  # ascending
     num_positives, num_known = positives.size, scores.size
@@ -312,7 +314,7 @@ def _class_precision(scores: npt.NDArray, present: npt.NDArray[np.bool_]) -> tup
 
 
 def _dense_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """(C, 2) float64 from (N, C) matrices."""
+    """Both average precisions of each class, (C, 2) float64, from (N, C) matrices."""
     rows: list[tuple[float, float]] = []
     for block_scores, block_targets in zip(
         scores.split(_CLASS_BLOCK, dim=1), targets.split(_CLASS_BLOCK, dim=1), strict=True
@@ -327,7 +329,7 @@ def _dense_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sparse_precision(classes: Tensor, scores: Tensor, targets: Tensor, *, start: int, stop: int) -> Tensor:
-    """(stop - start, 2) float64 from the known entries, (n,) each, of classes [start, stop)."""
+    """Both average precisions of classes [start, stop), (stop - start, 2) float64, from known entries (n,)."""
     order = classes.argsort()
     cuts = torch.searchsorted(classes[order], torch.arange(start, stop + 1, dtype=classes.dtype)).tolist()
     columns, present = scores[order].numpy(), (targets[order] == PRESENT).numpy()
@@ -336,13 +338,13 @@ def _sparse_precision(classes: Tensor, scores: Tensor, targets: Tensor, *, start
 
 
 def _count(logits: Tensor, targets: Tensor, *, top_k: int, threshold: float) -> Counts:
-    """Counts of (B, C) logits and targets."""
+    """Count a block of (B, C) logits and targets."""
     targets = torch.from_numpy(check_codes(targets.numpy(), where="targets of the metrics"))
     known, present = targets != UNKNOWN, targets == PRESENT
     called = known & (logits >= threshold)
     called_top = called & _highest(logits.masked_fill(~known, float("-inf")), top_k)
     labelled = known.any(dim=1)
-    right = (called == present).all(dim=1)  # unknown entries are neither
+    right = (called == present).all(dim=1)  # unknown entries are False on both sides
     images = torch.stack([torch.tensor(len(known)), labelled.sum(), (labelled & right).sum()])
     masks = (present, known & ~present, called, called & present, called_top, called_top & present)
     return Counts._make([*(mask.sum(dim=0) for mask in masks), images])

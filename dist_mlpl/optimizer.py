@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from dist_mlpl.settings import Settings
 
-AVERAGE: Final = "weight_average"  # a tensor of the optimiser's state, so that ZeRO cuts it like a moment
+AVERAGE: Final = "weight_average"  # key in the optimiser's state, so that ZeRO partitions the tensor like a moment
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerSettings(Settings):
-    """Which update rule."""
+    """The update rule and its constants."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0.0)
-    weight_decay: float = Field(0.0, ge=0.0)  # not on one-dimensional parameters (biases, norms)
-    head_multiplier: float = Field(1.0, gt=0.0)  # learning rate of the head, times
+    weight_decay: float = Field(0.0, ge=0.0)  # not applied to one-dimensional parameters (biases, norms)
+    head_multiplier: float = Field(1.0, gt=0.0)  # the head's learning rate is `learning_rate` times this
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw
     momentum: Decay = 0.9  # sgd
 
@@ -34,11 +34,11 @@ class OptimizerSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """How the learning rate moves; stretched over samples, so it survives a change of the global batch."""
+    """How the learning rate changes, as a function of samples seen, so that it does not depend on the global batch."""
 
     name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_samples: int = Field(0, ge=0)  # linear from 0
-    final_fraction: float = Field(0.0, ge=0.0, le=1.0)  # cosine: of the learning rate, at the end
+    final_fraction: float = Field(0.0, ge=0.0, le=1.0)  # cosine: share of the learning rate left at the end
     drop_every_samples: int | None = Field(None, gt=0)  # step: samples between drops, counted from the run's start
     drop_factor: float = Field(0.1, gt=0.0, lt=1.0)  # step
 
@@ -53,7 +53,7 @@ class ScheduleSettings(Settings):
 
 
 def _refuse_changed(settings: OptimizerSettings | ScheduleSettings, keys: Sequence[str]) -> None:
-    """Refuse keys that the chosen rule does not read: set all the same, they would do nothing, and quietly."""
+    """Raise ValueError for keys that are set but not read by the chosen rule, and so would silently do nothing."""
     fields = type(settings).model_fields
     changed = [key for key in keys if getattr(settings, key) != fields[key].default]
     if changed:
@@ -61,15 +61,15 @@ def _refuse_changed(settings: OptimizerSettings | ScheduleSettings, keys: Sequen
 
 
 def learning_rate_factor(settings: ScheduleSettings, samples_seen: int, total_samples: int) -> float:
-    """What the learning rate is multiplied by before an update.
+    """The factor of the learning rate for the next update.
 
     Args:
         settings: the schedule.
-        samples_seen: since the run began, 0 .. total_samples.
-        total_samples: of the whole run.
+        samples_seen: samples since the run began, 0 .. total_samples.
+        total_samples: samples of the whole run.
 
     Returns:
-        A factor in [0, 1]; above 0 at the first update, so that warm-up wastes none.
+        A factor in [0, 1]; above 0 at the first update, so that warm-up wastes no update.
     """
     if samples_seen < settings.warmup_samples:
         return (samples_seen + 1) / (settings.warmup_samples + 1)
@@ -87,11 +87,11 @@ def learning_rate_factor(settings: ScheduleSettings, samples_seen: int, total_sa
 def build_optimizer(
     settings: OptimizerSettings, parameter_groups: Mapping[str, Sequence[nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """The optimiser over a method's parameters; group key `base_learning_rate` is what the schedule scales.
+    """Build the optimiser over a method's parameters; the schedule scales each group's `base_learning_rate`.
 
     Args:
-        settings: which rule.
-        parameter_groups: trainable parameters by group name; `head` gets its multiplier.
+        settings: the update rule.
+        parameter_groups: trainable parameters by group name; `head_multiplier` applies to `head`.
     """
     groups = []
     for name, parameters in parameter_groups.items():
@@ -107,18 +107,18 @@ def build_optimizer(
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Tensors that the rule keeps of every parameter: what a checkpoint holds beside the parameters."""
+    """Names of the tensors that the rule keeps for every parameter; a checkpoint holds them beside the parameters."""
     if isinstance(optimizer, torch.optim.AdamW):
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if optimizer.defaults["momentum"] > 0.0 else ()
 
 
 def make_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Make now what torch would make at the first update, all zeros, so that it can be read and written before it.
+    """Create the state that torch would create at the first update, all zeros, so that it can be read or loaded before.
 
     Args:
-        optimizer: its state is empty.
-        tensors: what it updates: parameters, or ZeRO's flat parts of them.
+        optimizer: with an empty state.
+        tensors: the tensors that it updates: parameters, or ZeRO's flat parts of them.
     """
     for tensor in tensors:
         state = optimizer.state[tensor]
@@ -132,15 +132,15 @@ def make_averages(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -
     """Keep a copy of every tensor beside its moments, for an average of the weights.
 
     Args:
-        optimizer: its rule leaves alone what it does not know.
-        tensors: as in `make_moments`.
+        optimizer: its rule ignores entries of the state that it does not know.
+        tensors: see `make_moments`.
     """
     for tensor in tensors:
         optimizer.state[tensor][AVERAGE] = tensor.detach().clone()
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Set the count of updates that AdamW corrects its moments by; a rule without one needs none."""
+    """Set the number of updates by which AdamW corrects the bias of its moments; no effect on SGD."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(float(num_updates))
@@ -150,11 +150,11 @@ def clip_gradients(gradients: Sequence[Tensor], clip_norm: float) -> float:
     """Scale gradients down, in place, to a norm of at most `clip_norm`.
 
     Args:
-        gradients: of all parameters.
-        clip_norm: 0 for no clipping.
+        gradients: those of all parameters.
+        clip_norm: the largest norm; 0: no clipping.
 
     Returns:
-        The norm before clipping. When it is not finite, no gradient has changed.
+        The norm before clipping. If it is not finite, no gradient is changed.
     """
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if 0.0 < clip_norm < norm < math.inf:  # False for NaN

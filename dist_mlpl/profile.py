@@ -1,4 +1,4 @@
-"""Owns the sampled profile of a run: a trace of a few steps now and then, and a line that says where time went."""
+"""Owns the sampled profile of a run: traces of a few steps now and then, and a line that says where the time went."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dist_mlpl import comm, spans, storage
 from dist_mlpl.batch import Progress
 from dist_mlpl.progress import Report
 
-_FIRST_STEP, _EVERY_STEPS = 4, 50  # of an attempt; the first steps are not like the others
-_MEASURED_STEPS = 3  # of a trace, after one that warms the tracer up
+_FIRST_STEP, _EVERY_STEPS = 4, 50  # steps of an attempt at which traces begin; the first few steps are atypical
+_MEASURED_STEPS = 3  # steps measured per trace, after one that warms up the tracer
 _NUM_TRACES = 4
 
 
@@ -23,9 +23,9 @@ class StepProfile:
     """Traces of sampled steps, under RUN/profile, for chrome://tracing or Perfetto.
 
     Args:
-        out: RUN.
-        attempt: of this start.
-        is_on: False for a run without traces, which costs nothing.
+        out: URL of the run folder, RUN.
+        attempt: name of this attempt.
+        is_on: False takes no traces and costs nothing.
     """
 
     def __init__(self, out: str, attempt: str, *, is_on: bool) -> None:
@@ -47,9 +47,11 @@ class StepProfile:
             self._tracer.stop()
 
     def step(self, progress: Progress, report: Report) -> None:
-        """A step is done; `progress` stands after it.
+        """Note that a step is done; start or end a trace when due. Called on all ranks.
 
-        Called on all ranks.
+        Args:
+            progress: where the run stands after the step.
+            report: receives the line that says where the time went.
         """
         number, phase = divmod(self._num_steps - _FIRST_STEP, _EVERY_STEPS)
         self._num_steps += 1

@@ -246,9 +246,13 @@ class JsonLines:
             self._file.close()
 
 
-def without_nan(row: Row) -> Row:
-    """Replace non-finite numbers by None, since JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def without_nan(value: Any) -> Any:
+    """Replace non-finite numbers in dicts and lists, at any depth, by None, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(out: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Owns faults of storage: which may pass, how long to try again, what is said in the end; and counts the traffic."""
+"""Owns storage faults: which are transient, how long to retry, the final error message; and traffic counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_mlpl.urls import is_remote, scrubbed, shown
 
 T = TypeVar("T")
 
-DEADLINE_SECONDS = 60.0  # how long one call keeps retrying, unless configured
+DEADLINE_SECONDS = 60.0  # default for how long one call keeps retrying
 _deadline_seconds = DEADLINE_SECONDS
 _MAX_PAUSE_SECONDS = 5.0
 
@@ -36,25 +36,25 @@ _PASSING_WORDS = (
     "Connect", "Timeout", "IncompleteRead", "ClientPayload", "ServerDisconnected", "HTTPClient", "ServiceRequest",
     "ServiceResponse", "ResponseParser",
 )  # fmt: skip
-_STATUS_OF = {  # the error of an answer, and where it holds the status
+_STATUS_OF = {  # by error class, the attribute that holds the HTTP status
     "ClientResponseError": "status",  # aiohttp
     "HttpResponseError": "status_code",  # azure
     "HttpError": "code",  # gcsfs
 }
-_BUSY_STATUS = (408, 409, 429)  # timed out, in conflict with another writer of the moment, too many requests
+_BUSY_STATUS = (408, 409, 429)  # request timeout, conflict with a concurrent writer, too many requests
 _BUSY_CODES = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "IncompleteBody", "BadDigest")
-_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # a connection that was cut
-_NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))  # EAI_AGAIN is another answer
+_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # a cut connection
+_NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))  # not EAI_AGAIN
 _EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN, _RANGE_NOT_THERE, _NOT_IMPLEMENTED = 400, 401, 403, 416, 501
 
 
 class Traffic(NamedTuple):
-    """What this process has asked of remote stores since it began; totals never fall. Local files are no traffic."""
+    """Totals of this process's use of remote stores since it began; they never fall. Local files do not count."""
 
-    bytes_read: int  # of objects, as they arrived whole
-    requests: int  # calls to a store, of every verb, each try counted
-    retries: int  # of these, the ones that repeated a failed one
+    bytes_read: int  # bytes of successful reads
+    requests: int  # calls to a store of any kind, counting every try
+    retries: int  # the requests that repeated a failed one
 
 
 class _Meter:
@@ -63,11 +63,11 @@ class _Meter:
         self.totals = Traffic(0, 0, 0)
 
 
-_meters: dict[int, _Meter] = {}  # by process: a forked child may inherit a lock that another thread held
+_meters: dict[int, _Meter] = {}  # by process, as a forked child may inherit a lock held by another thread
 
 
 def traffic() -> Traffic:
-    """Totals of this process so far, over all its threads; a forked child begins at 0."""
+    """Totals of this process so far, over all threads; a forked child begins at 0."""
     return _meter().totals
 
 
@@ -84,7 +84,7 @@ def _meter() -> _Meter:
 
 
 def set_deadline(seconds: float) -> None:
-    """How long every later call of this process keeps retrying."""
+    """Set how long every later call of this process keeps retrying, in seconds."""
     global _deadline_seconds
     _deadline_seconds = seconds
 
@@ -95,12 +95,12 @@ def deadline() -> float:
 
 
 def is_transient(error: BaseException) -> bool:
-    """True for a fault that may pass by itself: a broken connection, a timeout, a busy or failing server."""
+    """Whether a fault may pass by itself: a broken connection, a timeout, a busy or failing server."""
     if isinstance(error, _PERMANENT) or is_tls_fault(error) or is_unknown_host(error):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError)) or error_code(error) in _BUSY_CODES:
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or error_code(error) in _BUSY_CODES:
         return True
-    if status := http_status(error):  # before errno: s3fs calls every answer that it does not know EIO
+    if status := http_status(error):  # before errno, as s3fs turns every unknown answer into EIO
         return status in _BUSY_STATUS or (status >= 500 and status != _NOT_IMPLEMENTED)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
@@ -111,17 +111,17 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_tls_fault(error: BaseException) -> bool:
-    """True when the two sides do not agree on TLS, a certificate that is not trusted above all."""
+    """Whether TLS cannot be established, mostly because a certificate is not trusted."""
     return any(isinstance(part, ssl.SSLError) and not isinstance(part, _BROKEN_TLS) for part in _chain(error))
 
 
 def is_unknown_host(error: BaseException) -> bool:
-    """True when name servers answered that there is no such host; no answer at all may pass."""
+    """Whether name servers answered that there is no such host; a missing answer counts as transient."""
     return any(isinstance(part, socket.gaierror) and part.errno in _NO_SUCH_HOST for part in _chain(error))
 
 
 def http_status(error: BaseException) -> int:
-    """Status of the answer behind an error of botocore, aiohttp, azure or gcsfs; 0 without one."""
+    """HTTP status behind an error of botocore, aiohttp, azure or gcsfs; 0 without one."""
     for part in _chain(error):
         if found := _answer(part).get("ResponseMetadata", {}).get("HTTPStatusCode"):
             return int(found)
@@ -132,12 +132,12 @@ def http_status(error: BaseException) -> int:
 
 
 def error_code(error: BaseException) -> str:
-    """The word by which an S3 store names the fault (`SlowDown`); empty without one."""
+    """The error code of an S3 store, such as `SlowDown`; empty without one."""
     return next((str(code) for part in _chain(error) if (code := _answer(part).get("Error", {}).get("Code"))), "")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from: s3fs translates botocore's, which wraps aiohttp's."""
+    """An error and its causes: s3fs translates botocore's errors, which wrap aiohttp's."""
     seen: list[BaseException] = []
     while error is not None and not any(error is part for part in seen):
         seen.append(error)
@@ -151,7 +151,7 @@ def _answer(error: BaseException) -> dict[str, Any]:
 
 
 def _asked_pause(error: BaseException) -> float | None:
-    """Seconds of a Retry-After header, which holds a number or a date; None without one that can be read."""
+    """Seconds asked for by a Retry-After header, a number or a date; None without a readable one."""
     for part in _chain(error):
         headers = _answer(part).get("ResponseMetadata", {}).get("HTTPHeaders") or getattr(part, "headers", None)
         if text := (headers or {}).get("retry-after"):
@@ -163,18 +163,18 @@ def _asked_pause(error: BaseException) -> float | None:
 
 
 def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
-    """Run an action until it succeeds, the fault is permanent, or the deadline has passed.
+    """Run an action until it succeeds, its fault is permanent, or the deadline has passed.
 
-    Between tries it pauses, longer each time and never as long as another rank; at least as long as a busy store
-    asks for (`Retry-After`), at most until the deadline.
+    Pauses between tries grow exponentially, with jitter so that ranks do not retry in step. They last at least as long
+    as a busy store asks for (`Retry-After`), and at most until the deadline.
 
     Args:
         action: what to do; it must be safe to repeat.
-        url: for the message, which shows it without its secrets.
-        doing: a verb phrase for the message ("reading").
+        url: for messages, which show it without its secrets.
+        doing: a gerund for messages, such as "reading".
 
     Raises:
-        FileNotFoundError, FileExistsError, MlplError: callers give them meaning.
+        FileNotFoundError, FileExistsError, MlplError: raised by the action; callers interpret them.
         StorageError: anything else, after the last try.
     """
     began, first_fault, tries = time.monotonic(), math.inf, 0
@@ -187,13 +187,13 @@ def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
         except MlplError:
             raise
         except Exception as error:
-            fault = error  # raised on below, outside: an error keeps the one in whose handling it was raised
+            fault = error  # handled outside, since raising here would chain this error to the new one
         if isinstance(fault, (FileNotFoundError, FileExistsError)):
             raise _named(fault, url) if is_remote(url) else fault
         now = time.monotonic()
-        first_fault = min(first_fault, now)  # not from the beginning: a long transfer may break late
+        first_fault = min(first_fault, now)  # not from the start, as a long transfer may break late
         left = first_fault + _deadline_seconds - now
-        pause = min(0.1 * 2**tries, _MAX_PAUSE_SECONDS) * (0.5 + random.random())  # jitter: many ranks fail together
+        pause = min(0.1 * 2**tries, _MAX_PAUSE_SECONDS) * (0.5 + random.random())  # jitter, as many ranks fail together
         asked = _asked_pause(fault)
         if asked is not None:
             pause = min(asked + pause, left)
@@ -210,24 +210,24 @@ def _named(error: OSError, url: str) -> OSError:
 
 
 def printable(error: Exception, url: str) -> Exception | None:
-    """The error as the cause of another one, if a traceback through it prints no secret; else None."""
+    """The error, to be used as another one's cause, if its traceback shows no secret; else None."""
     text = "".join(traceback.format_exception(error))
     return error if scrubbed(text, url) == text else None
 
 
 def _text(error: Exception, url: str) -> str:
-    # Secrets go first: what is cut or joined afterwards would not be recognised.
+    # Secrets are removed first, since cut or joined ones would not be recognised afterwards.
     return " ".join(scrubbed(str(error), url).split())[:300] or type(error).__name__
 
 
 def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float) -> StorageError:
-    """What is said when nothing helped.
+    """The error for an action that failed for good; the caller raises it.
 
     Args:
         error: the last fault.
-        url: of the object.
-        doing: a verb phrase ("reading").
-        tries: how often it was tried.
+        url: the object.
+        doing: a gerund, such as "reading".
+        tries: number of tries.
         waited: seconds since the first try.
     """
     where, text, status = shown(url), _text(error, url), http_status(error)

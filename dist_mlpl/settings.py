@@ -1,4 +1,4 @@
-"""Owns how every settings class behaves: frozen, closed to unknown keys, defaults checked; which keys are paths."""
+"""Owns the base of all settings classes: frozen, unknown keys refused, defaults checked; and which keys are paths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Location = Annotated[str, _LOCATION]  # a path or URL; a relative path is relati
 
 
 class Settings(BaseModel):
-    """Base of every part of the config and of every document in JSON.
+    """Base of every part of the config and of every JSON document.
 
-    Each room defines its own subclass beside what it sets; `dist_mlpl.config` composes them.
+    Each module defines its own subclasses beside the code that they configure; `dist_mlpl.config` composes them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def with_locations(settings: S, change: Callable[[str], str]) -> S:
-    """A copy in which every `Location`, here and in the settings below, is changed; empty ones stay."""
+    """Return a copy with `change` applied to every `Location`, here and in nested settings; empty ones stay."""
     changes = {}
     for name, field in type(settings).model_fields.items():
         is_location = _LOCATION in field.metadata or _is_location(field.annotation)
@@ -33,7 +33,7 @@ def with_locations(settings: S, change: Callable[[str], str]) -> S:
 
 
 def _is_location(annotation: Any) -> bool:
-    """Whether a type is or holds a `Location`."""
+    """True if a type is or contains a `Location`."""
     is_one = _LOCATION in getattr(annotation, "__metadata__", ())
     return is_one or any(_is_location(part) for part in get_args(annotation))
 

@@ -1,4 +1,4 @@
-"""Owns the named parts of a step: what a profile shows them under, and how long each took while one is taken."""
+"""Owns the named parts of a step: their names in profiles, and the time each takes while measuring is on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 import torch
 
-_seconds: defaultdict[str, float] | None = None  # by part; None while nobody measures
+_seconds: defaultdict[str, float] | None = None  # by part; None while measuring is off
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Run a part of a step under a name. Free while nobody measures.
+    """Run a part of a step under a name; costs nothing while measuring is off.
 
-    While somebody does, a GPU is waited for at both ends, so that each part has the time of its own work.
+    While it is on, the GPU is synchronised at both ends, so that each part is charged for its own work.
     """
     if _seconds is None:
         yield
@@ -28,10 +28,10 @@ def span(name: str) -> Iterator[None]:
 
 
 def measure(is_on: bool) -> dict[str, float]:
-    """Start measuring from nothing, or stop.
+    """Start measuring from zero, or stop.
 
     Returns:
-        Seconds by part since the last call; empty if nobody measured.
+        Seconds by part since the last call; empty if measuring was off.
     """
     global _seconds
     found, _seconds = dict(_seconds or {}), defaultdict(float) if is_on else None

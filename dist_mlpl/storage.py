@@ -39,7 +39,7 @@ __all__ = [
 
 _PRECONDITION_FAILED = 412
 _BLOCK_BYTES = 16 << 20
-_DELETERS = 16  # objects of a folder that are deleted at once
+_DELETERS = 16  # objects of a folder that are deleted concurrently
 _STREAM_BYTES = 4 << 20
 _PARTS_FROM_BYTES = 64 << 20  # objects of this size or more are uploaded in parts, and a failed part is sent again
 _CHANGED = ("LastModified", "last_modified", "updated", "created")  # s3fs and HTTP, adlfs, gcsfs, memory
@@ -87,7 +87,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     """
 
     if is_remote(url) and end is not None and end <= (start or 0):
-        return b""  # HTTP has no way to ask for nothing
+        return b""  # HTTP cannot ask for an empty range
 
     def read() -> bytes:
         if is_remote(url):
@@ -127,7 +127,7 @@ def open_read(url: str) -> IO[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-    """A remote object as a stream."""
+    """A remote object as a read-only stream."""
 
     def __init__(self, url: str, num_bytes: int) -> None:
         self._url, self._num_bytes, self._at = url, num_bytes, 0
@@ -417,7 +417,7 @@ def remove_folder(url: str) -> None:
             return
         filesystem, path = stores.remote(url)
         filesystem.invalidate_cache()
-        # Not `rm`: it takes `[`, `*` and `?` in a name for a pattern, and s3fs's does not tell what was refused.
+        # Not `rm`: it treats `[`, `*` and `?` in names as patterns, and s3fs's does not report refused deletes.
         with ThreadPoolExecutor(_DELETERS, "delete") as pool:
             list(pool.map(delete_one, filesystem.find(path)))
 

@@ -21,7 +21,7 @@ from dist_mlpl.urls import hide_secrets_of, is_http, scrubbed, shown
 
 STALL_SECONDS = 30.0  # default for how long a connection may be silent before it is dropped
 _CONNECT_SECONDS = 10.0
-_PAGE_KEYS = 1000  # the most that S3 lists at once
+_PAGE_KEYS = 1000  # largest page of an S3 listing
 _NUM_CONNECTIONS = 64  # concurrent connections to one S3 endpoint; further threads wait
 _SLOWEST_WRITE = 256 << 10  # bytes per second below which a write counts as stalled
 _PART_BYTES, _PARTS_AT_ONCE, _MOST_PARTS = 16 << 20, 8, 10_000  # how a large file is sent to S3
@@ -88,7 +88,7 @@ def remote(url: str, *, in_parts: bool = False) -> tuple[Any, str]:
 
 
 def _options_for(scheme: str) -> dict[str, Any]:
-    options = copy.deepcopy(_options)  # botocore changes nested ones
+    options = copy.deepcopy(_options)  # botocore modifies nested ones
     own = options.get(scheme, {})
     options = {**{option: value for option, value in options.items() if option not in _SCHEMES}, **own}
     if scheme in ("s3", "s3a"):
@@ -120,16 +120,16 @@ def read_range(url: str, start: int | None, end: int | None) -> bytes:
 
 
 def write(url: str, content: bytes, *, in_parts: bool = False, **how: Any) -> None:
-    """Write an object, in one try that ends: while a request is being sent, the libraries have no timeout of their own.
+    """Write an object, in one try with a time limit; the libraries have none while they send a request.
 
     Args:
-        url: of the object.
+        url: the object.
         content: its bytes.
         in_parts: see `remote`.
-        how: keywords of the file system's `pipe_file`, such as `mode="create"`.
+        how: keyword arguments of the filesystem's `pipe_file`, such as `mode="create"`.
 
     Raises:
-        TimeoutError: it took longer than the configured stall and the bytes at 256 KiB per second together.
+        TimeoutError: it took longer than the configured stall plus the time for the bytes at 256 KiB per second.
         Exception: whatever the library raises.
     """
     filesystem, path = remote(url, in_parts=in_parts)
@@ -141,15 +141,15 @@ def write(url: str, content: bytes, *, in_parts: bool = False, **how: Any) -> No
 
 
 def write_file(url: str, file: str) -> None:
-    """Write the bytes of a local file to an object, a large file in parts, in one try that ends.
+    """Write a local file to an object, a large one in parts, in one try with a time limit.
 
     Args:
-        url: of the object.
+        url: the object.
         file: path of the local file.
 
     Raises:
-        TimeoutError: no part went through for the configured stall and the bytes in flight at 256 KiB per second
-            together.
+        TimeoutError: no part finished within the configured stall plus the time for the bytes in flight at 256 KiB per
+            second.
         Exception: whatever the library raises.
     """
     filesystem, path = remote(url, in_parts=True)
@@ -166,7 +166,7 @@ def write_file(url: str, file: str) -> None:
 
 
 class _Moves(fsspec.callbacks.Callback):
-    """Counts the parts of an upload that went through."""
+    """Counts the finished parts of an upload."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,12 +177,15 @@ class _Moves(fsspec.callbacks.Callback):
 
 
 async def _while_it_moves(upload: Coroutine[Any, Any, None], moves: _Moves, *, num_bytes: int) -> None:
-    """Wait for an upload for as long as parts of it go through.
+    """Run an upload, and cancel it when no part of it finishes within the time limit.
 
     Args:
-        upload: is run here.
-        moves: counts its parts.
-        num_bytes: in flight at once, at most.
+        upload: the upload.
+        moves: counts its finished parts.
+        num_bytes: most bytes in flight at once.
+
+    Raises:
+        TimeoutError: it was cancelled.
     """
     limit, task = _stall_seconds + num_bytes / _SLOWEST_WRITE, asyncio.ensure_future(upload)
     number = -1

@@ -1,4 +1,4 @@
-"""Owns Ray tasks: one function on many arguments, spread over a cluster, with lost tasks tried again."""
+"""Owns Ray tasks: one function mapped over many arguments on a cluster, with lost tasks retried."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from dist_mlpl.errors import MlplError, RunError
 
 T = TypeVar("T")
 
-_MAX_LOSSES = 5  # of one task, to workers or nodes that die
-_WAITING = 2  # tasks that wait for each CPU of the cluster besides the one it works on
-_REACH_SECONDS = 10.0  # for a cluster's port to take a connection
+_MAX_LOSSES = 5  # how often one task may be lost to dying workers or nodes
+_WAITING = 2  # tasks queued per CPU of the cluster, besides the running one
+_REACH_SECONDS = 10.0  # timeout for connecting to a cluster's port
 
 
 def map_tasks(
     task: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, address: str
 ) -> Generator[tuple[int, T], None, None]:
-    """Run a function on many arguments on a Ray cluster, a CPU each.
+    """Run a function on many arguments on a Ray cluster, one CPU per call.
 
-    The package must be installed on every node, and what it reads and writes must be reached from there: a bucket, or a
-    disk that all share. Nodes may come and go while it runs.
+    The package must be installed on every node, and its inputs and outputs must be reachable from there: a bucket or a
+    shared disk. Nodes may come and go meanwhile.
 
     Args:
-        task: what pickles; it must be safe to repeat, for a lost worker's task runs again.
-        calls: arguments of each call, taken as they are needed.
-        address: of a running cluster (`auto`, `HOST:6379`, `ray://HOST:10001`), or `local` to start one here.
+        task: a picklable function; it must be safe to repeat, since a lost worker's task runs again.
+        calls: arguments of each call, consumed lazily.
+        address: address of a running cluster (`auto`, `HOST:6379`, `ray://HOST:10001`), or `local` to start one here.
 
     Yields:
-        (number of the call, its result), as they finish. The first error ends the rest and is raised.
+        (number of the call, its result), as calls finish. The first error cancels the rest and is raised.
 
     Raises:
-        MlplError: of the function, as it raised it.
-        RunError: a task was lost too often, another error of the function, or no cluster at the address.
+        MlplError: raised by the function.
+        RunError: a task was lost too often, the function raised another error, or no cluster at the address.
     """
     numbered = enumerate(calls)
     with _joined(address):
@@ -95,7 +95,7 @@ def _failed(error: Exception, next_step: str) -> RunError:
 
 @contextlib.contextmanager
 def _joined(address: str) -> Iterator[None]:
-    """Join a cluster for as long as the block runs, unless this process has joined one already."""
+    """Join a cluster while the block runs, unless this process has joined one already."""
     if ray.is_initialized():
         yield
         return
@@ -107,18 +107,18 @@ def _joined(address: str) -> Iterator[None]:
 
 
 def join(address: str, *, where: str) -> None:
-    """Join a Ray cluster, or find out soon that there is none: Ray itself would try for minutes.
+    """Join a Ray cluster, failing fast if there is none; Ray itself would try for minutes.
 
     Args:
         address: see `map_tasks`.
-        where: the setting, for messages.
+        where: name of the setting, for messages.
 
     Raises:
         RunError: no cluster at the address.
     """
     try:
         place = urlsplit(address if "//" in address else f"//{address}")
-        if place.hostname is not None and place.port is not None:  # else `auto`, `local`
+        if place.hostname is not None and place.port is not None:  # otherwise `auto` or `local`
             socket.create_connection((place.hostname, place.port), timeout=_REACH_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:

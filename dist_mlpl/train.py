@@ -1,4 +1,4 @@
-"""THE RECIPE: one rank's run, top to bottom. Open this file first; every other room is reached from it."""
+"""Owns the recipe: one rank's run, from top to bottom. Read this file first; it leads to all others."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def train(
     is_profiled: bool = False,
     job: str | None = None,
 ) -> Progress:
-    """Run or resume one training, on this rank.
+    """Run or resume one training on this rank.
 
     Args:
-        config: of the run, the same on every rank.
-        report: what is told, and how the run is asked to stop.
+        config: the run's config, the same on every rank.
+        report: receives progress, and says when the run is asked to stop.
         allow_change: resume under a changed batch, schedule or length.
-        max_steps: return after this many steps of this attempt, with a commit.
-        is_output_logged: what this process prints goes to its log in the run folder.
-        is_profiled: trace some steps, into the run folder.
-        job: token of all attempts that one driver starts again and again; None: there is but one.
+        max_steps: commit and return after this many steps of this attempt; None for no limit.
+        is_output_logged: send what this process prints to its log in the run folder.
+        is_profiled: trace some steps into the run folder.
+        job: token shared by all attempts that one driver starts; None if the attempt is not restarted.
 
     Returns:
-        Where the run stands when it returns.
+        Where the run stands at the end.
 
     Raises:
-        MlplError: see `errors`; nothing that was committed is lost.
+        MlplError: see `errors`; whatever was committed is kept.
 
     Collective: all ranks run this function with the same arguments.
     """
@@ -50,12 +50,12 @@ def train(
         method, engine, stream, length = run.method, run.engine, run.stream, run.length
         progress = run.restore()  # epoch, samples_consumed, step, round
         run.introduce(report, progress)
-        run.judge_if_due(progress, report)  # the epoch before, if the run ended before its evaluation did
+        run.judge_if_due(progress, report)  # the previous epoch, if the run was interrupted before its evaluation ended
         last_step = None if max_steps is None else progress.step + max_steps
         action = Action.GO_ON
 
         for epoch in range(progress.epoch, config.num_epochs):
-            if progress.samples_consumed == 0:  # never again after a resume in the middle of an epoch
+            if progress.samples_consumed == 0:  # not after a resume in the middle of an epoch
                 renewed = run.renew_labels(progress, report)
                 if renewed is None:
                     report.stopped(progress)

@@ -1,4 +1,4 @@
-"""Owns what a URL says by itself: remote or local, joined, named, and shown to people without its secrets."""
+"""Owns operations on URLs as text: remote or local, joining, naming, and display without secrets."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 _HIDDEN = "***"
-_MIN_SECRET_CHARS = 6  # what is shorter keeps nothing secret, and would be cut out of ordinary words
+_MIN_SECRET_CHARS = 6  # shorter strings protect nothing, and hiding them would mangle words
 _SECRET_NAMES = ("key", "secret", "token", "passw", "credential", "connection_string", "sas", "sig", "auth", "cookie")
 _SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY",
     "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET",
 )  # fmt: skip
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:.,;()\[\]]")  # in a text, whose comma it leaves
-_HOST = re.compile(r"(\[[^\]]*\]?|[^:]*)(:\d*)?")  # with its port
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:.,;()\[\]]")  # without punctuation after it
+_HOST = re.compile(r"(\[[^\]]*\]?|[^:]*)(:\d*)?")  # and its port
 _QUERY_VALUE = re.compile(r"([?&][\w.%~-]+=)[^&\s'\"<>]*[^&\s'\"<>:.,;()\[\]]")
 
-# Secrets among the storage options of this process, in every spelling; set by `storage.configure_storage`.
+# Secrets among this process's storage options, in every spelling; set by `storage.configure_storage`.
 _configured: frozenset[str] = frozenset()
 
 
 def is_remote(url: str) -> bool:
-    """True for a URL with a scheme other than `file`."""
+    """Whether a URL has a scheme other than `file`."""
     return "://" in url and not url.startswith("file://")
 
 
 def is_http(url: str) -> bool:
-    """True for http:// and https://, where a `?` begins a query; in object stores it is a letter like others."""
+    """Whether a URL is http:// or https://, where a `?` begins a query; in object stores it is like any character."""
     return url.startswith(("http://", "https://"))
 
 
 def local_path(url: str) -> Path:
-    """A path or file:// URL as a path."""
+    """Convert a path or file:// URL to a path."""
     return Path(url.removeprefix("file://"))
 
 
@@ -47,7 +47,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, a remote URL as it is: workers may start in another folder."""
+    """Make a local path absolute, since workers may start in another folder; strip slashes from a remote URL's end."""
     return url.rstrip("/") if is_remote(url) else str(local_path(url).absolute())
 
 
@@ -68,9 +68,9 @@ def _split_query(url: str) -> tuple[str, str]:
 
 
 def shown(url: str) -> str:
-    """A URL for messages: user, password and the values of a query are `***`; names of a query stay. Local: as it is.
+    """A URL for messages: user, password and query values become `***`, query names stay; a local path is unchanged.
 
-    The part before an `@` stays where it is a container (`abfs://container@account...`), not a user.
+    The part before an `@` stays if it is a container (`abfs://container@account...`), not a user.
     """
     if not is_remote(url):
         return url
@@ -80,7 +80,7 @@ def shown(url: str) -> str:
         rest = rest.partition("#")[0]
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
-    if not _HOST.fullmatch(host) and (is_http(url) or "@" in path):  # `user:pass/word@host`: no telling its end
+    if not _HOST.fullmatch(host) and (is_http(url) or "@" in path):  # `user:pass/word@host`: its end is unclear
         return f"{scheme}://{_HIDDEN}"
     if ":" in user or (user and is_http(url)):
         user = _HIDDEN
@@ -89,22 +89,22 @@ def shown(url: str) -> str:
 
 
 def hide_secrets_of(options: dict[str, Any]) -> None:
-    """Keep from now on what is secret among storage options out of every message; earlier options are forgotten."""
+    """Hide the secrets among storage options in all later messages; those of earlier options are forgotten."""
     global _configured
     _configured = frozenset(spelling for secret in _secrets_among(options, named=False) for spelling in _spelt(secret))
 
 
 def scrubbed(text: str, url: str = "") -> str:
-    """Text of a library without secrets: of the storage options, of the environment, of this URL and any other.
+    """Remove secrets from a library's text: those of the storage options, the environment, this URL and any other.
 
     Args:
-        text: of an error, say.
-        url: that the text is about; libraries cite its parts, too.
+        text: the text, such as an error's.
+        url: the URL that the text is about, since libraries also quote its parts.
     """
     secrets = set(_configured)
     for secret in [*(os.environ.get(variable, "") for variable in _SECRET_VARIABLES), *_secrets_in(url)]:
         secrets.update(_spelt(secret))
-    for secret in sorted(secrets, key=lambda secret: (-len(secret), secret)):  # the whole before its parts
+    for secret in sorted(secrets, key=lambda secret: (-len(secret), secret)):  # whole secrets before their parts
         text = text.replace(secret, _HIDDEN)
     return _QUERY_VALUE.sub(rf"\1{_HIDDEN}", _URL.sub(lambda found: shown(found[0]), text))
 
@@ -127,7 +127,7 @@ def _secrets_in(url: str) -> Iterator[str]:
 
 
 def _secrets_among(value: object, *, named: bool) -> Iterator[str]:
-    """Strings below option names that speak of secrets; `named` when one above did."""
+    """Strings under option names that suggest secrets; `named` if a name further up did."""
     if isinstance(value, dict):
         for option, inner in value.items():
             yield from _secrets_among(inner, named=named or _is_secret_name(str(option)))
@@ -152,7 +152,7 @@ def _is_secret_name(option: str) -> bool:
 
 
 def _spelt(secret: str) -> set[str]:
-    """A secret as it is, as URLs quote it, and as `repr` and JSON print it."""
+    """A secret as is, as quoted in URLs, and as `repr` and JSON print it; short spellings are left out."""
     found = {secret, unquote(secret), unquote_plus(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]}
     for plain in (secret, unquote(secret)):
         found |= {quote(plain, safe=""), quote(plain), quote_plus(plain)}

@@ -1,4 +1,4 @@
-"""Owns who this process is among the ranks: four integers, read from the environment in one place."""
+"""Owns this process's place among the ranks: four integers, read from the environment in one place."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from dist_mlpl.errors import RankMismatchError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This rank's place.
+    """The place of this process among the ranks.
 
     Args:
         rank: 0 .. size-1 over all nodes.
         size: number of ranks, R.
         local_rank: 0 .. local_size-1 on this node.
-        local_size: ranks on this node.
+        local_size: number of ranks on this node.
+
+    Raises:
+        RankMismatchError: values outside these ranges, or local_size above size.
     """
 
     rank: int = 0
@@ -36,7 +39,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that writes shared files and speaks to people."""
+        """True on rank 0, which writes shared files and prints for the user."""
         return self.rank == 0
 
     @classmethod
@@ -44,7 +47,7 @@ class World:
         """Read the variables that torchrun and Ray Train export; a lone process is rank 0 of 1.
 
         Raises:
-            RankMismatchError: a value that is no integer, or values that do not fit together.
+            RankMismatchError: a value that is not an integer, or values that do not fit together.
         """
         env = os.environ if environment is None else environment
 

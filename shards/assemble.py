@@ -1,4 +1,4 @@
-"""Owns how a plan becomes a set: packed unless too much is unfit, what was left out listed, the manifest last."""
+"""Owns carrying out a plan: pack it unless too many images are unfit, list skipped images, write the manifest last."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from shards.processes import Mapper
 from shards.work import TooManySkippedError, pack_all
 
 SKIPPED_FILE = "skipped.csv"
-_SYNCERS = 4  # threads
+_SYNCERS = 4  # threads that wait for the disk
 
 
 def check_fraction(max_bad_fraction: float) -> None:
-    """Refuse what is no fraction.
+    """Refuse a value that is not a fraction.
 
     Raises:
         ConfigError: outside [0, 1].
@@ -36,11 +36,11 @@ def check_fraction(max_bad_fraction: float) -> None:
 
 
 def plan_document(plan: Plan, *, base: str = "") -> dict[str, Any]:
-    """What builders compare to know that they follow one plan.
+    """The document by which builders check that they follow the same plan.
 
     Args:
-        plan: what goes where.
-        base: digest of the manifest that is extended.
+        plan: the plan.
+        base: digest of the manifest that is extended; empty for a new set.
     """
     makes_images = plan.packing.max_side or plan.packing.convert or plan.source.records.rotations is not None
     return {
@@ -66,25 +66,25 @@ def pack_plan(
     known: Iterable[str] = (),
     tell: OnProgress,
 ) -> dict[str, PackedShard]:
-    """Have a plan packed, unless too many images are unfit or a split has none that is fit.
+    """Pack all shards of a plan, unless too many images are unfit or a split has no usable image.
 
     Args:
-        plan: what goes where.
-        ledger: of the output.
-        mapper: where the work is done.
+        plan: the plan.
+        ledger: the output's ledger.
+        mapper: runs the work.
         about: `plan_document` of the plan.
-        max_bad_fraction: of the images that may be unfit.
-        folder: for skipped.csv, should it stop.
-        num_images: that the fraction is of; None: those of the plan. An extension counts those of the whole source, so
-            that a second call forgives what the first one did.
+        max_bad_fraction: share of images that may be unfit, in [0, 1].
+        folder: where skipped.csv goes if packing is refused.
+        num_images: number of images that the fraction refers to; None for those of the plan. An extension counts those
+            of the whole source, so that a second call tolerates as much as the first.
         known: files of shards that may be in the output already; their splits may stay without new images.
-        tell: told how far it is.
+        tell: called with progress.
 
     Returns:
-        What became of each shard, by stem.
+        The outcome of each shard, by stem.
 
     Raises:
-        FinishedElsewhereError: see there.
+        FinishedElsewhereError: another builder has written the manifest.
         DataError, ManifestError, StorageError: see `build`.
     """
     max_skipped = max_bad_fraction * (num_images or len(plan.source.records))
@@ -105,7 +105,7 @@ def pack_plan(
 
 
 def entries_by_split(plan: Plan, packed: dict[str, PackedShard]) -> dict[str, list[ShardEntry]]:
-    """Entries of the shards that were written, in the order of the plan."""
+    """Manifest entries of the shards that were written, by split, in the order of the plan."""
     entries: dict[str, list[ShardEntry]] = {}
     for shard in plan.shards:
         if entry := packed[shard.stem].entry:
@@ -114,13 +114,16 @@ def entries_by_split(plan: Plan, packed: dict[str, PackedShard]) -> dict[str, li
 
 
 def finish(manifest: Manifest, skipped: Sequence[tuple[str, str]], ledger: Ledger, tell: OnProgress) -> Manifest:
-    """List what was left out, write the manifest once the disk holds the shards, then remove the records.
+    """Wait until the disk holds the shards, list skipped images, write the manifest, and remove the ledger.
 
     Args:
-        manifest: of the set.
-        skipped: (image, reason) of those that were left out.
-        ledger: of the output.
-        tell: told how far the wait for the disk is.
+        manifest: the set's manifest.
+        skipped: (image, reason) of the skipped images.
+        ledger: the output's ledger.
+        tell: called with the progress of waiting for the disk.
+
+    Returns:
+        The manifest as written, with its `url` and `digest`.
     """
     sync_shards(ledger.out, [entry for split in manifest.splits.values() for entry in split.shards], tell)
     try:
@@ -129,19 +132,19 @@ def finish(manifest: Manifest, skipped: Sequence[tuple[str, str]], ledger: Ledge
     except StorageError:
         if ledger.is_open:
             raise
-        written = load_manifest(ledger.out)  # another builder finished, and swept our files away with the records
+        written = load_manifest(ledger.out)  # another builder finished, and removed our temporary files with the ledger
     ledger.close()
     return written
 
 
 def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: str) -> DataError:
-    """List the images that stop a build in FOLDER/skipped.csv, and make the error.
+    """Write the unfit images to FOLDER/skipped.csv, and make the error that stops a build; the caller raises it.
 
     Args:
-        plan: of the build.
+        plan: the build's plan.
         skipped: images known to be unfit.
-        folder: or URL.
-        expected: what is allowed.
+        folder: folder or URL for skipped.csv.
+        expected: what is allowed, for the message.
     """
     write_skipped([(image, reason) for _, image, reason in sorted(skipped)], folder)
     first = ", ".join(f"{image!r} ({reason})" for _, image, reason in sorted(skipped)[:3])
@@ -155,7 +158,7 @@ def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: st
 
 
 def write_skipped(rows: Sequence[tuple[str, str]], folder: str, *, scratch: str | None = None) -> None:
-    """List images that were left out, with the reason, in FOLDER/skipped.csv; without any, there is no such file."""
+    """Write (image, reason) rows of skipped images to FOLDER/skipped.csv; without any, remove that file."""
     url = storage.join(folder, SKIPPED_FILE)
     if not rows:
         storage.remove(url)
@@ -168,7 +171,7 @@ def write_skipped(rows: Sequence[tuple[str, str]], folder: str, *, scratch: str 
 
 
 def sync_shards(out: str, entries: Sequence[ShardEntry], tell: OnProgress) -> None:
-    """Wait until the disk holds these shards: the manifest, which comes next, is to mean that they are there."""
+    """Wait until the disk holds these shards, since the manifest written next says that they exist."""
     if storage.is_remote(out):
         return
     files = [storage.join(out, file) for entry in entries for file in (entry.file, entry.index)]

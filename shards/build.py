@@ -34,10 +34,10 @@ TARGET_SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class BuildSummary:
-    """What a build left behind.
+    """The result of a build.
 
     Args:
-        manifest: as written, with its `url` and `digest`; sizes and skipped images are in it.
+        manifest: as written, with its `url` and `digest`, sizes and numbers of skipped images.
         was_complete: True when the folder already held this data set, every file with its size, and nothing was
             written.
     """
@@ -63,25 +63,25 @@ def build(
 ) -> BuildSummary:
     """Pack a data set. Equal records, files and settings give equal bytes, whatever the workers, kills and storage.
 
-    Every image is read once, when its shard is packed. Killed anywhere and called again, it goes on where it stood;
-    several calls on one `out`, on any machines, share the work. Images that cannot be packed are listed in
-    OUT/skipped.csv and left out. A folder that holds the set already is looked at by sizes alone: files that are
-    missing or cut short are written again (`repair` finds the rest).
+    Every image is read once, when its shard is packed. A killed build resumes when called again; several calls on one
+    `out`, on any machines, share the work. Images that cannot be packed are skipped and listed in OUT/skipped.csv. If
+    `out` holds the set already, only file sizes are checked: missing or truncated files are written again (`repair`
+    finds other damage).
 
     Args:
-        source: what to pack.
+        source: the data set to pack.
         out: folder or URL to pack into.
-        seed: of the shuffle.
-        target_shard_bytes: upper bound of the shards' mean size; where images are resized, a guess at it.
+        seed: seed of the shuffle.
+        target_shard_bytes: upper bound of the shards' mean size, > 0; only approximate where images are resized.
         max_side, quality, convert, decode: see `Packing`.
-        max_bad_fraction: of images that may be left out, in [0, 1].
-        workers: processes of this machine; None: one for each core.
-        mapper: runs the work elsewhere; None: on `workers`.
-        on_progress: told what is being done, how many are done, how many there are, and bytes where they are known.
+        max_bad_fraction: share of images that may be skipped, in [0, 1].
+        workers: number of processes on this machine; None for one per core.
+        mapper: runs the work elsewhere; None for `workers`.
+        on_progress: called with what is being done, how much is done, the total, and bytes where known.
 
     Raises:
         ConfigError: an argument out of range.
-        DataError: records that cannot be packed, too many unfit images, an image that changed meanwhile.
+        DataError: records that cannot be packed, too many unfit images, or an image that changed meanwhile.
         ManifestError: `out` holds another data set, or an unfinished build of another.
         StorageError: reading or writing failed.
         RunError: a worker died.
@@ -133,10 +133,10 @@ def _packing(**settings: Any) -> Packing:
 
 
 def _existing(out: str, plan: Plan) -> Manifest | None:
-    """The manifest already in the folder, None without one.
+    """The manifest already in the folder; None without one.
 
     Raises:
-        ManifestError: it is that of another data set, or does not read.
+        ManifestError: it belongs to another data set, or is damaged.
     """
     if not storage.exists(manifest_url(out)):
         return None
@@ -155,7 +155,11 @@ def _existing(out: str, plan: Plan) -> Manifest | None:
 
 
 def _made_whole(plan: Plan, manifest: Manifest, mapper: Mapper, tell: OnProgress) -> BuildSummary:
-    """A finished set with the files that are missing or cut short written again."""
+    """Rewrite the missing or truncated files of a finished set.
+
+    Raises:
+        ManifestError: some of them do not come from this source.
+    """
     sizes = sizes_in(manifest.url)
     bad = [
         entry

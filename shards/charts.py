@@ -1,4 +1,4 @@
-"""Owns charts as SVG text: bars, histograms, curves, points and heat maps, to be put into a page as they are."""
+"""Owns charts as SVG text: bars, histograms, curves, points and heat maps, ready to embed in a page."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ GREEN, RED, BLUE, AMBER, VIOLET = "#2da44e", "#cf5b52", "#3b76d6", "#c77d0a", "#
 SERIES = (BLUE, AMBER, GREEN, VIOLET, RED)
 
 _FONT = 'font-family="system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif"'
-_LETTER = 6.2  # mean width of a letter of 11 pixels
+_LETTER = 6.2  # mean width in pixels of a letter at font size 11
 
 
 class Bar(NamedTuple):
-    """A bar in parts, end to end."""
+    """A stacked bar."""
 
     name: str
-    parts: tuple[tuple[int, str], ...]  # value and colour
-    note: str = ""  # shown behind the bar
+    parts: tuple[tuple[int, str], ...]  # value and colour of each part
+    note: str = ""  # shown after the bar
 
 
 def histogram(bars: Sequence[tuple[str, int]], *, title: str, x: str, y: str = "images", colour: str = BLUE) -> str:
-    """Upright bars; names below them are thinned out where they would touch.
+    """Vertical bars; names below them are thinned out where they would touch.
 
     Args:
-        bars: name and height of each, in order.
-        title, x, y: words.
-        colour: of the bars.
+        bars: name and height of each bar, in order.
+        title, x, y: texts of the title and the axes.
+        colour: colour of the bars.
     """
     width, height, left, top, bottom = 560, 260, 62, 34, 46
     inner_width, inner_height = width - left - 14, height - top - bottom
@@ -53,12 +53,12 @@ def histogram(bars: Sequence[tuple[str, int]], *, title: str, x: str, y: str = "
 
 
 def bars(rows: Sequence[Bar], *, title: str, key: Sequence[tuple[str, str]] = ()) -> str:
-    """Lying bars, one below the other, names at their left.
+    """Horizontal stacked bars, one below the other, with names on their left.
 
     Args:
         rows: from top to bottom.
-        title: words.
-        key: what each colour means, as (word, colour).
+        title: text of the title.
+        key: legend as (word, colour).
     """
     width, line, left, right, top = 720, 19, 190, 130, 50 if key else 34
     longest = max((sum(value for value, _ in row.parts) for row in rows), default=0) or 1
@@ -83,11 +83,11 @@ def bars(rows: Sequence[Bar], *, title: str, key: Sequence[tuple[str, str]] = ()
 
 
 def curves(series: Sequence[tuple[str, Sequence[int]]], *, title: str, x: str, y: str) -> str:
-    """Falling curves of counts by rank, both axes logarithmic; what is zero is left out.
+    """Curves of descending counts by rank, with both axes logarithmic; zeros are left out.
 
     Args:
-        series: name and counts of each, falling.
-        title, x, y: words.
+        series: name and descending counts of each curve.
+        title, x, y: texts of the title and the axes.
     """
     width, height, left, top, bottom = 720, 300, 62, 34, 46
     inner_width, inner_height = width - left - 120, height - top - bottom
@@ -122,11 +122,11 @@ def curves(series: Sequence[tuple[str, Sequence[int]]], *, title: str, x: str, y
 
 
 def points(places: Sequence[tuple[int, int, int]], *, title: str, x: str, y: str) -> str:
-    """Dots at whole numbers, the larger the more there are of one.
+    """Dots at integer coordinates, larger for higher counts.
 
     Args:
-        places: x, y and how many of it.
-        title, x, y: words.
+        places: (x, y, count) of each dot.
+        title, x, y: texts of the title and the axes.
     """
     width, height, left, top, bottom = 560, 340, 62, 34, 46
     inner_width, inner_height = width - left - 20, height - top - bottom
@@ -148,12 +148,12 @@ def points(places: Sequence[tuple[int, int, int]], *, title: str, x: str, y: str
 
 
 def heat_map(names: Sequence[str], shares: Sequence[Sequence[float | None]], *, title: str, x: str, y: str) -> str:
-    """A square table of shares in [0, 1], darker the higher; None is left white with a dot.
+    """A square matrix of shares in [0, 1], darker for higher ones; None is white with a dot.
 
     Args:
-        names: of rows and columns.
-        shares: rows of it.
-        title, x, y: words.
+        names: names of the rows, and of the columns.
+        shares: the matrix, row by row.
+        title, x, y: texts of the title and the axes.
     """
     cell, left, top = 26, 170, 160
     width, height = left + cell * len(names) + 90, top + cell * len(names) + 26
@@ -187,7 +187,7 @@ def heat_map(names: Sequence[str], shares: Sequence[Sequence[float | None]], *, 
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text, or its beginning and three dots."""
+    """The text, or its beginning and three dots if it is longer than `limit`."""
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
 
 
@@ -241,7 +241,7 @@ def _ticks(largest: int) -> list[int]:
 
 
 def _ranks(count: int) -> list[int]:
-    """Ranks from 1 to count, about 60 a decade."""
+    """Ranks from 1 to count, about 60 per decade."""
     return (
         sorted({min(count, round(10 ** (step / 60))) for step in range(60 * ceil(log10(max(2, count))) + 1)})
         if count
@@ -257,7 +257,7 @@ def _short(number: int) -> str:
 
 
 def _shade(share: float) -> str:
-    """From near white to deep blue."""
+    """A colour from near white at 0 to deep blue at 1."""
     weight = min(1.0, max(0.0, share)) ** 0.7
     light, dark = (246, 248, 250), (9, 63, 148)
     return "#" + "".join(f"{round(a + (b - a) * weight):02x}" for a, b in zip(light, dark, strict=True))

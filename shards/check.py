@@ -1,4 +1,4 @@
-"""Owns what the format asks of a source's records, whatever kind of source they come from."""
+"""Owns checking a source's records against the limits of the format, for any kind of source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.sources.base import Records, Source, keys_of
 
 _MAX_KEY_BYTES = 100 - len(".json")  # a USTAR header has 100 bytes for a name without folders
 _ROTATIONS = (0, 90, 180, 270)
-_BLOCK_ROWS = 1 << 20  # of which pairs of lists are compared at once
+_BLOCK_ROWS = 1 << 20  # rows whose lists are compared at once
 
 
 class _Fault(NamedTuple):
@@ -30,9 +30,10 @@ def check_records(source: Source) -> None:
     """Refuse records that the format cannot hold, or that would lead out of the image folder.
 
     Raises:
-        DataError: naming the first such record: a path that is empty, absolute or has `..` in it, a key that repeats or
-            is too long, a split that cannot name files, source rows that do not ascend, class columns out of order or
-            range, a class in two of the lists, confidences outside [0, 1], a rotation other than by right angles.
+        DataError: the message names the first such record: a path that is empty, absolute or contains `..`, a key that
+            repeats or is too long, a split name unfit for files, source rows that do not ascend, class columns out of
+            order or range, a class in two lists, confidences outside [0, 1], a rotation other than by right angles.
+            Also if there is no record at all.
     """
     records = source.records
     if not len(records):
@@ -81,7 +82,7 @@ def _name_faults(records: Records) -> Iterator[_Fault]:
 
 
 def _first(found: pa.BooleanArray) -> int | None:
-    """The first row where something is true."""
+    """The first row that is true; None if there is none."""
     place = pc.index(found, True).as_py()
     return None if place < 0 else place
 
@@ -111,7 +112,7 @@ def _label_faults(records: Records, num_classes: int) -> Iterator[_Fault]:
 
 
 def _first_in_both(one: ClassLists, other: ClassLists) -> int | None:
-    """The first row where two lists share a class."""
+    """The first row where two lists share a class; None if there is none."""
     num_rows = len(one.offsets) - 1
     for start in range(0, num_rows, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, num_rows)
@@ -122,6 +123,6 @@ def _first_in_both(one: ClassLists, other: ClassLists) -> int | None:
 
 
 def _codes(lists: ClassLists, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """A number for each entry of rows [start, stop): row since start, then class."""
+    """A number for each entry of rows [start, stop): (row - start) << 16 | class."""
     rows = np.repeat(np.arange(stop - start), np.diff(lists.offsets[start : stop + 1]))
     return rows << 16 | lists.values[lists.offsets[start] : lists.offsets[stop]]

@@ -1,4 +1,4 @@
-"""Owns the growth of a packed set: images that it lacks become new shards behind the old ones, which stay."""
+"""Owns extending a packed set: images that it lacks become new shards after the existing ones, which do not change."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _READERS = 16
 
 @dataclass(frozen=True, slots=True)
 class ExtendSummary:
-    """What an extension left behind.
+    """The result of an extension.
 
     Args:
-        manifest: as it is now, with its `url` and `digest`.
-        num_added: images; 0 when the set held all of them already, or none of the others could be packed.
+        manifest: the present manifest, with its `url` and `digest`.
+        num_added: number of images added; 0 when the set held all of them, or none of the others could be packed.
     """
 
     manifest: Manifest
@@ -52,11 +52,11 @@ class ExtendSummary:
 
 
 class Addition(NamedTuple):
-    """What of a source a set lacks."""
+    """The part of a source that a set lacks."""
 
-    source: Source  # those images alone, their source rows behind the set's
-    first_numbers: dict[str, int]  # of new shards, by split
-    first_row: int  # the source's own row 0 in the order of the whole
+    source: Source  # only the missing images, with source rows after the set's
+    first_numbers: dict[str, int]  # number of the first new shard, by split
+    first_row: int  # source row, in the extended set, of the source's own row 0
 
 
 def extend(
@@ -68,23 +68,24 @@ def extend(
     mapper: Mapper | None = None,
     on_progress: OnProgress | None = None,
 ) -> ExtendSummary:
-    """Add the images of a source that a packed set lacks, by key, as new shards behind the old ones.
+    """Add the images of a source that a packed set lacks, by key, as new shards after the existing ones.
 
-    No shard is rewritten; they are packed as the others were. The manifest is replaced last. Killed and called again,
-    it goes on where it stood. Addresses of the old samples stay, but the set is another one: its digest changes, runs
-    and views of the old manifest do not go on with it.
+    No shard is rewritten, and new ones are packed like the others. The manifest is replaced last. A killed extension
+    resumes when called again. Indices of old samples stay, but the set's digest changes, so runs and views of the old
+    manifest do not continue on it.
 
     Args:
-        source: with the set's classes, or, in a set whose unlisted classes are unknown, further ones behind them.
+        source: its classes are the set's, optionally followed by more if the set's unlisted classes are unknown.
         out: folder or URL of the set.
-        max_bad_fraction: of the source's images that may be left out, in [0, 1].
+        max_bad_fraction: share of the source's images that may be skipped, in [0, 1].
         workers, mapper, on_progress: see `shards.build.build`.
 
     Raises:
         ConfigError: an argument out of range.
-        DataError: other classes, another meaning of unlisted ones, too many unfit images, records that do not fit.
-        ManifestError: no set, one of tars that were indexed where they lie, another extension under way.
+        DataError: other classes, another meaning of unlisted ones, too many unfit images, or invalid records.
+        ManifestError: no set, a set of tars indexed in place, or another extension in progress.
         StorageError: reading or writing failed.
+        RunError: a worker died.
     """
     out, tell = storage.absolute(out), on_progress or (lambda *_: None)
     check_fraction(max_bad_fraction)
@@ -126,7 +127,7 @@ def extend(
 
 
 def _check_classes(source: Source, manifest: Manifest) -> None:
-    """Refuse labels that would not mean what the set's labels mean."""
+    """Refuse a source whose labels would mean something else than the set's."""
 
     def wrong(found: str, expected: str, next_step: str) -> DataError:
         return DataError(found, expected=expected, where=f"source {source.name!r}", next_step=next_step)
@@ -156,10 +157,10 @@ def _check_classes(source: Source, manifest: Manifest) -> None:
 
 
 def source_to_add(source: Source, manifest: Manifest) -> Addition | None:
-    """What of a source a set lacks, by key; None when it has all of it.
+    """The images of a source that a set lacks, by key; None when it has all of them.
 
     Raises:
-        DataError: records that the format cannot hold, an index that cannot be read.
+        DataError: records that the format cannot hold, or a damaged index.
     """
     check_records(source)
     keys, first_row, first_numbers = _summary(manifest)
@@ -173,7 +174,7 @@ def source_to_add(source: Source, manifest: Manifest) -> Addition | None:
 
 
 def _summary(manifest: Manifest) -> tuple[pa.StringArray, int, dict[str, int]]:
-    """All keys, the first free source row, the first free number of a shard of each split."""
+    """All keys of a set, its first free source row, and the first free shard number of each split."""
 
     def part(entry: ShardEntry) -> tuple[pa.StringArray, int]:
         index: ShardIndex = read_index(manifest, entry)
@@ -190,7 +191,7 @@ def _summary(manifest: Manifest) -> tuple[pa.StringArray, int, dict[str, int]]:
 
 
 def _skipped_rows(out: str, plan: Plan, skipped: list[Skipped]) -> list[tuple[str, str]]:
-    """Lines for skipped.csv: those of images that this plan does not speak of, then its own."""
+    """Rows for skipped.csv: the old ones about images outside this plan, then this plan's."""
     try:
         text = storage.read_bytes(storage.join(out, SKIPPED_FILE)).decode()
     except FileNotFoundError:
@@ -208,7 +209,7 @@ def _extended(
     entries: dict[str, list[ShardEntry]],
     skipped: Counter[str],
 ) -> Manifest:
-    """The manifest of the larger set."""
+    """The manifest of the extended set."""
     old = {name: manifest.splits[name].shards if name in manifest.splits else () for name in entries}
     extension = Extension(
         name=source.name,

@@ -1,4 +1,4 @@
-"""Owns which images may enter a shard, and what is made of those that may not stay as they are."""
+"""Owns which images may enter a shard, and the re-encoding of those that cannot be copied as they are."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_mlpl.data.manifest import Packing
 from dist_mlpl.errors import ShardError
 
-MAX_PIXELS: Final = 100_000_000  # as training has it (`dist_mlpl.data.jpeg`), without loading torch
+MAX_PIXELS: Final = 100_000_000  # equal to `dist_mlpl.data.jpeg.MAX_PIXELS`, without loading torch
 
-FORMATS: Final = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # that `convert` reads
+FORMATS: Final = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # formats that `convert` reads
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN, _END = 0xDA, 0xD9
 _FRAME = struct.Struct(">HH")  # height, width
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _REDUCING_GAP = 3.0  # Pillow: indistinguishable from resizing the full image, several times as fast
+# By degrees counter-clockwise.
 _TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
-}  # counter-clockwise
-_DEEP = ("I", "F")  # modes of more than 8 bits a channel begin with these
+}
+_DEEP = ("I", "F")  # modes with more than 8 bits per channel begin with these
 
 
 def check_image(content: bytes, *, decode: bool) -> str | None:
-    """Why an image may not be packed as it is, or None.
+    """The reason why an image cannot be packed as it is; None if it can.
 
     Args:
         content: the file's bytes.
-        decode: decode every pixel too; finds what the markers do not show.
+        decode: also decode every pixel, which finds damage that the markers do not show.
     """
     if not content:
         return "empty file"
     if not content.startswith(_JPEG):
         return "not a JPEG"
     scan, width, height = _find_scan(content)
-    # A thumbnail in the header has an end marker of its own, so it counts behind the first scan's start alone. Some
-    # cameras append bytes to the end.
+    # A thumbnail in the header has its own end marker, so only one after the start of the first scan counts. Some
+    # cameras append bytes after it.
     if scan < 0 or content.rfind(b"\xff\xd9", scan) < 0:
         return "truncated JPEG"
     if width * height > MAX_PIXELS:
@@ -58,7 +59,7 @@ def check_image(content: bytes, *, decode: bool) -> str | None:
 
 
 def _find_scan(content: bytes) -> tuple[int, int, int]:
-    """Where the first scan of a JPEG begins (-1: nowhere), width, height; markers are found as libjpeg finds them."""
+    """Offset of a JPEG's first scan (-1 without one), width and height; markers are found as libjpeg finds them."""
     place, width, height = 2, 0, 0
     end = len(content) - 8  # no scan is shorter
     while place < end:
@@ -67,13 +68,13 @@ def _find_scan(content: bytes) -> tuple[int, int, int]:
             if place < 0:
                 break
         marker = content[place + 1]
-        if marker == 0xFF:  # a marker may be filled with 0xFF
+        if marker == 0xFF:  # 0xFF fill bytes may precede a marker
             place += 1
         elif marker == _SCAN:
             return place, width, height
         elif marker == _END:
             break
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # these have no length
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # these have no length field
             place += 2
         else:
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
@@ -83,19 +84,19 @@ def _find_scan(content: bytes) -> tuple[int, int, int]:
 
 
 def fit_image(content: bytes, rotation: int, packing: Packing) -> tuple[bytes, str | None]:
-    """An image as it enters the shard: byte for byte, or, where `packing` or the rotation asks for it, encoded anew.
+    """An image as it enters the shard: unchanged, or re-encoded where `packing` or the rotation requires it.
 
-    Encoded anew is a JPEG that is larger than `packing.max_side` (then also one whose EXIF orientation is not upright),
-    one that has to be turned, and with `packing.convert` any image in another format. Its EXIF orientation is applied
-    first, then the rotation; metadata are dropped. Equal input gives equal bytes under one version of Pillow.
+    Re-encoded are, with `packing.max_side`, JPEGs that are larger or whose EXIF orientation is not upright; JPEGs to be
+    rotated; and with `packing.convert`, images in other formats. The EXIF orientation is applied first, then the
+    rotation; metadata are dropped. Equal input gives equal bytes with one version of Pillow.
 
     Args:
         content: the file's bytes.
         rotation: degrees counter-clockwise: 0, 90, 180 or 270.
-        packing: of the set.
+        packing: the set's packing.
 
     Returns:
-        The JPEG, and why there is none (then it is empty).
+        The JPEG and None; or empty bytes and the reason why the image cannot be packed.
     """
     if packing.convert and content and not content.startswith(_JPEG):
         return _encoded(content, rotation, packing)
@@ -109,7 +110,7 @@ def fit_image(content: bytes, rotation: int, packing: Packing) -> tuple[bytes, s
 
 
 def _is_to_change(content: bytes, max_side: int) -> bool:
-    """True for what is too large, lies on its side, or does not open (which encoding it will tell)."""
+    """Whether a JPEG is too large, not upright, or does not open (re-encoding will then report the fault)."""
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             return max(image.size) > max_side or image.getexif().get(_ORIENTATION, 1) != 1
@@ -121,7 +122,7 @@ def _encoded(content: bytes, rotation: int, packing: Packing) -> tuple[bytes, st
     is_jpeg = content.startswith(_JPEG)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images, and of odd metadata, which are dropped
+            warnings.simplefilter("ignore")  # Pillow warns about large images and odd metadata; metadata are dropped
             with Image.open(io.BytesIO(content), formats=("JPEG",) if is_jpeg else FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return b"", "too many pixels"
@@ -139,7 +140,7 @@ def _encoded(content: bytes, rotation: int, packing: Packing) -> tuple[bytes, st
 
 
 def _as_jpeg(image: Image.Image, rotation: int, packing: Packing) -> bytes:
-    if packing.max_side is not None:  # leaves smaller ones alone; JPEGs are decoded at a fraction of their size
+    if packing.max_side is not None:  # smaller ones stay; JPEGs are decoded at reduced size
         box = (packing.max_side, packing.max_side)
         image.thumbnail(box, Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
     image = ImageOps.exif_transpose(image)
@@ -154,9 +155,9 @@ def _as_jpeg(image: Image.Image, rotation: int, packing: Packing) -> bytes:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image in RGB or grey levels, on white where it is transparent; its EXIF orientation stays.
+    """The image in RGB or grey levels, with transparency on white; its EXIF orientation is kept.
 
-    This comes before it shrinks: palettes and masks have no means.
+    This must come before resizing, since palettes and masks cannot be averaged.
     """
     exif = image.getexif()
     if image.has_transparency_data:

@@ -1,6 +1,6 @@
-"""Owns the indexing of tars where they lie: headers read, indexes and a manifest written, no tar copied or changed.
+"""Owns indexing tars in place: headers are read, indexes and a manifest written, and no tar is copied or changed.
 
-OUT/scans/STEM.arrow    what was read of STEM.tar; valid as long as the tar's size and version stay the same
+OUT/scans/STEM.arrow    the scan of STEM.tar; valid as long as the tar's size and version stay the same
 OUT/STEM.arrow          its index
 OUT/manifest.json       written last; `tars` in it names the tars' folder when that is not OUT
 """
@@ -42,21 +42,21 @@ from shards.scan import NO_JPEG, NOT_JPEG, encode_scan, read_scan, scan_tar
 
 T = TypeVar("T")
 
-SOURCE = "tars"  # in the manifest
+SOURCE = "tars"  # name of this source in the manifest
 SPLIT_PATTERN = r"(.+)-[^-]*"  # train-000001 -> train
 _SCANS = "scans"
-_LEFT_OUT = (NO_JPEG, NOT_JPEG)  # samples, of which the manifest says how many
+_LEFT_OUT = (NO_JPEG, NOT_JPEG)  # kinds of skipped samples, which the manifest counts
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")  # as the manifest allows
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSummary:
-    """What an indexing left behind.
+    """The result of indexing.
 
     Args:
         manifest: as written, with its `url` and `digest`.
-        ignored: members that make no sample, by kind.
-        num_reused: tars whose headers were not read again.
+        ignored: number of members that belong to no sample, by kind.
+        num_reused: number of tars whose headers were not read again.
         was_complete: True when the folder already held this manifest.
     """
 
@@ -67,7 +67,7 @@ class IndexSummary:
 
 
 class _Tar(NamedTuple):
-    """One tar, and what its scan says in few words."""
+    """One tar, and a summary of its scan."""
 
     url: str
     num_bytes: int
@@ -90,27 +90,27 @@ def index_tars(
     workers: int = 16,
     on_progress: OnProgress | None = None,
 ) -> IndexSummary:
-    """Index tars as they lie, by their headers and label members alone. See `dist_mlpl.data.tar_members` for labels.
+    """Index tars in place, by their headers and label members only. See `dist_mlpl.data.tar_members` for labels.
 
-    The tars' digests stay unknown (`sha256` is empty). Interrupted, it goes on where it stood. Equal tars give equal
-    indexes; an existing manifest is never changed, only found to be the same or refused.
+    The tars' digests stay unknown (`sha256` is empty). An interrupted call resumes when repeated. Equal tars give equal
+    indexes; an existing manifest is never changed: the tars must match it, or they are refused.
 
     Args:
-        tars: a folder, or a pattern as `expand_tars` takes it; all in one folder.
-        out: folder or URL of indexes and manifest; None: beside the tars.
-        classes: CSV whose first column lists the class ids in order; None: the ids found, sorted, by value if all
+        tars: a folder, or a pattern for `expand_tars`; all tars in one folder.
+        out: folder or URL for indexes and manifest; None for the tars' folder.
+        classes: CSV whose first column lists the class ids in order; None for the ids found, sorted, by value if all
             are whole numbers.
-        split: of all tars.
+        split: the split of all tars.
         split_pattern: regular expression that a tar's name without `.tar` must match; its first group is the split.
-            Without both, the name before its last `-`.
-        unlisted: what a class that a sample does not list means; None: `unknown` if some sample lists negatives,
+            If both are None, the split is the name up to its last `-`.
+        unlisted: what a class that a sample does not list means; None for `unknown` if some sample lists negatives,
             else `absent`.
-        workers: threads.
+        workers: number of threads, at least 1.
         on_progress: called after each tar.
 
     Raises:
-        ConfigError: arguments that do not fit together, tars in several folders, a name without a split.
-        ShardError: a tar that does not read; see `scan_tar`.
+        ConfigError: arguments that do not fit together, tars in several folders, or a name without a split.
+        ShardError: an unreadable tar; see `scan_tar`.
         DataError: no tar, an image without labels, an unknown class, more than 65,536 classes.
         ManifestError: `out` holds another data set.
         StorageError: reading or writing failed.
@@ -177,7 +177,7 @@ def _check_arguments(split: str | None, pattern: str | None, unlisted: str | Non
 
 
 def _one_folder(urls: Sequence[str]) -> str:
-    """Where all tars lie, their names checked."""
+    """The folder of all tars, after checking their URLs and names."""
     folders = list(dict.fromkeys(url.rpartition("/")[0] for url in urls))
     if len(folders) > 1:
         raise ConfigError(
@@ -231,7 +231,7 @@ def _entries(existing: Manifest | None) -> frozenset[ShardEntry] | None:
 
 
 def _each(task: Callable[[Any], T], items: Sequence[Any], doing: str, workers: int, tell: OnProgress) -> list[T]:
-    """Run a task on every item in threads; the first error ends the rest and is raised."""
+    """Run a task on every item in threads; results are in order. The first error cancels the rest and is raised."""
     results: dict[int, T] = {}
     pool = ThreadPoolExecutor(min(workers, len(items)), "index")
     try:
@@ -245,7 +245,7 @@ def _each(task: Callable[[Any], T], items: Sequence[Any], doing: str, workers: i
 
 
 def _scan(url: str, *, out: str, classes: Sequence[str] | None) -> _Tar:
-    """Read one tar's headers, unless that is done; classes that are not listed are refused here, early."""
+    """Scan one tar, or reuse its earlier scan; refuses unlisted classes early, if `classes` is given."""
     try:
         num_bytes, tag = storage.size(url), storage.version(url)
     except FileNotFoundError as error:
@@ -283,10 +283,10 @@ def _sorted_ids(ids: set[str], where: str) -> list[str]:
 def _write(
     call: tuple[_Tar, int], *, out: str, class_ids: Sequence[str], expected: frozenset[ShardEntry] | None
 ) -> ShardEntry:
-    """Write the index of one tar; the call names it and the source row of its first sample."""
+    """Write the index of one tar; `call` is the tar and the source row of its first sample."""
     tar, first_row = call
     scan = read_scan(_scan_url(out, tar.url), num_bytes=tar.num_bytes, version=tar.version)
-    if scan is None:  # another process removed it since
+    if scan is None:  # the scan was removed by another process
         scan = scan_tar(tar.url, tar.num_bytes)
     lists = scan.columns(class_ids, tar.url)
     index = ShardIndex(
@@ -321,7 +321,7 @@ def _split(entries: Sequence[ShardEntry], splits: Sequence[str], name: str) -> S
 
 
 def _digest(class_ids: Sequence[str], unlisted: str, entries: Sequence[ShardEntry]) -> str:
-    """sha256 over all that was read of the tars."""
+    """sha256 over the classes, `unlisted`, and all tars' names, sizes and index digests."""
     rows = [[entry.file, entry.num_bytes, entry.index_sha256] for entry in entries]
     return hashlib.sha256(json.dumps([list(class_ids), unlisted, rows]).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Owns a look at images with their labels: a contact sheet, as a picture or as a page."""
+"""Owns inspecting images with their labels: a contact sheet, as a PNG or an HTML page."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
 from shards.sample import Indices, choose, every, read_images
 from shards.sheet import COLOURS, FAINT, INK, Cell, Label, Title, draw_sheet, sheet_page, thumbnail
 
-MAX_IMAGES = 400  # on a sheet
+MAX_IMAGES = 400  # most images on a sheet
 ENDINGS = (".png", ".html")
 
 
 @dataclass(frozen=True, slots=True)
 class SheetSummary:
-    """What was drawn.
+    """A summary of the sheet drawn.
 
     Args:
         out: path or URL of the sheet.
-        num_shown: images on it.
-        num_unreadable: of those, images that do not decode.
-        size: width and height of the picture in pixels; (0, 0) for a page.
+        num_shown: number of images on it.
+        num_unreadable: number of these that do not decode.
+        size: width and height of the PNG in pixels; (0, 0) for a page.
     """
 
     out: str
@@ -52,26 +52,26 @@ def inspect(
     view: str | None = None,
     seed: int = 0,
 ) -> SheetSummary:
-    """Draw a sheet of some images and their labels: present ones green, absent ones red, those of machines violet.
+    """Draw a sheet of some images and their labels: present ones green, absent ones red, machine labels violet.
 
-    What is unknown is left out; so is absence in sets where a class that is not listed is absent. The choice depends
-    on seed, split and what is asked for alone. Images are shown as they are stored, as training sees them.
+    Unknown labels are left out; so are absent ones where every unlisted class is absent. The choice of images depends
+    only on seed, split and the conditions. Images are shown as stored, as training sees them.
 
     Args:
         url: folder of the shards.
         out: path or URL ending in .png or .html.
-        sample: images, at most MAX_IMAGES.
-        split: of the set; None for `train`, or the first where there is no such split.
-        class_id: only images in which this class is present; an id, or a name that is but one class's.
-        is_absent: with `class_id`, only those in which it is known to be absent.
-        known_only: only images of which some label is known.
+        sample: number of images, 1 to MAX_IMAGES.
+        split: split of the set; None for `train`, or the first split if there is no `train`.
+        class_id: only images in which this class is present; an id, or a name that no other class has.
+        is_absent: with `class_id`, only images in which it is known to be absent instead.
+        known_only: only images with a known label.
         view: name or URL of a view on disk to see labels through.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
-        ConfigError: an argument out of range, or a class that does not exist.
-        DataError: no image is like that.
-        ManifestError, ShardError, StorageError: the set or view does not read, the sheet cannot be written.
+        ConfigError: an argument out of range, or no such class.
+        DataError: no image meets the conditions.
+        ManifestError, ShardError, StorageError: the set or view is missing or damaged, or the sheet cannot be written.
     """
     _check_arguments(out, sample, class_id, is_absent)
     manifest = load_manifest(url)
@@ -109,7 +109,7 @@ def _check_arguments(out: str, sample: int, class_id: str | None, is_absent: boo
 
 
 def _column(manifest: Manifest, class_id: str) -> int:
-    """Column of a class by its id, or by its name if that is one class's."""
+    """Column of a class by its id, or by its name if it is unique."""
     ids = list(manifest.class_ids)
     if class_id in ids:
         return ids.index(class_id)
@@ -125,7 +125,7 @@ def _column(manifest: Manifest, class_id: str) -> int:
 
 
 def _matching(index: SplitIndex, view: StoredView | None, column: int | None, value: int) -> Iterator[Indices]:
-    """Samples whose class has that value; without a class, those of which any label is known. A shard at a time."""
+    """Samples whose label of a class has a value; without a class, those with any known label. Yields parts."""
     manifest, step = index.manifest, max(1, (1 << 22) // index.manifest.num_classes)
     for shard, table in enumerate(index.shard_indexes()):
         for first in range(0, table.num_samples, step):
@@ -146,7 +146,7 @@ def _targets(index: SplitIndex, view: StoredView | None, indices: Indices) -> Ta
 
 
 def _cells(index: SplitIndex, view: StoredView | None, chosen: Indices, column: int | None) -> Iterator[Cell]:
-    """The images in order, their labels by name, that of the class asked for first."""
+    """The images in order with their labels by name, the requested class first."""
     manifest = index.manifest
     shows_absent = _shows_absent(manifest, view is not None)
     for sample, content in zip(chosen, read_images(index, chosen), strict=True):
@@ -166,7 +166,7 @@ def _cells(index: SplitIndex, view: StoredView | None, chosen: Indices, column: 
 
 
 def _shows_absent(manifest: Manifest, has_view: bool) -> bool:
-    """Whether absence says something: it was looked for, or a view left it known here and not there."""
+    """Whether to show absent labels: they were verified, or a view has made other labels unknown."""
     return manifest.unlisted == "unknown" or has_view
 
 

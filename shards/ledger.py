@@ -1,11 +1,11 @@
-"""Owns the records of a build under way: the plan that it follows, which shards are done, who works on which.
+"""Owns the records of a build in progress: the plan that it follows, which shards are done, who works on which.
 
-OUT/build/plan.json        made exclusively: all builders of OUT follow one plan
-OUT/build/STEM.json        made exclusively once shard STEM and its index lie in OUT
+OUT/build/plan.json        created exclusively: all builders of OUT follow one plan
+OUT/build/STEM.json        created exclusively once shard STEM and its index are in OUT
 OUT/build/STEM.lease-0     who packs STEM, rewritten while they live; lease-1 takes over from it, and so on
 
-Shards are a function of the plan and appear whole, so two builders that write the same one do no harm: leases only save
-work. The folder goes when the manifest is written.
+Shards are a function of the plan and appear atomically, so two builders that write the same one do no harm: leases only
+save work. The folder is removed when the manifest is written.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from shards.pack import PackedShard, Skipped
 from shards.plan import differences
 
 FOLDER = "build"
-LEASE_SECONDS = 30.0  # a lease that did not change for so long, while it was watched, is nobody's
+LEASE_SECONDS = 30.0  # a lease that does not change for this long while being watched has expired
 _BEAT_SECONDS = 5.0
 _READERS = 16
 
 
 class Held(NamedTuple):
-    """A lease of somebody else."""
+    """A lease held by another builder."""
 
     generation: int
-    content: bytes  # empty when it was just given up
+    content: bytes  # empty if it was just released
 
     @property
     def is_dead(self) -> bool:
-        """True when its holder was a process of this machine that is no more; others can only be watched."""
+        """Whether its holder was a process of this machine that has ended; other holders can only be watched."""
         try:
             holder = json.loads(self.content)["holder"]
             machine, pid, started = holder["machine"], holder["pid"], holder["started"]
@@ -64,19 +64,19 @@ class Ledger:
         self._plan_url = storage.join(self.folder, "plan.json")
 
     def begin(self, about: dict[str, Any], *, known: Collection[str]) -> bool:
-        """Make the plan of the builders of OUT this one, or join them.
+        """Record this plan for all builders of OUT, or join builders that follow it.
 
         Args:
-            about: what the plan is: JSON types, equal for equal plans.
-            known: shards and indexes that may lie in OUT before a plan does.
+            about: description of the plan in JSON types, equal for equal plans.
+            known: shards and indexes that may be in OUT before a plan is.
 
         Returns:
-            True when this call made it.
+            True when this call recorded the plan, False when it joined.
 
         Raises:
-            ManifestError: others follow another plan, or OUT holds shards of neither.
+            ManifestError: others follow another plan, or OUT holds shards of no plan and no manifest.
         """
-        there = storage.list_names(self.out)  # before the plan is looked for: what builders wrote comes after it
+        there = storage.list_names(self.out)  # listed before reading the plan, as builders write shards after it
         plan = self._plan()
         if plan is None:
             strange = [name for name in there if name.endswith((".tar", ".arrow")) and name not in known]
@@ -92,7 +92,7 @@ class Ledger:
             if storage.create_exclusive(self._plan_url, content):
                 return True
             plan = self._plan()
-            if plan is None:  # its maker is done with it, as the shards will tell
+            if plan is None:  # its builder has finished meanwhile, which packing will notice
                 return False
         ours = _as_read(about)
         if plan != ours:
@@ -115,18 +115,18 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """False once some builder has finished."""
+        """Whether the build is still in progress; False once some builder has finished."""
         return storage.exists(self._plan_url)
 
     def commit(self, stem: str, packed: PackedShard) -> None:
-        """Note that a shard is done. The first note stays: another can only say the same."""
+        """Record that a shard is done. The first record stays, as any other would be equal."""
         entry = None if packed.entry is None else packed.entry.model_dump()
         document = {"entry": entry, "index_bytes": packed.index_bytes, "skipped": packed.skipped}
         content = json.dumps(document, ensure_ascii=False).encode()
         storage.create_exclusive(self._commit_url(stem), content, durable=False)
 
     def committed(self, stem: str) -> PackedShard | None:
-        """What was noted of a shard, None when nothing readable was."""
+        """The record of a finished shard; None if there is none that can be read."""
         try:
             document = json.loads(storage.read_bytes(self._commit_url(stem)))
             entry = document["entry"]
@@ -135,11 +135,11 @@ class Ledger:
                 document["index_bytes"],
                 tuple(Skipped(*skipped) for skipped in document["skipped"]),
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # a machine that lost power may leave half a note
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # a power loss may leave half a record
             return None
 
     def all_committed(self, stems: Collection[str]) -> dict[str, PackedShard]:
-        """What was noted of these shards, where something was."""
+        """The records of those of these shards that are finished."""
         there = set(storage.list_names(self.folder))
         noted = [stem for stem in stems if f"{stem}.json" in there]
         with ThreadPoolExecutor(_READERS, "ledger") as pool:
@@ -147,35 +147,36 @@ class Ledger:
         return {stem: packed for stem, packed in found.items() if packed is not None}
 
     def forget(self, stem: str) -> None:
-        """Take a note back: what it speaks of is not there."""
+        """Delete the record of a shard whose files are not there."""
         storage.remove(self._commit_url(stem))
 
     def claim(self, stem: str, generation: int) -> Lease | Held:
-        """Take a shard on, or learn who has.
+        """Take a lease on a shard, or return the lease that another builder holds.
 
         Args:
-            stem: of the shard.
-            generation: 0, or one more than that of a lease that is nobody's.
+            stem: the shard's stem.
+            generation: 0, or one more than that of an expired lease.
         """
         lease = Lease(self._lease_url(stem, generation))
         return lease if lease.take() else self.held(stem, generation)
 
     def held(self, stem: str, generation: int) -> Held:
-        """A lease as it is now."""
+        """Read the present state of a lease."""
         try:
             return Held(generation, storage.read_bytes(self._lease_url(stem, generation)))
         except FileNotFoundError:
             return Held(generation, b"")
 
     def close(self) -> None:
-        """Remove all records."""
+        """Remove all records, the plan first: builders whose temporary files vanish then see why (`is_open`)."""
+        storage.remove(self._plan_url)
         storage.remove_folder(self.folder)
 
     def sweep(self, digest: str) -> None:
-        """Remove what builders left who were killed after their end.
+        """Remove records left by builders that were killed after the manifest was written.
 
         Args:
-            digest: of the manifest in OUT; the records of a build that extends this one stay.
+            digest: digest of the manifest in OUT; the records of a build that extends it are kept.
         """
         plan = self._plan()
         if plan is None or plan.get("base") != digest:
@@ -189,12 +190,12 @@ class Ledger:
 
 
 def _as_read(document: dict[str, Any]) -> dict[str, Any]:
-    """JSON as it comes back: tuples as lists."""
+    """A document after a round trip through JSON, which turns tuples into lists."""
     return dict(json.loads(json.dumps(document)))
 
 
 class Lease:
-    """The right to work on a shard, kept by a thread for as long as the block runs, and given up at its end."""
+    """The right to work on a shard: a thread renews it while the `with` block runs, and it is released at the end."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -203,7 +204,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def take(self) -> bool:
-        """True when nobody had it."""
+        """Take the lease; returns False if another builder holds it."""
         return storage.create_exclusive(self._url, self._content(0), durable=False)
 
     def _content(self, beat: int) -> bytes:
@@ -214,7 +215,7 @@ class Lease:
         beat = 0
         while not self._is_over.wait(_BEAT_SECONDS):
             beat += 1
-            with contextlib.suppress(MlplError):  # others may then do this shard again, which does no harm
+            with contextlib.suppress(MlplError):  # others may then repack this shard, which does no harm
                 storage.write_bytes(self._url, self._content(beat), durable=False)
 
     def __enter__(self) -> Lease:
@@ -231,7 +232,7 @@ class Lease:
 
 @functools.cache
 def _machine() -> str:
-    """What tells the process numbers of this machine from others'; empty where the system does not tell."""
+    """An identifier of this machine's process id space; empty where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -240,7 +241,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started, in ticks since boot; empty when it is no more."""
+    """Start time of a process of this machine, in ticks since boot; empty if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

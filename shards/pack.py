@@ -1,6 +1,6 @@
 """Owns a shard's bytes: the order of samples, the boundaries between shards, the tar and its index.
 
-Everything here is a function of the input's content, so any number of workers writes the same bytes.
+Everything here is a function of the input's content, so any number of workers write the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from isal.isal_zlib import crc32  # zlib's numbers, ten times as fast
+from isal.isal_zlib import crc32  # the same checksums as zlib's, ten times as fast
 
 from dist_mlpl import storage
 from dist_mlpl.data.manifest import Packing, ShardEntry
@@ -29,12 +29,12 @@ from dist_mlpl.errors import DataError, StorageError
 from shards.images import fit_image
 from shards.sources.base import Record, Records, keys_of
 
-# (what is being done, how many done, how many in all[, bytes done])
+# (what is being done, how much is done, total[, bytes done])
 OnProgress = Callable[..., None]
 
-BLOCK = tarfile.BLOCKSIZE  # 512: a header takes one block, data are padded to whole blocks
-_READERS = 32  # threads that read remote images ahead
-_READ_AHEAD = 64  # images
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes: a header takes one block, and data are padded to whole blocks
+_READERS = 32  # threads that prefetch remote images
+_READ_AHEAD = 64  # images prefetched
 _ZEROS = bytes(BLOCK)
 _HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a file of mode 644; time, owner and group are 0
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -42,13 +42,13 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all shards of a build share; it crosses to every worker once.
+    """Settings shared by all shards of a build; sent to every worker once.
 
     Args:
-        images: folder or URL of the inputs.
+        images: folder or URL of the images.
         out: folder or URL of the shards.
-        scratch: folder of unfinished files, removed at the end; on the disk of a local `out`.
-        class_ids: stable keys in column order.
+        scratch: folder for unfinished files, removed at the end; on the same disk as a local `out`.
+        class_ids: class ids in column order.
         packing: how images and shards are made.
     """
 
@@ -66,7 +66,7 @@ class ShardJob:
     Args:
         stem: file name without ending, `SPLIT-000000`.
         records: n images in tar order.
-        sizes: (n,) int64, bytes of their files when the plan was made.
+        sizes: (n,) int64, sizes of their files in bytes when the plan was made.
     """
 
     stem: str
@@ -75,7 +75,7 @@ class ShardJob:
 
 
 class Skipped(NamedTuple):
-    """An image that was left out."""
+    """An image that was skipped."""
 
     source_row: int
     image: str
@@ -83,15 +83,15 @@ class Skipped(NamedTuple):
 
 
 class PackedShard(NamedTuple):
-    """What became of a job."""
+    """The outcome of a job."""
 
-    entry: ShardEntry | None  # None: no image of it could be packed, and nothing was written
-    index_bytes: int  # of the index
+    entry: ShardEntry | None  # None: no image could be packed, and nothing was written
+    index_bytes: int  # size of the index; 0 without one
     skipped: tuple[Skipped, ...]
 
 
 def packing_order(seed: int, split: str, source_rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """A shuffle of a split's records that will be the same on any machine, forever.
+    """A shuffle of a split's records that is the same on every machine, forever.
 
     Row r is ranked by output r of the SplitMix64 generator seeded with the first 8 bytes of sha256("SEED:SPLIT").
 
@@ -101,7 +101,7 @@ def packing_order(seed: int, split: str, source_rows: npt.NDArray[np.integer]) -
         source_rows: (n,) distinct, in [0, 2**63).
 
     Returns:
-        (n,) positions in `source_rows`, in packing order. Leaving records out does not change the order of the rest.
+        (n,) int64 positions in `source_rows`, in packing order. Leaving records out keeps the order of the rest.
     """
     start = np.frombuffer(hashlib.sha256(f"{seed}:{split}".encode()).digest()[:8], dtype="<u8")
     z = start + (source_rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps at 2**64
@@ -111,32 +111,32 @@ def packing_order(seed: int, split: str, source_rows: npt.NDArray[np.integer]) -
 
 
 def cut_shards(sample_bytes: npt.NDArray[np.int64], target_shard_bytes: int) -> list[slice]:
-    """Cut samples into runs of about equal bytes, as few as keep the average at or below the target.
+    """Cut samples into runs of about equal bytes, as few as keep the mean at or below the target.
 
     Args:
-        sample_bytes: (n,) bytes that each sample takes in a tar, in packing order; n > 0, each > 0.
-        target_shard_bytes: > 0.
+        sample_bytes: (n,) int64, bytes that each sample takes in a tar, in packing order; n > 0, each > 0.
+        target_shard_bytes: target size of a shard, > 0.
 
     Returns:
-        Slices that cover the n samples in order, none empty. None exceeds the target by more than one sample.
+        Slices that cover the n samples in order, none empty. No run exceeds the target by more than one sample.
     """
     ends = np.cumsum(sample_bytes)
     total = int(ends[-1])
     num_shards = -(-total // target_shard_bytes)
     limits = [total * k // num_shards for k in range(1, num_shards)]
-    starts = np.unique([0, *np.searchsorted(ends - sample_bytes, limits)])  # a sample above the target leaves gaps
+    starts = np.unique([0, *np.searchsorted(ends - sample_bytes, limits)])  # a huge sample repeats starts
     starts = starts[starts < len(sample_bytes)]
     return [slice(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(sample_bytes)], strict=True)]
 
 
 def record_json(key: str, record: Record, class_ids: Sequence[str], *, has_machine: bool) -> bytes:
-    """The labels of a record as the shard stores them beside the image.
+    """The labels of a record as the JSON stored beside the image.
 
     Args:
         key: `record.key`.
-        record: of the image.
-        class_ids: stable keys in column order.
-        has_machine: the source has machine labels; `machine` is then written, even if it is empty.
+        record: the image's record.
+        class_ids: class ids in column order.
+        has_machine: whether the source has machine labels; then `machine` is written even if empty.
     """
     document = {
         "key": key,
@@ -152,16 +152,16 @@ def record_json(key: str, record: Record, class_ids: Sequence[str], *, has_machi
 
 @functools.cache
 def shortest(confidence: float) -> float:
-    """The number of fewest digits that float16 rounds to this one: 0.7 for 0.70019..."""
+    """The shortest decimal number that rounds to this float16: 0.7 for 0.70019..."""
     return float(str(np.float16(confidence)))
 
 
 def tar_header(name: bytes, num_bytes: int) -> bytes:
-    """The USTAR header of a regular file, as `tarfile` makes it, without time, owner and group.
+    """The USTAR header of a regular file, as `tarfile` makes it, with time, owner and group 0.
 
     Args:
         name: 1 to 100 bytes.
-        num_bytes: of the content, below 8 GiB.
+        num_bytes: size of the content, below 8 GiB.
     """
     size = b"%011o\0" % num_bytes
     checksum = _HEADER_SUM + sum(name) + sum(size)
@@ -170,26 +170,26 @@ def tar_header(name: bytes, num_bytes: int) -> bytes:
     )  # fmt: skip
 
 
-# Of the bytes that never change; those of the checksum itself count as blanks.
+# Checksum of the header bytes that never change; those of the checksum field count as blanks.
 _HEADER_SUM = sum(_HEADER[:124]) + sum(_HEADER[136:148]) + 8 * ord(" ") + sum(_HEADER[156:])
 
 
 def padding(num_bytes: int) -> bytes:
-    """Zeros up to the next whole block."""
+    """Zeros that fill content of this size up to a whole block."""
     return _ZEROS[: -num_bytes % BLOCK]
 
 
 class TarWriter:
-    """Appends samples to a tar, and knows the digest of all it wrote.
+    """Appends samples to a tar, and computes the digest of everything written.
 
     Args:
-        file: unbuffered, at its start.
+        file: an unbuffered file, positioned at its start.
     """
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self.num_bytes = 0  # written so far
+        self.num_bytes = 0  # bytes written so far
 
     def add(self, key: str, image: bytes, labels: bytes) -> int:
         """Append KEY.jpg and KEY.json. Returns the offset of the image's first byte."""
@@ -201,13 +201,13 @@ class TarWriter:
         return offset
 
     def close(self) -> str:
-        """Write the end of the archive, which is one of whole records. Returns the sha256."""
+        """Write the end mark, padded to whole tar records. Returns the sha256 of the tar; the file stays open."""
         size = self.num_bytes + 2 * BLOCK
         self._write(bytes(2 * BLOCK + -size % tarfile.RECORDSIZE))
         return self._digest.hexdigest()
 
     def _write(self, *parts: bytes) -> None:
-        """Write all parts in one call of the system, if it takes them."""
+        """Write all parts, in one system call if it accepts them all."""
         total = sum(map(len, parts))
         written = os.writev(self._file.fileno(), parts)
         if written < total:
@@ -224,15 +224,15 @@ class _NothingToPackError(Exception):
 
 
 def write_shard(setting: Setting, job: ShardJob, expected: ShardEntry | None = None) -> PackedShard:
-    """Write one tar and its index; every image is read once. Images that cannot be packed are left out.
+    """Write one tar and its index; every image is read once. Images that cannot be packed are skipped.
 
     Args:
-        setting: of the build.
+        setting: the build's setting.
         job: the shard.
-        expected: what must come of it, or nothing is written.
+        expected: entry that the shard must have, otherwise nothing is written; None accepts any.
 
     Raises:
-        DataError: an image is no longer as it was when the plan was made, or something other than `expected` came out.
+        DataError: an image changed since the plan was made, or the shard differs from `expected`.
         StorageError: reading or writing failed.
     """
     skipped: list[Skipped] = []
@@ -257,7 +257,7 @@ def write_shard(setting: Setting, job: ShardJob, expected: ShardEntry | None = N
         if expected is not None:
             raise _changed("no image of it can be packed any more", tar_url) from error
         return PackedShard(None, 0, tuple(skipped))
-    # Nothing waits for the disk here: `storage.sync` comes once, before the manifest.
+    # Not synced to disk here: `storage.sync` follows once, before the manifest.
     storage.write_bytes(index_url, content, durable=False, scratch=setting.scratch)
     if storage.is_remote(setting.out):
         _check_size(tar_url, entry.num_bytes)
@@ -296,10 +296,10 @@ def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: lis
 
 
 def _contents(images: str, job: ShardJob) -> Iterator[bytes]:
-    """The images of a job in order; remote ones are read ahead, for each costs a round trip.
+    """The images of a job in order; remote ones are prefetched, as each costs a round trip.
 
     Raises:
-        DataError: one vanished, or has another size than when the plan was made.
+        DataError: an image vanished, or its size changed since the plan was made.
     """
 
     def read(name: str, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Owns the counts of label pairs: how often two classes are known together, and what is known of them then."""
+"""Owns the counts of label pairs: how often two classes are known together, and how often they are then present."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy.typing as npt
 from dist_mlpl.data.entries import Entries
 from dist_mlpl.labels import PRESENT
 
-MAX_BYTES = 768 << 20  # of counts: 10,033 classes, four counts of four bytes a pair
+MAX_BYTES = 768 << 20  # memory for counts: enough for 10,033 classes, with four counts of four bytes per pair
 
-_DENSE_CLASSES = 4096  # up to here a block's pairs may be counted as matrix products, where it has many
-_FINISH_BLOCK = 1 << 20  # pairs looked at together in the end
-_DENSE_GAIN = 100  # multiply-adds of a product that cost what one pair by itself does
+_DENSE_CLASSES = 4096  # most classes for which the pairs of a dense block are counted as matrix products
+_FINISH_BLOCK = 1 << 20  # pairs processed at once in `finish`
+_DENSE_GAIN = 100  # multiply-adds of a matrix product that cost as much as counting one pair singly
 
 
 class Pairs(NamedTuple):
-    """Pairs of classes present together in some image, in rising order; p of them, first < second.
+    """p pairs of classes present together in some image, in ascending order, with first < second.
 
-    Every count is over images where both classes are known, so none is biased by labels that are missing at random:
-    P(second | first) is both / first_known, not both / images of first.
+    Every count is over images where both classes are known, so none is biased by labels missing at random:
+    P(second | first) is both / first_known, not both / (images of first).
 
     Args:
         first, second: (p,) int64, class columns.
@@ -29,8 +29,8 @@ class Pairs(NamedTuple):
         first_known: (p,) int64, images where first is present and second known.
         second_known: (p,) int64, images where second is present and first known.
         known: (p,) int64, images where both are known.
-        classes: (M,) int64, class columns that were counted; all, or those with the most positives.
-        num_known: pairs of them that are known together in some image.
+        classes: (M,) int64, class columns that were counted: all, or those with the most positives.
+        num_known: number of pairs of these that are known together in some image.
     """
 
     first: npt.NDArray[np.int64]
@@ -43,14 +43,14 @@ class Pairs(NamedTuple):
     num_known: int
 
     def top(self, count: int) -> npt.NDArray[np.int64]:
-        """Places of the pairs most often present together, ties in rising order."""
+        """Positions of the pairs most often present together, ties in ascending order; at most `count`."""
         return np.argsort(-self.both, kind="stable")[:count]
 
     def lift(self, rate: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """How much more often two classes are present together than if they were independent, (p,).
+        """Lift of each pair, (p,) float64: how much more often both are present than if they were independent.
 
         Args:
-            rate: (C,) share of positives among the known labels of each class.
+            rate: (C,) float64, share of positives among the known labels of each class.
         """
         return (self.both / self.known) / (rate[self.first] * rate[self.second])
 
@@ -59,35 +59,36 @@ def counted_classes(positives: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The classes whose pairs fit in MAX_BYTES: all, or those with the most positives, ascending.
 
     Args:
-        positives: (C,) of each class.
+        positives: (C,) int64, number of positives of each class.
     """
     limit = int(((MAX_BYTES / 2) ** 0.5) // 2)
     return np.sort(np.argsort(-positives, kind="stable")[:limit])
 
 
 class PairCounts:
-    """Counts of every pair of M classes: 8 M^2 bytes, whatever the number of images; an untouched page costs none.
+    """Counts every pair of M classes, in 8 M^2 bytes for any number of images; untouched memory pages cost nothing.
 
-    A count of each of the four cases (absent or present, absent or present) takes no more than sparse lists would
+    There is a count for each of the four cases (absent or present, twice). This takes no more memory than sparse lists
     once a third of the pairs has been seen, and needs no sorting.
 
     Args:
         classes: (M,) class columns to count, ascending.
         num_classes: C.
-        is_all_known: every label of every image is known, and only those present will be added; the rest follows.
+        is_all_known: every label of every image is known, and only present ones will be added; the other counts are
+            derived.
     """
 
     def __init__(self, classes: npt.NDArray[np.int64], num_classes: int, *, is_all_known: bool) -> None:
         self._classes = classes
         self._is_all_known = is_all_known
-        self._place = np.full(num_classes, -1, dtype=np.int64)  # of a column among those counted
+        self._place = np.full(num_classes, -1, dtype=np.int64)  # column -> its position among those counted
         self._place[classes] = np.arange(len(classes))
         num = np.arange(len(classes), dtype=np.int64)
         self._before = num * len(classes) - num * (num + 1) // 2 - num - 1  # pair (i, j), i < j, is before[i] + j
         self._counts = np.zeros(2 * len(classes) * max(0, len(classes) - 1), dtype=np.uint32)
 
     def add(self, entries: Entries) -> None:
-        """Count the labels of whole rows of a shard."""
+        """Count the labels of a list of whole rows of a shard."""
         place = self._place[entries.classes]
         is_counted = place >= 0
         rows, place, present = entries.rows[is_counted], place[is_counted], entries.values[is_counted] == PRESENT
@@ -103,7 +104,7 @@ class PairCounts:
     def _add_pairs(
         self, rows: npt.NDArray[np.int32], place: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]
     ) -> None:
-        """One pair after the other: entries `distance` apart, of the same row."""
+        """Count single pairs: entries of one row that are 1, 2, ... places apart."""
         first, distance = np.flatnonzero(rows[1:] == rows[:-1]), 1
         while len(first):
             second = first + distance
@@ -116,7 +117,7 @@ class PairCounts:
     def _add_products(
         self, rows: npt.NDArray[np.int64], place: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]
     ) -> None:
-        """All pairs of a block as products of its dense labels; float32 counts exactly below 2**24 rows."""
+        """Count all pairs of a block as products of its dense label matrix; float32 is exact below 2**24 rows."""
         cases = np.zeros((2, int(rows[-1]) + 1, len(self._classes)), dtype=np.float32)  # absent, present
         cases[present.astype(np.int64), rows, place] = 1.0
         first, second = np.triu_indices(len(self._classes), 1)
@@ -125,11 +126,11 @@ class PairCounts:
             counts[:, case] += (cases[case >> 1].T @ cases[case & 1])[first, second].astype(np.uint32)
 
     def finish(self, num_samples: int, positives: npt.NDArray[np.int64]) -> Pairs:
-        """What was counted.
+        """The counts of all pairs present together.
 
         Args:
             num_samples: N.
-            positives: (C,) of each class.
+            positives: (C,) int64, number of positives of each class.
         """
         counts = self._counts.reshape(-1, 4)
         places, num_known = [np.empty(0, np.int64)], 0

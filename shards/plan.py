@@ -1,7 +1,7 @@
-"""Owns the plan of a packed set: which image goes where. It is made without reading an image.
+"""Owns the plan of a packed set: which image goes into which shard. It is made without reading an image.
 
-The plan is a function of the records, the sizes of the image files and the settings. So whatever workers, restarts and
-builders there are, they all write the same bytes.
+The plan is a function of the records, the sizes of the image files and the settings, so that any number of workers,
+restarts and builders write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from shards.sources.base import Records, Source
 _ABSENT = -1
 _ASKERS = 32  # threads that look up files one by one
 _NAMES_PER_CALL = 4096
-_LISTED_PARTS = 64  # of a folder in a bucket
-_JSON_BYTES = 160  # of a record without labels and names, about
+_LISTED_PARTS = 64  # parts in which a folder in a bucket is listed
+_JSON_BYTES = 160  # approximate size of a record's JSON without labels and names
 
-# Bytes per pixel of photographs at JPEG qualities; measured on 256 COCO images of 448 pixels.
+# Bytes per pixel of photographs by JPEG quality; measured on 256 COCO images of 448 pixels.
 _QUALITIES, _BYTES_PER_PIXEL = (1, 50, 75, 90, 95, 100), (0.03, 0.15, 0.23, 0.38, 0.54, 1.0)
 
 
 class PlannedShard(NamedTuple):
-    """One shard: its name, and positions in the records in tar order."""
+    """One shard: its split and number, and positions in the records in tar order."""
 
     split: str
     number: int
@@ -53,15 +53,15 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
-    """Where every image goes.
+    """The assignment of images to shards.
 
     Args:
-        source: what is packed.
-        packing: how.
-        sizes: (n,) int64, bytes of each image file; -1 for one that is not there.
+        source: the data set to pack.
+        packing: how images and shards are made.
+        sizes: (n,) int64, size of each image file in bytes; -1 for a missing one.
         shards: in the order of the manifest.
-        skipped: images that are known to be missing or empty.
-        digest: sha256 over all that the output depends on, `packing` apart.
+        skipped: images known to be missing or empty.
+        digest: sha256 over all that the output depends on, except `packing`.
     """
 
     source: Source
@@ -72,7 +72,7 @@ class Plan:
     digest: str
 
     def job(self, shard: PlannedShard) -> ShardJob:
-        """What a worker needs to write a shard."""
+        """The job for a worker to write a shard."""
         return ShardJob(shard.stem, self.source.records.take(shard.rows), self.sizes[shard.rows])
 
     @property
@@ -87,10 +87,10 @@ def make_plan(
     """Plan a packed set.
 
     Args:
-        source: what to pack.
-        packing: how.
-        first_numbers: of a split's shards, by split; 0 where it is not named.
-        tell: told how far the look-up of sizes is.
+        source: the data set to pack.
+        packing: how images and shards are made.
+        first_numbers: number of the first shard, by split; 0 for splits not in it.
+        tell: called with the progress of looking up sizes.
 
     Raises:
         DataError: records that the format cannot hold; see `check_records`.
@@ -118,7 +118,7 @@ def make_plan(
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The entries in which two documents differ, in words; those of documents inside them under their own names."""
+    """The entries in which two documents differ, as text; nested documents are compared entry by entry."""
     told = []
     for name in {**there, **here}:
         theirs, ours = there.get(name), here.get(name)
@@ -141,9 +141,9 @@ def split_names(records: Records) -> list[str]:
 
 
 def _bytes_in_tar(source: Source, sizes: npt.NDArray[np.int64], packing: Packing) -> npt.NDArray[np.int64]:
-    """About how many bytes each sample takes in a tar: two headers, two contents in whole blocks.
+    """Approximate bytes that each sample takes in a tar, (n,) int64: two headers, and two contents in whole blocks.
 
-    What resizing leaves of an image, and how long its labels are, is a guess, the same on every machine.
+    Sizes of resized images and of labels are estimates, the same on every machine.
     """
     images = sizes
     if packing.max_side is not None:
@@ -160,7 +160,7 @@ def _bytes_in_tar(source: Source, sizes: npt.NDArray[np.int64], packing: Packing
 
 
 def input_digest(source: Source, sizes: npt.NDArray[np.int64]) -> str:
-    """sha256 over all that the output depends on, the packing apart: records and the sizes of their files."""
+    """sha256 over all that the output depends on except the packing: the source's records and file sizes."""
     records = source.records
     classes = [(entry.id, entry.name) for entry in source.classes]
     names = sorted(set(split_names(records)))
@@ -189,22 +189,22 @@ def input_digest(source: Source, sizes: npt.NDArray[np.int64]) -> str:
 
 
 def _text_of(strings: pa.StringArray) -> memoryview:
-    """The bytes of all strings, end to end."""
+    """The bytes of all strings, concatenated, as a view."""
     _, offsets, text = strings.buffers()
     edges = np.frombuffer(offsets, dtype=np.int32)[strings.offset : strings.offset + len(strings) + 1]
     return memoryview(text or b"")[int(edges[0]) : int(edges[-1])]
 
 
 def image_sizes(images: str, names: pa.StringArray, tell: OnProgress) -> npt.NDArray[np.int64]:
-    """Bytes of each image file, without opening any: looked up one by one on disks and web servers, listed in buckets.
+    """Size of each image file, without opening any: looked up one by one on disks and web servers, listed in buckets.
 
     Args:
-        images: folder or URL.
+        images: folder or URL of the images.
         names: (n,) paths below it.
-        tell: told how many are found.
+        tell: called with progress.
 
     Returns:
-        (n,) int64, -1 for one that is not there.
+        (n,) int64, sizes in bytes; -1 for a missing file.
 
     Raises:
         StorageError: the folder is missing or cannot be listed.
@@ -236,7 +236,7 @@ def _local_size(path: str) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return _ABSENT
     except OSError:
-        return storage.size(path)  # tries again, then says what is wrong
+        return storage.size(path)  # retries, then raises a StorageError
     return status.st_size if stat.S_ISREG(status.st_mode) else _ABSENT
 
 
@@ -268,7 +268,7 @@ def _look_up(names: pa.StringArray, size_of: Callable[[str], int], tell: OnProgr
 
 
 def _listed(images: str, names: pa.StringArray, tell: OnProgress) -> npt.NDArray[np.int64]:
-    """Sizes from one listing of the folder, which on S3 is listed in parts that hold about as many images each."""
+    """Sizes from a listing of the folder; on S3, in concurrent parts with about equal numbers of images."""
     places = np.linspace(0, len(names), _LISTED_PARTS, endpoint=False)[1:].astype(np.int64)
     starts = sorted(set(names.take(pc.sort_indices(names).take(pa.array(places))).to_pylist()))
     found: list[pa.StringArray] = []

@@ -1,4 +1,4 @@
-"""Owns how work is spread over processes of this machine."""
+"""Owns running work on processes of this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dist_mlpl.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
-_WAITING = 2  # tasks a worker has waiting besides the one it works on
+_WAITING = 2  # tasks queued per worker, besides the running one
 
 
 class Mapper(Protocol):
-    """Runs a function on many arguments somewhere, and yields (number of the call, its result) as they finish.
+    """Runs a function on many arguments somewhere, and yields (number of the call, its result) as calls finish.
 
-    The function crosses to every worker once, each call's arguments and result once. Calls are taken from the iterable
-    as they are needed. The first error ends the rest and is raised; closing it ends the rest, too.
+    The function is sent to every worker once, and so are each call's arguments and result. Calls are taken from the
+    iterable lazily. The first error cancels the rest and is raised; closing the generator cancels the rest too.
     """
 
     def __call__(
@@ -36,7 +36,7 @@ def on_processes(workers: int | None) -> Mapper:
     """A mapper over processes of this machine.
 
     Args:
-        workers: how many; None: one for each core that this process may use.
+        workers: number of processes, at least 1; None for one per core that this process may use.
 
     Raises:
         ConfigError: fewer than 1.
@@ -56,16 +56,16 @@ def run_tasks(
 ) -> Generator[tuple[int, T], None, None]:
     """Run a function on many arguments in worker processes; with one worker or one call, in this process.
 
-    Workers are spawned, not forked: a forked child would inherit the threads of open connections. They end when this
-    process does, however it ends, and leave Ctrl-C to it.
+    Workers are spawned, not forked, as a forked child would inherit the state of open connections. They end when this
+    process does, however it ends, and ignore Ctrl-C.
 
     Args:
-        task: what pickles; arguments and result cross processes.
+        task: a picklable function; arguments and results are pickled too.
         calls: arguments of each call.
-        workers: processes at most.
+        workers: most processes, at least 1.
 
     Yields:
-        (number of the call, its result), as they finish. The first error ends the rest and is raised.
+        (number of the call, its result), as calls finish. The first error cancels the rest and is raised.
 
     Raises:
         RunError: a worker process died.
@@ -100,7 +100,7 @@ def run_tasks(
         pool.shutdown(cancel_futures=True)
 
 
-_task: Callable[..., Any] | None = None  # of a worker process
+_task: Callable[..., Any] | None = None  # set in worker processes
 
 
 def _begin(task: Callable[..., Any], configuration: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Owns the repair of a packed set: shards that are damaged or missing are packed again, to the same bytes."""
+"""Owns repairing a packed set: damaged or missing shards are packed again, to the same bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from shards.work import setting_of
 
 @dataclass(frozen=True, slots=True)
 class RepairSummary:
-    """What a repair did.
+    """The result of a repair.
 
     Args:
-        manifest: of the set; it never changes.
-        rewritten: tars that were written again, with their indexes.
-        faults: that are left.
+        manifest: the set's manifest, which a repair never changes.
+        rewritten: tars that were rewritten, with their indexes.
+        faults: faults that are left.
     """
 
     manifest: Manifest
@@ -43,19 +43,19 @@ def repair(
     mapper: Mapper | None = None,
     on_progress: OnProgress | None = None,
 ) -> RepairSummary:
-    """Verify a set, and pack the shards with faults again from the source that they were made of.
+    """Verify a set, and repack its faulty shards from the source that they were made from.
 
-    A shard is written only if it comes out with the digests of the manifest. In a set that was extended, the shards of
-    other sources stay as they are: repair those with theirs, the earliest first.
+    A shard is written only if it has the digests in the manifest. In an extended set, shards of other sources are left
+    as they are: repair those with their own source, the earliest first.
 
     Args:
-        url: folder or manifest.json.
-        source: as it was packed.
+        url: folder, or manifest.json.
+        source: the source, as it was packed.
         workers, mapper, on_progress: see `build`.
 
     Raises:
-        DataError: the source, its image files or the way images are made are no longer what they were.
-        ManifestError: no manifest, or one of tars that were indexed where they lie.
+        DataError: the source, its image files or the encoding of images have changed.
+        ManifestError: no manifest, or that of tars indexed in place.
         StorageError: reading or writing failed.
     """
     mapper, tell = mapper or on_processes(workers), on_progress or (lambda *_: None)
@@ -75,7 +75,7 @@ def repair(
 
 
 def _plan_of(manifest: Manifest, source: Source, tell: OnProgress) -> tuple[Plan, Manifest]:
-    """The plan that the manifest's set, or an extension of it, was packed by; and the set when that was done."""
+    """The plan by which the set, or an extension of it, was packed from this source; and the manifest at that time."""
     if manifest.packing is None:
         raise ManifestError(
             "tars that were indexed where they lie",
@@ -107,20 +107,20 @@ def _plan_of(manifest: Manifest, source: Source, tell: OnProgress) -> tuple[Plan
 def rewrite(
     plan: Plan, manifest: Manifest, entries: Iterable[ShardEntry], mapper: Mapper, tell: OnProgress
 ) -> list[str]:
-    """Pack some shards of a finished set again.
+    """Repack some shards of a finished set.
 
     Args:
-        plan: that the set, or its last extension, was packed by.
-        manifest: of the set when that was done.
-        entries: the shards; those of other plans are left alone.
-        mapper: where the work is done.
-        tell: told after each shard.
+        plan: the plan by which the set, or its last extension in `manifest`, was packed.
+        manifest: the set's manifest at that time.
+        entries: the shards to repack; those of other plans are ignored.
+        mapper: runs the work.
+        tell: called after each shard.
 
     Returns:
         The tars that were written.
 
     Raises:
-        DataError: other bytes came out; that shard was then left as it is.
+        DataError: a shard came out with other bytes; it is then left as it was.
     """
     own = {entry for split in manifest.splits.values() for entry in split.shards}
     wanted = {entry.file: entry for entry in entries if entry in own}

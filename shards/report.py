@@ -1,4 +1,4 @@
-"""Owns how the counts of a set are shown: a page with charts, and tables for a terminal."""
+"""Owns the display of a set's statistics: a page with charts, and tables for a terminal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shards.stats import BYTE_BINS, CONFIDENCE_BINS, SplitStatistics, Statistics
 _TOP_CLASSES = 30
 _MAP_CLASSES = 16
 _PAIR_ROWS = 25
-_PAIR_COLUMNS = 5  # that a terminal has room for; the page shows how often one class goes with the other too
-_MIN_TOGETHER = 5  # images, for a pair to appear among the surprising ones
+_PAIR_COLUMNS = 5  # columns that fit a terminal; the page also shows conditional probabilities
+_MIN_TOGETHER = 5  # fewest images for a pair to be listed as surprising
 _HISTOGRAM_BARS = 60
 
 _STYLE = """
@@ -36,7 +36,7 @@ svg { max-width: 100%; height: auto; } summary { cursor: pointer; margin: 1rem 0
 
 
 def stats_page(statistics: Statistics) -> str:
-    """One HTML page, complete in itself: nothing is loaded from elsewhere."""
+    """The statistics as one self-contained HTML page."""
     manifest = statistics.manifest
     name = storage.name(manifest.url.rstrip("/"))
     body = [
@@ -68,7 +68,7 @@ def stats_page(statistics: Statistics) -> str:
 
 
 def stats_tables(statistics: Statistics) -> list[Table]:
-    """The counts in short, 80 columns wide: splits side by side, the most frequent and rarest classes, pairs."""
+    """The statistics in short, 80 characters wide: a column per split, the most frequent and rarest classes, pairs."""
     header, rows = _summary(statistics)
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     tables = [_rich("", columns[0], columns[1:], num_words=1)]
@@ -129,14 +129,14 @@ def _summary(statistics: Statistics) -> tuple[list[str], list[list[str]]]:
 
 
 def _frequency(split: SplitStatistics, statistics: Statistics) -> list[tuple[str, npt.NDArray[np.int64]]]:
-    """Present labels of each class; absent ones too where people said so."""
+    """Numbers of present labels by class; also of absent ones where unlisted classes are unknown."""
     if statistics.manifest.unlisted == "absent":
         return [("present", split.positives)]
     return [("present", split.positives), ("absent", split.negatives)]
 
 
 def _names(statistics: Statistics) -> list[str]:
-    """What people call the classes, with the id where two share a name."""
+    """Names of the classes, with the id where a name is not unique."""
     times = Counter(entry.name for entry in statistics.manifest.classes)
     return [
         entry.name if times[entry.name] == 1 else f"{entry.name} ({entry.id})" for entry in statistics.manifest.classes
@@ -196,7 +196,7 @@ def _note(split: SplitStatistics, column: int, statistics: Statistics) -> str:
 
 
 def _counts(histogram: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
-    """A bar for each count, or for equal ranges of counts where those are too many."""
+    """A bar for each count, or for equal ranges of counts if there are too many."""
     step = -(-len(histogram) // _HISTOGRAM_BARS)
     return [
         (str(start) if step == 1 else f"{start}-{start + step - 1}", int(histogram[start : start + step].sum()))
@@ -241,7 +241,7 @@ def _pair_map(split: SplitStatistics, order: npt.NDArray[np.int64], names: Seque
     if len(shown) < 2:
         return ""
     pairs, place = split.pairs, {column: number for number, column in enumerate(shown)}
-    # A pair that never occurs together is not listed: its share is 0 where both were known, which the list cannot tell.
+    # Pairs never present together are not listed: their share is 0 or undefined, and the list cannot tell which.
     shares: list[list[float | None]] = [[None] * len(shown) for _ in shown]
     for row in range(len(shown)):
         shares[row][row] = 1.0
@@ -259,7 +259,7 @@ def _pair_map(split: SplitStatistics, order: npt.NDArray[np.int64], names: Seque
 
 
 def _surprising(split: SplitStatistics) -> npt.NDArray[np.int64]:
-    """Places of the pairs of the highest lift among those seen a few times."""
+    """Positions of the pairs with the highest lift, among those present together at least _MIN_TOGETHER times."""
     lift = np.where(split.pairs.both >= _MIN_TOGETHER, split.pairs.lift(split.rate), -1.0)
     places = np.argsort(-lift, kind="stable")[:_PAIR_ROWS]
     return places[lift[places] >= 0]
@@ -294,7 +294,7 @@ def _class_rows(split: SplitStatistics, columns: npt.NDArray[np.int64], names: S
 
 
 def _class_table(statistics: Statistics) -> str:
-    """Every class, in column order."""
+    """An HTML table of all classes, in column order."""
     manifest, splits = statistics.manifest, list(statistics.splits.values())
     header = ["class", "id"]
     for split in splits:
@@ -313,7 +313,7 @@ def _class_table(statistics: Statistics) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_words: int) -> str:
-    """An HTML table whose first columns are words."""
+    """An HTML table whose first `num_words` columns are text."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         kinds = [' class="word"' if place < num_words else "" for place in range(len(row))]
@@ -334,5 +334,5 @@ def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, n
 
 
 def _plain(text: str) -> str:
-    """Brackets in names are no markup."""
+    """Escape brackets, so that rich does not read them as markup."""
     return text.replace("[", "\\[")

@@ -1,4 +1,4 @@
-"""Owns a look at some of many images: which ones, the same on every machine, and their bytes, read by range."""
+"""Owns sampling some of many images: the choice, the same on every machine, and their bytes, read by range."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dist_mlpl.keyed import hash_integers, key
 
 Indices = npt.NDArray[np.int64]
 
-_HEADER_BYTES = 16 << 10  # the frame header comes after metadata, which may be as long as the image's maker likes
+_HEADER_BYTES = 16 << 10  # bytes read first for a frame header, which follows metadata of any length
 _THREADS = 16
 _BLOCK = 1 << 20
 
 
 def choose(candidates: Iterable[Indices], count: int, *, seed: int, split: str) -> Indices:
-    """Draw `count` samples: those of the lowest hash, so a smaller draw is part of a larger one.
+    """Draw up to `count` samples: those with the lowest hashes, so a smaller draw is a subset of a larger one.
 
     Args:
-        candidates: parts of what may be drawn, each (n,) int64; none of them is kept.
-        count: how many, at most.
-        seed: of the draw.
+        candidates: sample indices to draw from, in parts of (n,) int64.
+        count: most samples to draw, >= 0.
+        seed: seed of the draw.
         split: name of the split.
 
     Returns:
@@ -52,12 +52,12 @@ def every(num_samples: int) -> Iterator[Indices]:
 
 
 def read_images(index: SplitIndex, indices: Indices, *, num_bytes: int | None = None) -> Iterator[bytes]:
-    """The bytes of some samples in order, several read at once.
+    """Read the JPEGs of some samples, in order, several at once.
 
     Args:
         index: the split.
         indices: (n,) int64 in [0, N).
-        num_bytes: of each from its beginning; None: all.
+        num_bytes: number of bytes from the beginning of each JPEG; None for all.
 
     Raises:
         ShardError: an index is missing or damaged.
@@ -86,20 +86,20 @@ def image_sizes(index: SplitIndex, indices: Indices) -> npt.NDArray[np.int32]:
     """Width and height of some samples, from their headers.
 
     Returns:
-        (n, 2) int32 in pixels; zeros where no header can be read.
+        (n, 2) int32, width and height in pixels; zeros where no header can be read.
     """
     sizes, again = np.zeros((len(indices), 2), dtype=np.int32), []
     for place, content in enumerate(read_images(index, indices, num_bytes=_HEADER_BYTES)):
         sizes[place] = header_size(content)
         if sizes[place, 0] == 0 and len(content) == _HEADER_BYTES:
-            again.append(place)  # long metadata, or damage: only the whole image tells
+            again.append(place)  # long metadata or damage: read the whole image
     for missed, content in zip(again, read_images(index, indices[again]), strict=True):
         sizes[missed] = header_size(content)
     return sizes
 
 
 def header_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG, of which only the beginning is needed; (0, 0) if it shows none."""
+    """Width and height of a JPEG from its beginning; (0, 0) if the header cannot be read."""
     try:
         with open_jpeg(content) as image:
             return image.width, image.height
@@ -107,16 +107,16 @@ def header_size(content: bytes) -> tuple[int, int]:
         return 0, 0
 
 
-# What Pillow raises at damaged headers and pixels, and at images of more pixels than a machine should decode.
+# What Pillow raises on damaged headers or pixels, and on images with far too many pixels.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_jpeg(content: bytes) -> Image.Image:
-    """A JPEG whose header is read and whose pixels are not; its EXIF orientation is left alone, as training does.
+    """Open a JPEG and read its header only; the EXIF orientation is not applied, as in training.
 
     Raises:
-        UNREADABLE: no header of a JPEG, or of far too many pixels.
+        UNREADABLE: no JPEG header, or far too many pixels.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, and of large images, which shards may hold
+        warnings.simplefilter("ignore")  # about odd metadata, and large images, which shards may hold
         return Image.open(io.BytesIO(content), formats=("JPEG",))

@@ -1,4 +1,4 @@
-"""Owns what reading the headers of one tar shows, keys, places of JPEGs, labels, and the file that remembers it."""
+"""Owns scanning the headers of one tar for keys, JPEG offsets and labels, and the file that stores the scan."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from dist_mlpl.data.tar_members import (
 )
 from dist_mlpl.errors import ShardError
 
-# Holds a label member, the headers around it, long names included, and little of a JPEG.
+# Usually covers a label member and the headers around it, with long names, and little of a JPEG.
 READ_AHEAD_BYTES = 8 << 10
-_MAX_READ_BYTES = 1 + max(MAX_LABEL_BYTES, MAX_PADDING_BYTES)  # no header needs so much
+_MAX_READ_BYTES = 1 + max(MAX_LABEL_BYTES, MAX_PADDING_BYTES)  # more than any sound header needs
 _MAX_IMAGE_BYTES = (1 << 32) - 1  # the index stores lengths as uint32
 _FORMAT = 2
 
@@ -38,14 +38,14 @@ NOT_JPEG = "image that is no JPEG"
 
 
 class RangedFile:
-    """An object as a file to read and to seek in: ranges are fetched when asked for, and what is skipped is not.
+    """A seekable file over an object: ranges are fetched when read, and skipped bytes are not fetched.
 
-    Every range is retried by itself. Not for several threads.
+    Every range is retried separately. Not safe for use from several threads.
 
     Args:
-        url: of the object.
+        url: the object.
         num_bytes: its size.
-        block_bytes: of a range at least: larger ones mean fewer requests and more bytes that nobody asked for.
+        block_bytes: smallest range fetched: larger ones mean fewer requests and more unneeded bytes.
     """
 
     def __init__(self, url: str, num_bytes: int, *, block_bytes: int) -> None:
@@ -59,15 +59,15 @@ class RangedFile:
         return self._place
 
     def seek(self, offset: int) -> int:
-        """Go to an offset from the start."""
+        """Move to an offset from the start, and return it."""
         self._place = offset
         return offset
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, fewer only at the end of the object.
+        """Read up to `size` bytes, fewer only at the end of the object.
 
         Raises:
-            tarfile.ReadError: a size that no header has, from a damaged one.
+            tarfile.ReadError: `size` is out of range, because a damaged header asked for it.
             StorageError: the storage failed.
         """
         if not 0 <= size <= _MAX_READ_BYTES:
@@ -87,14 +87,14 @@ class TarScan(NamedTuple):
     """The samples of one tar, in the order of their JPEGs."""
 
     keys: list[str]
-    offsets: list[int]  # of the first JPEG byte in the tar
-    num_bytes: list[int]  # of the JPEG
+    offsets: list[int]  # offset of each JPEG's first byte in the tar
+    num_bytes: list[int]  # length of each JPEG
     labels: list[SampleLabels]
-    ignored: dict[str, int]  # members that make no sample, by kind
+    ignored: dict[str, int]  # number of members that belong to no sample, by kind
 
     @property
     def class_ids(self) -> set[str]:
-        """Every id that some sample lists."""
+        """All class ids that any sample lists."""
         return {name for labels in self.labels for names in (labels.positives, labels.negatives) for name in names}
 
     def columns(self, class_ids: Sequence[str], where: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -107,14 +107,13 @@ class TarScan(NamedTuple):
 
 
 def scan_tar(url: str, num_bytes: int) -> TarScan:
-    """Read headers, label members and the first bytes of JPEGs of a plain tar, about one request of 8 KiB a sample.
+    """Scan a plain tar: its headers, label members and the first bytes of JPEGs, about one 8 KiB request per sample.
 
-    What is called one and does not begin like one is left out and counted.
-
-    The members of a sample may come in any order. GNU's and pax's long names are understood.
+    Members named like a JPEG that do not begin like one are skipped and counted. The members of a sample may come in
+    any order. GNU and pax long names are supported.
 
     Args:
-        url: of the tar.
+        url: the tar.
         num_bytes: its size.
 
     Raises:
@@ -167,7 +166,7 @@ def scan_tar(url: str, num_bytes: int) -> TarScan:
 
 
 def _members(file: RangedFile) -> Iterator[tarfile.TarInfo]:
-    """Headers in order; the reader may move the file in between."""
+    """Headers in tar order; the caller may move the file's position in between."""
     what, place = "not a tar", storage.shown(file.url)
     refuse_compressed(file.read(8), place)
     file.seek(0)
@@ -175,7 +174,7 @@ def _members(file: RangedFile) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar:  # type: ignore[call-overload]
             what = "a damaged or truncated tar"
             while (member := tar.next()) is not None:
-                if member.size < 0:  # tarfile would go back and read the same headers for ever
+                if member.size < 0:  # tarfile would loop forever
                     raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
                 yield member
             end = int(tar.offset)
@@ -220,7 +219,7 @@ _SCHEMA = pa.schema(
 
 
 def encode_scan(scan: TarScan, *, num_bytes: int, version: str) -> bytes:
-    """A scan as an Arrow IPC file that remembers which state of the tar it is of."""
+    """Encode a scan as an Arrow IPC file, with the size and version of the tar that it describes."""
     about = {"format": _FORMAT, "num_bytes": num_bytes, "version": version, "ignored": scan.ignored}
     schema = _SCHEMA.with_metadata({"tar": json.dumps(about)})
     lists = [[getattr(labels, name) for labels in scan.labels] for name in SampleLabels._fields]
@@ -234,7 +233,7 @@ def encode_scan(scan: TarScan, *, num_bytes: int, version: str) -> bytes:
 
 
 def read_scan(url: str, *, num_bytes: int, version: str) -> TarScan | None:
-    """A scan written earlier; None when there is none, when it does not read or is of another state of the tar.
+    """Read a stored scan; None if there is none, it is damaged, or the tar's size or version has changed.
 
     Raises:
         StorageError: the storage failed.

@@ -1,4 +1,4 @@
-"""Owns the drawing of a contact sheet: images in a grid with their labels below, as a picture or as a page."""
+"""Owns drawing a contact sheet: images in a grid with their labels below, as an image or an HTML page."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 from shards.sample import UNREADABLE, open_jpeg
 
 _CELL, _PICTURE, _GAP, _MARGIN, _LINE = 250, 190, 14, 18, 18  # pixels
-_MAX_LINES = 7  # of labels below an image
+_MAX_LINES = 7  # most lines of labels below an image
 _WORD_GAP = 12  # pixels between labels
 _COLUMNS = 6
 _PAPER, _FRAME = "#ffffff", "#eceef0"
 INK, FAINT = "#24292f", "#6e7781"
-# What a machine alone calls present is unknown.
+# UNKNOWN stands for labels that only a machine calls present.
 COLOURS: Final = {PRESENT: "#1a7f37", ABSENT: "#c0392b", UNKNOWN: "#8250df"}
 
-Title = Sequence[tuple[str, str]]  # words and their colours: the title itself, then what the colours mean
+Title = Sequence[tuple[str, str]]  # (text, colour): the title itself, then the legend
 
 
 class Label(NamedTuple):
     """One label of an image."""
 
     name: str
-    value: int  # PRESENT, ABSENT; UNKNOWN for what only a machine calls present
-    note: str = ""  # behind the name, whole even where that is cut
+    value: int  # PRESENT or ABSENT; UNKNOWN for a label that only a machine calls present
+    note: str = ""  # shown after the name, in full even if the name is cut
 
 
 class Cell(NamedTuple):
     """One image of a sheet."""
 
     key: str
-    picture: Image.Image | None  # at most so large as a cell's place for it; None: it does not decode
+    picture: Image.Image | None  # fits its place in the cell; None: it does not decode
     labels: list[Label]
 
 
 def thumbnail(content: bytes) -> Image.Image | None:
-    """A JPEG at the size of a cell's picture; None if it does not decode."""
+    """A JPEG scaled to fit a cell; None if it does not decode."""
     try:
         with open_jpeg(content) as image:
-            image.draft("RGB", (2 * _CELL, 2 * _PICTURE))  # decoded at a fraction of its size
+            image.draft("RGB", (2 * _CELL, 2 * _PICTURE))  # decode at reduced size
             small = image.convert("RGB")
     except UNREADABLE:
         return None
@@ -57,7 +57,7 @@ def thumbnail(content: bytes) -> Image.Image | None:
 
 
 class _Words(NamedTuple):
-    """A stretch of text and where it stands, relative to its cell."""
+    """A piece of text and its position in pixels, relative to its cell."""
 
     x: float
     y: int
@@ -66,7 +66,7 @@ class _Words(NamedTuple):
 
 
 def draw_sheet(title: Title, cells: Sequence[Cell]) -> Image.Image:
-    """The sheet as a picture; letters that are not Latin become question marks, which a page shows as they are."""
+    """The sheet as an image; letters outside ASCII lose their accents or become question marks, unlike in a page."""
     font, small, large = (_font(size) for size in (13, 12, 17))
     columns = min(_COLUMNS, max(2, ceil(sqrt(len(cells)))), max(2, len(cells)))
     blocks = [_label_lines(cell.labels, font) for cell in cells]
@@ -98,7 +98,7 @@ def draw_sheet(title: Title, cells: Sequence[Cell]) -> Image.Image:
 
 
 def _heading(title: Title, font: ImageFont.FreeTypeFont, width: int) -> list[_Words]:
-    """The first part on a line of its own, cut where it must be; the others below."""
+    """The title on its own line, cut if too wide, and the legend below it."""
     (words, colour), *key = title
     placed, x = [_Words(0, 0, _fitted(words, font, width), colour)], 0.0
     for word, tint in key:
@@ -108,7 +108,7 @@ def _heading(title: Title, font: ImageFont.FreeTypeFont, width: int) -> list[_Wo
 
 
 def _label_lines(labels: Sequence[Label], font: ImageFont.FreeTypeFont) -> list[_Words]:
-    """Labels set in lines of a cell's width; those that do not fit are counted at the end of the last."""
+    """Labels laid out in lines of a cell's width; those that do not fit are counted at the end of the last line."""
     placed: list[_Words] = []
     x, line = 0.0, 0
     for number, label in enumerate(labels):
@@ -117,7 +117,7 @@ def _label_lines(labels: Sequence[Label], font: ImageFont.FreeTypeFont) -> list[
         length, rest = font.getlength(text), len(labels) - number
         if x and x + length > _CELL and line < _MAX_LINES - 1:
             x, line = 0.0, line + 1
-        # In the last line room is kept for what is said of the rest.
+        # The last line keeps room for the number of labels left out.
         room = _CELL - (_WORD_GAP + font.getlength(f"+ {rest - 1} more") if rest > 1 else 0)
         if line == _MAX_LINES - 1 and x + length > room:
             return [*placed, _Words(x, line * _LINE, f"+ {rest} more", FAINT)]
@@ -127,12 +127,12 @@ def _label_lines(labels: Sequence[Label], font: ImageFont.FreeTypeFont) -> list[
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own, so that a sheet looks alike everywhere; it knows ASCII alone."""
+    """Pillow's built-in font, so that a sheet looks the same everywhere; it covers only ASCII."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, or as much of its beginning as fits before three dots; letters without their accents."""
+    """The text in ASCII, or as much of its beginning as fits before three dots."""
     plain = unicodedata.normalize("NFKD", text)
     text = "".join(letter if letter.isascii() else "?" for letter in plain if not unicodedata.combining(letter))
     if font.getlength(text) <= width:
@@ -155,7 +155,7 @@ justify-content: center; color: {FAINT}; }} .picture img {{ max-width: 100%; max
 
 
 def sheet_page(title: Title, cells: Sequence[Cell]) -> str:
-    """The sheet as one HTML page, complete in itself: thumbnails are part of it."""
+    """The sheet as one self-contained HTML page with embedded thumbnails."""
     (words, _), *key = title
     figures = []
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Owns the drawing of views on disk: shard by shard, in bounded memory, going on where an interrupted one stopped."""
+"""Owns drawing views on disk: shard by shard, in bounded memory, resuming where an interrupted drawing stopped."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from shards.view_rules import RULES, Draw, Recipe, draw_of, make_recipe
 
 T = TypeVar("T")
 
-_SHARDS_AT_ONCE = 8  # in memory: each takes about 30 bytes a known label of its own
+_SHARDS_AT_ONCE = 8  # shards in memory at once; each takes about 30 bytes per known label
 
 
 @dataclass(frozen=True, slots=True)
 class SimulateSummary:
-    """What a drawing left behind.
+    """The result of drawing a view.
 
     Args:
         view: as written, with its `url`.
-        num_reused: shards whose files were there already, whole, from the same rule and labels.
-        was_complete: True when the whole view was there and nothing was written.
+        num_reused: number of shards with intact files that had been drawn by the same rule from the same labels.
+        was_complete: True when the whole view existed and nothing was written.
     """
 
     view: ViewDocument
@@ -67,21 +67,21 @@ def simulate(
 ) -> SimulateSummary:
     """Draw a partial, noisy or web-like labelling of a packed split and write it as a view; see `shards.view_rules`.
 
-    Labels in the shards stay as they are. The view's digest is that of `dist_mlpl.data.views.View` where that knows
-    the rule. Memory: eight shards' labels, and what the rule says of itself.
+    Labels in the shards do not change. The view's digest equals that of `dist_mlpl.data.views.View` for the rules that
+    it has. Memory: eight shards' labels, and what the rule itself needs (see `draw_of`).
 
     Args:
         url: folder of the shards.
-        name: of the view, kept in the shards' folder under `views/`; or a URL with a slash, to keep it elsewhere.
-        rule: how labels are hidden or replaced.
-        fraction: of known labels that stay, for the rules that take one.
-        seed: of the draws; None for the rule's customary one.
-        flip_present, flip_absent: probabilities of rule `noisy`.
-        split: whose labels are changed.
+        name: name of the view, kept in the shards' folder under `views/`; or a URL with a slash, to keep it elsewhere.
+        rule: how labels are hidden or replaced, a name in `RULES`.
+        fraction: share of known labels that stay, in (0, 1], for the rules that take one.
+        seed: seed of the draws; None for the rule's customary one.
+        flip_present, flip_absent: probabilities in [0, 1], for rule `noisy`.
+        split: split whose labels are changed.
         on_progress: called after each shard.
 
     Raises:
-        ConfigError: a rule or value that does not fit, a set too large for the rule.
+        ConfigError: an unknown rule, a value that does not fit it, or a set too large for it.
         ManifestError: no such set or split, or another view of that name.
         ShardError: an index is damaged.
         StorageError: reading or writing failed.
@@ -102,17 +102,17 @@ def simulate(
 
 
 class _Settled(NamedTuple):
-    """A shard whose file is there."""
+    """A shard whose file has been written."""
 
     entry: ShardView
     num_known: int
 
 
 def _existing(where: str, recipe: Recipe, index: SplitIndex) -> ViewDocument | None:
-    """The view of that name, None without one.
+    """The view already at that place; None without one.
 
     Raises:
-        ManifestError: it is another one, or does not read.
+        ManifestError: it was drawn differently or from other labels, or is damaged.
     """
     if not storage.exists(storage.join(where, FILE_NAME)):
         return None
@@ -134,16 +134,16 @@ def _described(recipe: Recipe) -> str:
 
 
 def _origin(recipe: Recipe, index: SplitIndex, shard: int) -> str:
-    """Digest of all that the file of a shard depends on."""
+    """Digest of everything that a shard's file depends on."""
     manifest = index.manifest
     parts = [list(recipe), manifest.classes_sha256, manifest.unlisted, index.shards[shard].index_sha256]
-    if not RULES[recipe.rule].is_keyed:  # it depends on every other shard too
+    if not RULES[recipe.rule].is_keyed:  # such a rule depends on all other shards too
         parts += [manifest.digest, index.split]
     return storage.sha256_of_bytes(json.dumps(parts).encode())
 
 
 def _reusable(where: str, recipe: Recipe, index: SplitIndex) -> dict[int, _Settled]:
-    """Shards whose files are there, whole, and were drawn just so."""
+    """Shards with intact files that were drawn by the same recipe from the same labels."""
     there = set(storage.list_names(where))
 
     def look(shard: int) -> tuple[int, _Settled | None]:
@@ -154,7 +154,7 @@ def _reusable(where: str, recipe: Recipe, index: SplitIndex) -> dict[int, _Settl
             num_classes = index.manifest.num_classes
             file = decode_view_file(content, num_samples=entry.num_samples, num_classes=num_classes, where=url)
         except (FileNotFoundError, ShardError):
-            return shard, None  # it is drawn again
+            return shard, None  # draw it again
         return shard, _settled(entry.index, file) if file.origin == _origin(recipe, index, shard) else None
 
     wanted = (shard for shard, entry in enumerate(index.shards) if entry.index in there)
@@ -217,7 +217,7 @@ def _document(recipe: Recipe, index: SplitIndex, settled: Sequence[_Settled]) ->
 
 
 def _threaded(task: Callable[[int], T], shards: Iterable[int]) -> Iterator[T]:
-    """Results in order; few shards are in memory at once."""
+    """Run a task on shards in threads; results are in order, and few shards are in memory at once."""
     with ThreadPoolExecutor(_SHARDS_AT_ONCE, "view") as pool:
         rest = iter(shards)
         jobs = deque(pool.submit(task, shard) for shard in islice(rest, 2 * _SHARDS_AT_ONCE))

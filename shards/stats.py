@@ -1,4 +1,4 @@
-"""Owns the counts of a packed data set: labels by class, image and pair, image sizes; one pass over the indexes."""
+"""Owns the statistics of a packed set: labels by class, image and pair, image sizes; one pass over the indexes."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from shards.sample import choose, every, image_sizes
 
 Counts = npt.NDArray[np.int64]
 
-CONFIDENCE_BINS = 20  # of machine labels, over [0, 1]
-BYTE_BINS = 64  # half powers of two: bin b holds images of 2**(b / 2) bytes and more
-TOP_PAIRS = 200  # in a document
-_SEED = 0  # of the sample of images: the same set shows the same sizes every time
+CONFIDENCE_BINS = 20  # equal bins of machine labels' confidence over [0, 1]
+BYTE_BINS = 64  # half powers of two: bin b counts images of 2**(b / 2) bytes up to the next bin
+TOP_PAIRS = 200  # pairs in a document
+_SEED = 0  # seed of the sample of images, fixed so that a set always shows the same sizes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SplitStatistics:
-    """What a split holds, after the view if it has one.
+    """The statistics of a split, as seen through the view if there is one.
 
     Args:
-        name: of the split.
+        name: name of the split.
         num_samples: N.
-        num_shards, num_bytes: of its tars.
-        positives, negatives: (C,) images where a class is present, is absent; in the others it is unknown.
-        positives_per_image, known_per_image: images by their number of such labels, from none on.
-        machine: (C,) images where only a machine calls a class present; None without machine labels.
-        confidences: (CONFIDENCE_BINS,) machine labels by confidence; None with it.
-        bytes_per_image: (BYTE_BINS,) images by size.
-        sizes: (s, 2) width and height in pixels of the sampled images whose header reads.
-        num_unreadable: of those whose header does not.
-        pairs: of classes present together.
+        num_shards, num_bytes: number and total size of its tars.
+        positives, negatives: (C,) number of images where a class is present, absent; in the others it is unknown.
+        positives_per_image, known_per_image: number of images by their number of such labels, counted from 0.
+        machine: (C,) number of images where only a machine calls a class present; None without machine labels.
+        confidences: (CONFIDENCE_BINS,) number of machine labels by confidence; None if `machine` is None.
+        bytes_per_image: (BYTE_BINS,) number of images by size.
+        sizes: (s, 2) width and height in pixels of the sampled images with a readable header.
+        num_unreadable: number of sampled images without a readable header.
+        pairs: pairs of classes present together.
     """
 
     name: str
@@ -64,12 +64,12 @@ class SplitStatistics:
 
     @property
     def num_known(self) -> int:
-        """Labels that are known."""
+        """Number of known labels."""
         return int(self.positives.sum() + self.negatives.sum())
 
     @property
     def density(self) -> float:
-        """Known labels as a share of all N C."""
+        """Share of known labels among all N C, in [0, 1]."""
         return self.num_known / max(1, self.num_samples * len(self.positives))
 
     @property
@@ -81,11 +81,11 @@ class SplitStatistics:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Statistics:
-    """Counts of a whole set.
+    """The statistics of a whole set.
 
     Args:
-        manifest: of the set.
-        view: that its split was seen through; None for labels as they are.
+        manifest: the set's manifest.
+        view: the view through which its split was seen; None without one.
         splits: by name, in the manifest's order.
     """
 
@@ -97,14 +97,14 @@ class Statistics:
 def stats(
     url: str, *, view: str | None = None, sample: int = 2000, on_progress: OnProgress | None = None
 ) -> Statistics:
-    """Count a packed data set by its indexes; images are opened only to learn their sizes.
+    """Compute statistics of a packed data set from its indexes; images are opened only to read their sizes.
 
-    Memory: a few shards' labels, and the pairs' counts (`PairCounts`): 740 MB for 9,605 classes, 50 kB for 80.
+    Memory: a few shards' labels, and the counts of pairs (`PairCounts`): 740 MB for 9,605 classes, 50 kB for 80.
 
     Args:
         url: folder of the shards.
-        view: name or URL of a view on disk, whose split is then seen through it.
-        sample: images of each split whose header is read; 0 for none.
+        view: name or URL of a view on disk, through which its split is seen; None for all labels.
+        sample: number of images of each split whose header is read; 0 for none.
         on_progress: called after each shard.
 
     Raises:
@@ -133,7 +133,7 @@ def stats(
 
 
 class _Count:
-    """One split as it is counted."""
+    """The counts of one split in progress."""
 
     def __init__(self, index: SplitIndex, view: StoredView | None) -> None:
         self._index, self._view = index, view
@@ -150,7 +150,7 @@ class _Count:
         self._pairs = PairCounts(self._pair_classes(), num_classes, is_all_known=self._is_all_known)
 
     def _pair_classes(self) -> Counts:
-        """All classes; of too many those with the most positives, for which the indexes are read once more."""
+        """Classes to count in pairs: all, or if too many those with the most positives, after one more pass."""
         positives = np.zeros(self._index.manifest.num_classes, np.int64)
         if len(counted_classes(positives)) < len(positives):
             for shard in self._index.shard_indexes():
@@ -158,7 +158,7 @@ class _Count:
         return counted_classes(positives)
 
     def run(self) -> Iterator[int]:
-        """Count shard after shard; yields the samples of each."""
+        """Count one shard after the other; yields the number of samples in each."""
         for number, shard in enumerate(self._index.shard_indexes()):
             for entries in self._seen(number, shard):
                 self._add(entries)
@@ -167,7 +167,7 @@ class _Count:
             yield shard.num_samples
 
     def _seen(self, number: int, shard: ShardIndex) -> Iterator[Entries]:
-        """Known labels after the view, in blocks of whole rows; where all is known, those present alone."""
+        """Known labels after the view, in blocks of whole rows; if all labels are known, only the present ones."""
         manifest = self._index.manifest
         if self._is_all_known:
             yield positive_entries(shard)
@@ -189,7 +189,7 @@ class _Count:
         present = entries.values == PRESENT
         self._positives += np.bincount(entries.classes[present], minlength=num_classes)
         self._negatives += np.bincount(entries.classes[~present], minlength=num_classes)
-        # Rows without any such label are the rest, counted when all is done.
+        # Rows without any such label are counted in `finish`, as the rest.
         for histogram, rows in (
             (self._positives_per_image, entries.rows[present]),
             (self._known_per_image, entries.rows),
@@ -207,7 +207,7 @@ class _Count:
             self._confidences += np.bincount(bins.astype(np.int64), minlength=CONFIDENCE_BINS)
 
     def finish(self, sample: int) -> SplitStatistics:
-        """The counts, and the sizes of some images."""
+        """The final statistics, with the sizes of up to `sample` images."""
         index = self._index
         num_samples = index.num_samples
         if self._is_all_known:
@@ -238,7 +238,7 @@ class _Count:
 
 
 def stats_document(statistics: Statistics) -> dict[str, Any]:
-    """Counts as one JSON object: every class, every histogram, the 200 pairs most often present together."""
+    """Statistics as a dict for JSON: all classes and histograms, and the 200 pairs most often present together."""
     manifest, view = statistics.manifest, statistics.view
     return {
         "url": manifest.url,
@@ -300,7 +300,7 @@ def _split_document(split: SplitStatistics, manifest: Manifest) -> dict[str, Any
 
 
 def _quantiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
-    """Smallest, quartiles, largest; empty without values."""
+    """Minimum, quartiles and maximum; empty without values."""
     if not len(values):
         return {}
     names = ("min", "quarter", "median", "three_quarters", "max")

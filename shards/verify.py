@@ -1,4 +1,4 @@
-"""Owns the proof that a packed data set is whole: every byte read again, every fault reported, not only the first."""
+"""Owns verifying that a packed data set is whole: every byte is read again, and all faults are reported."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from shards.pack import OnProgress, shortest
 from shards.processes import Mapper, on_processes
 from shards.scan import scan_tar
 
-_MAX_FAULTS_PER_SHARD = 20  # a shard that is wrong from some byte on would otherwise repeat itself by the thousand
+_MAX_FAULTS_PER_SHARD = 20  # a shard that is wrong from some byte on would otherwise yield thousands
 
 
 class Fault(NamedTuple):
-    """One thing that is not as it should be."""
+    """One fault of a packed set."""
 
     file: str  # shard or index
-    where: str  # sample's key or row; empty when the whole file is meant
+    where: str  # a sample's key or row; empty for the whole file
     found: str
     expected: str
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found.
+    """The result of a verification.
 
     Args:
-        manifest: of the set.
+        manifest: the set's manifest.
         faults: in manifest order; empty when the set is whole.
     """
 
@@ -48,7 +48,7 @@ class VerifyReport:
 
     @property
     def num_without_digest(self) -> int:
-        """Tars that were indexed where they lie and never had a digest: pixels that changed since go unseen."""
+        """Number of tars indexed in place, which have no digest: pixels that changed since go unnoticed."""
         return sum(not entry.sha256 for split in self.manifest.splits.values() for entry in split.shards)
 
 
@@ -60,37 +60,38 @@ def verify(
     mapper: Mapper | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Read a packed data set again and compare everything with everything.
+    """Read a packed data set again and check that its parts agree.
 
-    Digests and sizes of tars and indexes; members, their names and order; that each index row points at a JPEG from
-    its first marker to its last; that the labels beside each image are those of the index; that the folder holds no
-    shard that the manifest lacks. At most 20 faults a shard are listed. Tars that were indexed where they lie have no
-    digest to compare with, and may hold other members: their keys, places, labels and JPEG markers are compared.
+    Checked are digests and sizes of tars and indexes; members, their names and order; that each index row points to a
+    JPEG from its first to its last marker; that the labels beside each image equal those in the index; and that the
+    folder has no shard that the manifest lacks. At most 20 faults per shard are listed. Tars indexed in place have no
+    digest and may contain other members: their keys, offsets, labels and JPEG markers are compared.
 
     Args:
-        url: folder or manifest.json.
-        decode: decode every image too.
-        workers: processes of this machine; None: one for each core.
-        mapper: runs the work elsewhere; None: on `workers`.
-        on_progress: told after each shard.
+        url: folder, or manifest.json.
+        decode: also decode every image.
+        workers: number of processes on this machine; None for one per core.
+        mapper: runs the work elsewhere; None for `workers`.
+        on_progress: called after each shard.
 
     Raises:
-        ManifestError: the manifest is missing or not in agreement with itself.
-        StorageError: the storage failed; a missing file is a fault instead.
+        ManifestError: the manifest is missing or inconsistent.
+        StorageError: the storage failed; a missing shard or index is a fault instead.
+        RunError: a worker died.
     """
     mapper, tell = mapper or on_processes(workers), on_progress or (lambda *_: None)
     manifest = load_manifest(url)
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
     num_samples, done, num_bytes = sum(entry.num_samples for entry in entries), 0, 0
     faults: list[list[Fault]] = [[] for _ in entries]
-    frame = manifest.model_copy(update={"splits": {}})  # all that a worker needs; the list of shards may be long
+    frame = manifest.model_copy(update={"splits": {}})  # workers do not need the list of shards, which may be long
     for number, found in mapper(partial(_verify_entry, frame, decode), ((entry,) for entry in entries)):
         faults[number] = found
         done += entries[number].num_samples
         num_bytes += entries[number].num_bytes
         tell("verifying", done, num_samples, num_bytes)
     listed = {file for entry in entries for file in (entry.file, entry.index)}
-    endings = (".tar", ".arrow") if manifest.packing else (".arrow",)  # beside indexed tars other tars may lie
+    endings = (".tar", ".arrow") if manifest.packing else (".arrow",)  # other tars may lie beside tars indexed in place
     strays = [
         Fault(name, "", "a file that the manifest lacks", "no other shards in the folder: remove it")
         for name in storage.list_names(manifest.url)
@@ -104,7 +105,7 @@ def _verify_entry(manifest: Manifest, decode: bool, entry: ShardEntry) -> list[F
 
 
 def verify_shard(manifest: Manifest, entry: ShardEntry, decode: bool) -> list[Fault]:
-    """All faults of one shard and its index, 20 at most."""
+    """The faults of one shard and its index, at most 20."""
     faults: list[Fault] = []
     index: ShardIndex | None = None
     try:
@@ -130,7 +131,7 @@ def verify_shard(manifest: Manifest, entry: ShardEntry, decode: bool) -> list[Fa
 
 @contextlib.contextmanager
 def _local_copy(url: str) -> Iterator[tuple[Path, str]]:
-    """A path to the object's bytes and their sha256; remote objects are downloaded for as long as it lasts."""
+    """Yield a local path with the object's bytes, and their sha256; a remote object's copy is deleted afterwards."""
     if not storage.is_remote(url):
         path = Path(url.removeprefix("file://"))
         yield path, storage.sha256_of_file(path)
@@ -162,7 +163,7 @@ def _member_faults(
                 names = (image.name, None if labels is None else labels.name)
                 if labels is None or names != (f"{key}.jpg", f"{key}.json"):
                     yield fault(f"row {row}", f"members {names}", f"{key}.jpg and {key}.json")
-                    return  # the rest would be compared with the wrong rows
+                    return  # later members would be compared with the wrong rows
                 place, wanted = (image.offset_data, image.size), (int(index.offsets[row]), int(index.num_bytes[row]))
                 if place != wanted:
                     yield fault(key, f"offset and length {place}", f"{wanted}, from the index")
@@ -174,10 +175,8 @@ def _member_faults(
                     yield fault(key, "another image", "the one whose checksum is in the index")
                 yield from (fault(key, *pair) for pair in _label_faults(tar, labels, index, row, class_ids))
                 row += 1
-    except (
-        tarfile.TarError,
-        ValueError,
-    ) as error:  # ValueError: a damaged header that tarfile takes for an extended one
+    # tarfile raises ValueError for a damaged header that it takes for an extended one.
+    except (tarfile.TarError, ValueError) as error:
         yield fault(f"row {row}", f"a tar that does not read: {error}", "a USTAR tar")
         return
     if row != index.num_samples:
@@ -187,7 +186,7 @@ def _member_faults(
 def _scan_faults(
     path: Path, entry: ShardEntry, index: ShardIndex, class_ids: tuple[str, ...], decode: bool
 ) -> Iterator[Fault]:
-    """Compare a tar that was indexed where it lies with its index, one image in memory at a time."""
+    """Compare a tar indexed in place with its index, one image in memory at a time."""
     try:
         scan = scan_tar(str(path), path.stat().st_size)
         columns = scan.columns(class_ids, entry.file)
@@ -216,7 +215,7 @@ def _scan_faults(
 def _label_faults(
     tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex, row: int, class_ids: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """What differs between the labels in the tar and those of the index, as (found, expected)."""
+    """Differences between the labels in the tar and those in the index, as (found, expected)."""
     file = tar.extractfile(member)
     try:
         document: Any = json.loads(file.read() if file else b"")

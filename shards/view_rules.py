@@ -1,13 +1,13 @@
-"""Owns how a view on disk is drawn: what each rule makes of a shard's known labels.
+"""Owns the rules of views on disk: how each rule changes a shard's known labels.
 
-Three kinds of rules, by what their draws depend on:
+There are three kinds of rules, by what their draws depend on:
 
-  papers' own     bernoulli, exact_count: numpy's one stream over all N x C entries in source order, as published
-                  benchmarks draw them. Only these masks compare with papers. At most MAX_ENTRIES entries.
-  by sample       dense_subset, single_positive: the streams of the papers too, but over the N samples, at any size.
+  by entry        bernoulli, exact_count: one numpy stream over all N x C entries in source order, as published
+                  benchmarks draw them. Only these masks are comparable with papers. At most MAX_ENTRIES entries.
+  by sample       dense_subset, single_positive: the papers' streams too, but over the N samples, at any size.
   by key          keyed_bernoulli, keyed_exact_count, noisy, web: a hash of (seed, source_row, class column), so any
-                  shard can be drawn by itself, only its known labels cost anything, and what a label becomes changes
-                  neither with the packing nor with what else is in the set. Nothing to compare with in papers.
+                  shard can be drawn by itself, only its known labels cost anything, and the outcome for a label depends
+                  neither on the packing nor on the rest of the set. There are no published masks to compare with.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from dist_mlpl.errors import ConfigError, nearest_names
 from dist_mlpl.keyed import hash_integers, key
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
 
-# (manifest position of the shard's first sample, the shard, k known labels of whole rows) -> (k,) what they become
+# (manifest position of the shard's first sample, the shard, k known labels of whole rows) -> (k,) their new values
 Draw = Callable[[int, ShardIndex, Entries], Targets]
 
 
 class Rule(NamedTuple):
-    """What a rule needs."""
+    """A rule and the options it takes."""
 
     summary: str
     takes_fraction: bool
     is_keyed: bool = False
-    replaces: bool = False  # labels may become their opposite, not only unknown
+    replaces: bool = False  # whether labels may become their opposite, not only unknown
     takes_flips: bool = False
 
 
@@ -61,7 +61,7 @@ RULES: Final = {
 
 
 class Recipe(NamedTuple):
-    """A rule and what it was told; made by `make_recipe`."""
+    """A rule with the values of its options; made by `make_recipe`."""
 
     rule: str
     fraction: float | None
@@ -78,17 +78,17 @@ def make_recipe(
     flip_present: float | None = None,
     flip_absent: float | None = None,
 ) -> Recipe:
-    """Check a rule with what it takes.
+    """Check a rule and the values of its options.
 
     Args:
         rule: name in RULES.
         fraction: r in (0, 1], for the rules that take one.
         seed: None for the rule's customary one: 1 for exact_count, else 0.
         flip_present: for `noisy`, probability that a present label becomes absent, in [0, 1]; None is 0.
-        flip_absent: the same of an absent label becoming present.
+        flip_absent: likewise, probability that an absent label becomes present.
 
     Raises:
-        ConfigError: naming what the rule takes.
+        ConfigError: the message names what the rule takes.
     """
 
     def wrong(found: str, expected: str, option: str) -> ConfigError:
@@ -118,10 +118,10 @@ def make_recipe(
 
 
 def draw_of(recipe: Recipe, index: SplitIndex) -> Draw:
-    """The rule at work on a split.
+    """The function that draws a recipe's view of a split, shard by shard.
 
-    bernoulli and exact_count draw all they will ever draw here (N C / 8 bytes); dense_subset and single_positive take
-    N numbers; the keyed rules nothing.
+    bernoulli and exact_count make all their draws here (N C / 8 bytes of memory); dense_subset and single_positive keep
+    N numbers; the keyed rules keep nothing.
 
     Raises:
         ConfigError: a set too large for the rule.
@@ -197,17 +197,17 @@ def _by_places(recipe: Recipe, index: SplitIndex) -> Draw:
 
 
 def _keyed_bernoulli(recipe: Recipe, chances: npt.NDArray[np.uint64], entries: Entries) -> Targets:
-    """Keep each label whose draw is below the fraction: nested over fractions."""
+    """Keep each label whose draw is below the fraction; nested over fractions."""
     assert recipe.fraction is not None
     return _unless(~_happens(recipe.fraction, chances), entries)
 
 
 def _keyed_exact_count(recipe: Recipe, chances: npt.NDArray[np.uint64], entries: Entries) -> Targets:
-    """Of n known labels of an image, hide the floor((1 - r) n) of the highest draws: nested over fractions.
+    """Hide the floor((1 - r) n) labels with the highest draws out of an image's n known ones; nested over fractions.
 
-    An image that has labels keeps one at least, so of sparse labels more than the fraction stays.
+    An image with labels keeps at least one, so more than the fraction of sparse labels stays.
 
-    Differs: exact_count counts in C, known or not; the two agree in number where all is known.
+    Differs: exact_count hides floor((1 - r) C) entries, known or not; the numbers agree where all labels are known.
     """
     assert recipe.fraction is not None
     rank = _ranks_within_rows(chances, entries.rows)
@@ -218,10 +218,10 @@ def _keyed_exact_count(recipe: Recipe, chances: npt.NDArray[np.uint64], entries:
 
 
 def _noisy(recipe: Recipe, chances: npt.NDArray[np.uint64], entries: Entries) -> Targets:
-    """Turn labels into their opposites.
+    """Flip labels to their opposites at random.
 
-    Source: Durand et al. 2019, the "noisy" strategy. Differs: how that paper corrupts is not known to us; here two
-    probabilities say it, one for present labels, one for absent ones.
+    Source: Durand et al. 2019, the "noisy" strategy. Differs: how that paper corrupts labels is not known to us; here
+    there are two probabilities, one for present labels and one for absent ones.
     """
     assert recipe.flip_present is not None
     assert recipe.flip_absent is not None
@@ -231,11 +231,11 @@ def _noisy(recipe: Recipe, chances: npt.NDArray[np.uint64], entries: Entries) ->
 
 
 def _web(recipe: Recipe, chances: npt.NDArray[np.uint64], entries: Entries) -> Targets:
-    """As if each image had been found by a search for one of its classes, and nobody had looked for others.
+    """Label each image as if it had been found by a web search for one of its classes.
 
-    The positive of the lowest draw stays, the other positives become absent. An image without a positive would not
-    have been found: it loses all its labels. What is unknown stays unknown, for whether absence would be a mistake
-    there nobody knows.
+    The positive with the lowest draw stays, and all other known labels become absent. An image without a positive
+    would not have been found, so it loses all its labels. Unknown labels stay unknown, since calling them absent might
+    or might not be an error.
 
     Source: Durand et al. 2019, the "web" strategy.
     """
@@ -252,18 +252,18 @@ def _unless(hidden: npt.NDArray[np.bool_], entries: Entries) -> Targets:
 
 
 def _happens(probability: float, chances: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Whether 53 bits of a hash, taken as a number in [0, 1), are below a probability: 1 is always, 0 never."""
+    """Whether a hash's upper 53 bits, as a number in [0, 1), are below a probability; 1 is always true, 0 never."""
     return (chances >> np.uint64(11)).astype(np.float64) * 2.0**-53 < probability
 
 
 def _ranks_within_rows(chances: npt.NDArray[np.uint64], rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Place of each entry among its row's by ascending chance, (k,) from 0; rows ascend."""
+    """Rank of each entry within its row by ascending chance, (k,) int64 from 0; `rows` must ascend."""
     ranks = np.empty(len(rows), dtype=np.int64)
     ranks[np.lexsort((chances, rows))] = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return ranks
 
 
 def _counted_within_rows(mask: npt.NDArray[np.bool_], rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """How many of the mask its row holds up to each entry, that one included, (k,); rows ascend."""
+    """Number of True entries within the row up to and including each entry, (k,) int64; `rows` must ascend."""
     ends = np.concatenate([[0], np.cumsum(mask)])
     return ends[1:] - ends[np.searchsorted(rows, rows)]

@@ -1,4 +1,4 @@
-"""Owns the packing of all shards of a plan: by any number of workers and builders, begun again any number of times."""
+"""Owns packing all shards of a plan, with any number of workers, concurrent builders and restarts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FinishedElsewhereError(Exception):
 
 
 class TooManySkippedError(Exception):
-    """More images cannot be packed than may be.
+    """More images cannot be packed than is tolerated.
 
     Args:
-        skipped: those known so far.
+        skipped: the images known to be unfit so far.
     """
 
     def __init__(self, skipped: Sequence[Skipped]) -> None:
@@ -36,21 +36,22 @@ class TooManySkippedError(Exception):
 
 
 def setting_of(plan: Plan, out: str) -> Setting:
-    """What all shards of a plan share."""
+    """The setting shared by all shards of a plan."""
     class_ids = tuple(entry.id for entry in plan.source.classes)
     return Setting(plan.source.images, out, Ledger(out).folder, class_ids, plan.packing)
 
 
 def pack_one(setting: Setting, job: ShardJob, generation: int) -> PackedShard | Held | None:
-    """Write one shard, unless it is done or somebody else is at it.
+    """Write one shard, unless it is done or another builder holds its lease.
 
     Args:
-        setting: of the build.
+        setting: the build's setting.
         job: the shard.
-        generation: of the lease to take; see `Ledger.claim`.
+        generation: generation of the lease to take; see `Ledger.claim`.
 
     Returns:
-        What became of it; or who has it; or None when another builder has finished the whole.
+        The shard's outcome; or the lease of the builder that holds it; or None when another builder has finished the
+        whole set.
 
     Raises:
         DataError, StorageError: see `write_shard`.
@@ -61,7 +62,7 @@ def pack_one(setting: Setting, job: ShardJob, generation: int) -> PackedShard | 
     except StorageError:
         if ledger.is_open:
             raise
-        return None  # whoever finished has swept our files away with the records
+        return None  # the builder that finished has removed our files with the ledger
 
 
 def _pack_one(setting: Setting, job: ShardJob, generation: int, ledger: Ledger) -> PackedShard | Held | None:
@@ -81,30 +82,30 @@ def _pack_one(setting: Setting, job: ShardJob, generation: int, ledger: Ledger) 
 def pack_all(
     plan: Plan, ledger: Ledger, mapper: Mapper, *, is_first: bool, max_skipped: float, tell: OnProgress
 ) -> dict[str, PackedShard]:
-    """Have every shard of a plan packed.
+    """Pack all shards of a plan.
 
     Args:
-        plan: what goes where.
-        ledger: of the output, begun.
-        mapper: where the work is done.
-        is_first: nobody worked on this plan before; else the shards are taken in an order of chance, so that builders
-            seldom meet.
-        max_skipped: images that may be left out.
-        tell: told after each shard.
+        plan: the plan.
+        ledger: the output's ledger, after `begin`.
+        mapper: runs the work.
+        is_first: whether this builder is the first on this plan; otherwise shards are taken in random order, so that
+            builders seldom collide.
+        max_skipped: most images that may be skipped.
+        tell: called after each shard.
 
     Returns:
-        What became of each shard, by stem.
+        The outcome of each shard, by stem.
 
     Raises:
-        TooManySkippedError: as soon as more images had to be left out.
-        FinishedElsewhereError: see there.
+        TooManySkippedError: as soon as more images had to be skipped.
+        FinishedElsewhereError: another builder has written the manifest.
         DataError, StorageError: see `write_shard`.
     """
     state = _State(plan, max_skipped, tell)
     shards = {shard.stem: shard for shard in plan.shards}
     for stem, packed in [] if is_first else _trusted(ledger, shards):
         state.take(stem, packed)
-    left = {stem: 0 for stem in shards if stem not in state.packed}  # the generation of the lease to take
+    left = {stem: 0 for stem in shards if stem not in state.packed}  # stem -> generation of the lease to take
     watched: dict[str, _Watched] = {}
     while left or watched:
         stems = list(left)
@@ -124,7 +125,7 @@ def pack_all(
 
 
 class _State:
-    """What is done so far, told as it grows."""
+    """The shards done so far; reports progress, and stops when too many images are skipped."""
 
     def __init__(self, plan: Plan, max_skipped: float, tell: OnProgress) -> None:
         self.packed: dict[str, PackedShard] = {}
@@ -135,7 +136,11 @@ class _State:
         self._check()
 
     def take(self, stem: str, packed: PackedShard) -> None:
-        """Count a shard."""
+        """Count a finished shard, and report progress.
+
+        Raises:
+            TooManySkippedError: too many images have been skipped.
+        """
         self.packed[stem] = packed
         self._skipped += packed.skipped
         self._done += len(packed.skipped)
@@ -151,7 +156,7 @@ class _State:
 
 
 def _trusted(ledger: Ledger, stems: Iterable[str]) -> Iterator[tuple[str, PackedShard]]:
-    """Shards noted as done whose tar and index are there in full; the notes of others are taken back."""
+    """Shards recorded as done whose tar and index have their full size; the records of others are deleted."""
     noted = ledger.all_committed(list(stems))
     sizes = sizes_in(ledger.out)
     for stem, packed in noted.items():
@@ -163,7 +168,7 @@ def _trusted(ledger: Ledger, stems: Iterable[str]) -> Iterator[tuple[str, Packed
 
 
 def sizes_in(out: str) -> dict[str, int]:
-    """Bytes of every file in the output."""
+    """Size in bytes of every file in the output; empty if it does not exist."""
     try:
         return dict(storage.list_sizes(out))
     except FileNotFoundError:
@@ -172,12 +177,14 @@ def sizes_in(out: str) -> dict[str, int]:
 
 class _Watched(NamedTuple):
     held: Held
-    since: float  # of this machine's monotonic clock: when it was first seen as it is
+    since: float  # monotonic time at which it was first seen in this state
 
 
 def _freed(ledger: Ledger, watched: dict[str, _Watched], state: _State) -> dict[str, int]:
-    """Wait until some watched lease is nobody's, and return the generations to take; shards that get done meanwhile are
-    counted. Empty when none is watched any more."""
+    """Wait until some watched lease is free or expired, and return the generations to take by stem.
+
+    Shards finished meanwhile are counted. Returns an empty dict when no lease is watched any more.
+    """
     while watched:
         for stem, packed in ledger.all_committed(watched).items():
             del watched[stem]
@@ -196,5 +203,5 @@ def _freed(ledger: Ledger, watched: dict[str, _Watched], state: _State) -> dict[
                 del watched[stem]
             return free
         if watched:
-            time.sleep(_POLL_SECONDS)  # between looks at other builders' work
+            time.sleep(_POLL_SECONDS)  # between checks of other builders' work
     return {}

@@ -1,4 +1,4 @@
-"""Owns memory spread over ranks: every row has one owner, rows move by one exchange and are saved by virtual shard."""
+"""Owns memory spread over ranks: each row has one owner; rows move in one exchange and are saved by virtual shard."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from dist_mlpl.errors import BankError, MlplError
 
 
 class Bank(HeldRows):
-    """Rows of some columns, spread over ranks: each has one owner, of which everybody reads and to which all write.
+    """A table of rows and columns spread over ranks: each row has one owner, which all ranks read from and write to.
 
-    What is read and written depends on nothing but rows and positions, so R ranks hold what one rank holds. Memory is
-    taken at the first use.
+    What is read and written depends only on rows and positions, so R ranks hold what one rank holds. Memory is
+    allocated at the first use.
 
-    What is written waits on the rank that wrote it and goes to its owner with the next request to read, one message
-    for both: every read sees every write before it. `flush` delivers it without one, and whoever saves a bank calls
-    it, on all ranks alike.
+    A written row waits on the rank that wrote it and travels to its owner with the next read request, one message
+    for both: every read sees every write before it. `flush` delivers waiting rows without a read; call it on all
+    ranks before saving a bank.
 
-    See `HeldRows` for what it is made of.
+    See `HeldRows` for the arguments.
     """
 
-    is_by_sample: ClassVar[bool] = False  # a row is a sample's, by its index in the split
+    is_by_sample: ClassVar[bool] = False  # True: row i belongs to sample i of the split
 
-    _room: comm.Room | None = None  # of the rows that are written next, if they are those read last
+    _room: comm.Room | None = None  # message space for the next write, if it writes the rows last read
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
-        """Rows, wherever they are kept.
+        """Read rows, whichever ranks own them.
 
         Args:
             index: (n,) int64 in [0, num_rows), n free on each rank; a row may be asked for more than once.
 
         Returns:
-            (n, *shape) by column, on the CPU, in the order asked for.
+            (n, *shape) by column name, on the CPU, in the order of `index`.
 
         Raises:
-            BankError: an index outside the bank, or what `WritableBank.write` says of the rows that waited; on all
-                ranks, of a replicated bank on the one that asked.
+            BankError: an index outside the bank, or an error of `WritableBank.write` about rows that waited; on all
+                ranks, for a replicated bank only on the rank that asked.
 
-        Collective: all ranks; the indices with what was written since the last read, then the rows, one
-        `comm.exchange_messages` each. Nothing moves if replicated.
+        Collective: all ranks; two `comm.exchange_messages`: the indices with what was written since the last read,
+        then the rows. Nothing moves if replicated.
         """
         asked = index.cpu().numpy()
         error = self._index_error(asked)
@@ -61,7 +61,7 @@ class Bank(HeldRows):
     def _replace(
         self, index: Tensor, values: Mapping[str, Tensor], position: Tensor | None, error: BankError | None = None
     ) -> None:
-        """As `WritableBank.write`; `error` is what else this rank found wrong."""
+        """Do what `WritableBank.write` documents; `error` is a fault that this rank has found already."""
         self.flush()
         rows = index.cpu().numpy()
         cast = {name: self._cast(name, value.detach().cpu()) for name, value in values.items()}
@@ -84,7 +84,7 @@ class Bank(HeldRows):
             self._staged, self._room = Staged(records, owned, self._room or no_room(self._num_ranks), error), None
 
     def flush(self) -> None:
-        """Deliver what waits, if anything does; afterwards every rank holds what its rows were given.
+        """Deliver waiting rows, if there are any; afterwards every owner holds all that was written to its rows.
 
         Raises:
             BankError: see `WritableBank.write`; on all ranks.
@@ -102,13 +102,13 @@ class Bank(HeldRows):
 
         Args:
             index: (n,) rows asked for.
-            owned: who owns them.
-            error: what this rank found wrong with what it asks for.
+            owned: the owners of these rows.
+            error: what this rank found wrong with its request; raised on all ranks.
 
         Returns:
-            (n_r,) rows that each rank asks of this one.
+            R arrays (n_r,), the rows that each rank asks of this one.
 
-        Collective: all ranks, one `comm.exchange_messages`, with room for as many rows as were last read.
+        Collective: all ranks, one `comm.exchange_messages`; staged rows have room for as many as were last read.
         """
         asked, written = Section(index[owned.order], owned.spans), self._waiting(self._written)
         with self._delivery(error) as error:
@@ -117,9 +117,9 @@ class Bank(HeldRows):
         return wishes
 
     def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
-        """Every column of rows, from the ranks that own them; see `read`.
+        """Fetch every column of the rows (n,) from the ranks that own them; see `read`.
 
-        The rows read are taken for those that will be written next: `_room` is made for them.
+        The next write is expected to be of the same rows: `_room` is set for them.
         """
         owned = by_owner(self._owners(index if error is None else index[:0]), self._num_ranks)
         wishes = self._deliver(index, owned, error)
@@ -142,7 +142,7 @@ class Bank(HeldRows):
         return read
 
     def _put(self, parts: Sequence[Records]) -> None:
-        """Write rows that this rank holds, the last by position, then by part, where there are several."""
+        """Store rows that this rank holds; of several writes of a row the last by position, then by part, stays."""
         index = np.concatenate([part["index"] for part in parts])
         if not len(index):
             return
@@ -163,13 +163,13 @@ class Bank(HeldRows):
         return index_error(index, num_rows=self.spec.num_rows, where=self._where)
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
-        """Floating values in the column's floating type; anything else as it is, to be refused if it does not fit."""
+        """Cast floating values to the column's floating type; leave others as they are, for `value_error` to check."""
         dtype, _ = self._kinds.get(name, (value.dtype, ()))
         return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() else value
 
 
 class WritableBank(Bank):
-    """A bank whose rows are replaced as they are; others take in features or maps, each by a verb of its own."""
+    """A bank whose rows `write` replaces whole; the other banks have methods of their own to take in features."""
 
     def write(self, index: Tensor, values: Mapping[str, Tensor], *, position: Tensor | None = None) -> None:
         """Replace rows; of several writes of one row the one with the highest position stays.
@@ -177,16 +177,16 @@ class WritableBank(Bank):
         Args:
             index: (n,) int64 in [0, num_rows), n free on each rank.
             values: (n, *shape) for every column; floating ones are cast to the column's type. They are copied.
-            position: (n,) int64, the order of writes over all ranks, a sample's place in the epoch say. None where no
-                row is written twice; of equal positions the later row of the higher rank stays.
+            position: (n,) int64, the order of writes over all ranks, for example a sample's place in the epoch; at
+                equal positions the later row of the highest rank stays. None: no row is written twice.
 
         Raises:
-            BankError: an index outside the bank, values that do not fit or are not finite; on all ranks, and nothing
-                of this write is ever stored. On several ranks it is raised by the call that would deliver the rows,
-                the next `read`, `write` or `flush`: the ranks do not meet before. On the owner alone: a row that is
-                not its own.
+            BankError: an index outside the bank, values of the wrong shape or type, or not finite; on all ranks, and
+                nothing of this write is ever stored. With several ranks it is raised by the call that would deliver
+                the rows, the next `read`, `write` or `flush`: the ranks do not meet before. On the owner alone: a row
+                that is not its own.
 
-        Collective: all ranks; nothing moves before the next `read`, or `flush`, unless rows of an earlier call still
+        Collective: all ranks; nothing moves before the next `read` or `flush`, unless rows of an earlier call still
         wait: they are delivered first.
         """
         self._replace(index, values, position)

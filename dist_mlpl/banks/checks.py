@@ -1,4 +1,4 @@
-"""Owns what is wrong with rows that a bank is handed or asked for."""
+"""Owns the checks of rows and values that a bank is given or asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_mlpl.errors import BankError
 
 
 def index_error(index: Integers, *, num_rows: int, where: str) -> BankError | None:
-    """Of rows (n,) that there are not."""
+    """The error for row indices (n,) outside [0, num_rows), or None."""
     if not len(index) or (index.min() >= 0 and index.max() < num_rows):
         return None
     is_outside = (index < 0) | (index >= num_rows)
@@ -27,7 +27,7 @@ def index_error(index: Integers, *, num_rows: int, where: str) -> BankError | No
 def value_error(
     values: Mapping[str, Tensor], kinds: Mapping[str, Kind], *, num_rows: int, where: str
 ) -> BankError | None:
-    """Of values, cast already, for columns of these kinds."""
+    """The error for values, already cast, that do not match the columns' kinds or are not finite, or None."""
     found = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
     wanted = {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in kinds.items()}
     if found != wanted:
@@ -46,7 +46,7 @@ def value_error(
 
 
 def feature_error(class_id: Tensor, features: Tensor, position: Tensor, *, width: int, where: str) -> BankError | None:
-    """Of features (n, width), cast already, and positions (n,) for classes (n,)."""
+    """The error for float32 features not (n, width) or not finite, or positions not (n,), of n class ids; or None."""
     n = len(class_id)
     if tuple(features.shape) != (n, width) or tuple(position.shape) != (n,):
         return BankError(

@@ -1,7 +1,7 @@
-"""Owns class heatmaps of full images: read and written through a crop and a flip, kept as u8 in a few slots an image.
+"""Owns class heatmaps of full images: read and written through a crop and flip, kept as u8 in a few slots per image.
 
-Source: Verelst et al., WACV 2023, for the memory; the operators are ours, exact overlaps of areas: nothing is sampled
-between cells, constants stay as they are, and a crop of the whole image is the identity.
+Source: Verelst et al., WACV 2023, for the memory; the operators are ours and weight cells by exact area overlap:
+nothing is interpolated, constant maps stay constant, and a crop of the whole image is the identity.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dist_mlpl.errors import BankError
 
 EMPTY: Final = -1  # the class of a slot that holds none
 UNSEEN: Final = 255  # the code of a cell that no crop has shown yet; NaN once decoded
-_LEVELS: Final = 254.0  # the code of 1
-_CHANCES: Final = 65536  # stochastic rounding draws 16 bits a cell
-_ROUNDING: Final = 1e-5  # by which float32 may leave the unit interval
+_LEVELS: Final = 254.0  # the code of the value 1
+_CHANCES: Final = 65536  # stochastic rounding draws 16 bits per cell
+_ROUNDING: Final = 1e-5  # tolerance for float32 values just outside the unit interval
 
 
 class CellGrid(NamedTuple):
-    """Where the G cells of a map look, along one side of the image the model sees.
+    """The pixels that the G cells of a map cover, along one side of the image the model sees.
 
     The border between two cells lies half way between their centres; the outermost cells reach the image's border.
     """
@@ -38,18 +38,18 @@ class CellGrid(NamedTuple):
 def read_through_crop(
     heatmaps: Tensor, crop: Tensor, flipped: Tensor, size: int, *, grid: CellGrid | None = None
 ) -> Tensor:
-    """What maps of full images look like in a view of them: cut out, mirrored where `flipped`, averaged over cells.
+    """Cut a view out of maps of full images: crop, mirror where `flipped`, average over the view's cells.
 
     Args:
         heatmaps: (B, M, W, W), float; NaN where nothing is known yet.
         crop: (B, 4), (left, top, width, height) as fractions of the full image, y down.
-        flipped: (B,) bool, mirrored left to right after the crop.
+        flipped: (B,) bool, True where the crop is then mirrored left to right.
         size: G, cells along a side of the view.
-        grid: where the view's cells look; None: S = G pixels, evenly.
+        grid: what the view's cells cover; None: G equal cells.
 
     Returns:
-        (B, M, G, G), each cell the mean over what it covers of the maps' known cells; NaN where less than half of it is
-        known.
+        (B, M, G, G), in each cell the area-weighted mean of the known map cells it covers; NaN where less than half
+        of it is known.
 
     Raises:
         BankError: a crop that is empty or reaches outside the image.
@@ -60,29 +60,29 @@ def read_through_crop(
     read = rows @ heatmaps.masked_fill(is_unseen, 0.0) @ columns.mT
     if not bool(is_unseen.any()):
         return read
-    share = rows @ (~is_unseen).to(heatmaps.dtype) @ columns.mT  # of each cell, known
+    share = rows @ (~is_unseen).to(heatmaps.dtype) @ columns.mT  # known share of each cell
     return torch.where(is_unseen.any(dim=(2, 3), keepdim=True), read / share, read).masked_fill(share < 0.5, torch.nan)
 
 
 def write_through_crop(
     heatmaps: Tensor, evidence: Tensor, crop: Tensor, flipped: Tensor, momentum: float, *, grid: CellGrid | None = None
 ) -> Tensor:
-    """Maps of full images after a view of them: each covered cell moves towards what the view shows there.
+    """Update maps of full images from a view: each covered cell moves towards what the view shows there.
 
-    A cell moves by 1 - momentum times the covered share of its area. One that was NaN takes what the view shows if at
-    least half of it is covered, and stays NaN otherwise.
+    A cell moves by (1 - momentum) times the covered share of its area. A cell that was NaN takes what the view shows
+    if at least half of it is covered, and stays NaN otherwise.
 
     Args:
         heatmaps: (B, M, W, W), float; NaN where nothing is known yet.
         evidence: (B, M, G, G), finite: the view's maps.
         crop, flipped, grid: see `read_through_crop`.
-        momentum: of the running average, in [0, 1].
+        momentum: weight of the old value in the running average, in [0, 1].
 
     Returns:
-        (B, M, W, W), new memory.
+        (B, M, W, W), a new tensor.
 
     Raises:
-        BankError: a crop as there; evidence that is not finite.
+        BankError: a crop that is empty or reaches outside the image; evidence that is not finite.
     """
     if not bool(evidence.isfinite().all()):
         raise BankError(
@@ -102,14 +102,15 @@ def write_through_crop(
 
 
 def visible_share(heatmaps: Tensor, crop: Tensor) -> Tensor:
-    """How much of a class's evidence a crop leaves in view: its strongest cell inside over its strongest of all.
+    """The share of a class's evidence that a crop leaves in view: its strongest cell inside over its strongest of all.
 
     Args:
         heatmaps: (B, M, W, W) in [0, 1]; NaN where nothing is known yet.
         crop: see `read_through_crop`.
 
     Returns:
-        (B, M) in [0, 1]. A cell is inside if at least half of it is; 1 where no cell inside, or no evidence, is known.
+        (B, M) in [0, 1]. A cell counts as inside if at least half of its area is. 1 where no cell inside is known, or
+        where all known evidence is 0.
 
     Raises:
         BankError: see `read_through_crop`.
@@ -125,27 +126,27 @@ def visible_share(heatmaps: Tensor, crop: Tensor) -> Tensor:
 
 
 class Slots(NamedTuple):
-    """What a bank remembers of n images: M classes each, with their running scores and maps."""
+    """What a heatmap bank holds of n images: M classes each, with their running scores and maps."""
 
     classes: Tensor  # (n, M) int64, EMPTY where a slot holds none
     scores: Tensor  # (n, M) float32 in [0, 1]
     heatmaps: Tensor  # (n, M, W, W) float32 in [0, 1], NaN where no crop has shown a cell yet
-    visits: Tensor  # (n,) int64, times that the image was written
+    visits: Tensor  # (n,) int64, how often the image was written
 
 
 class HeatmapBank(WritableBank):
-    """Slots an image: for C classes and W x W cells, min(M, C) classes with a score and a u8 map each.
+    """M slots per image: each holds one class, its f16 score and its u8 map of W x W cells, or is empty.
 
-    A row of 32 slots with 14 x 14 cells takes 6,468 bytes. Maps are rounded by chance keyed by seed, image, visit and
-    cell: a running average then ends where it should, which nearest rounding would stop short of.
+    A row of 32 slots with 14 x 14 cells takes 6,468 bytes. Maps are rounded stochastically, keyed by seed, image, visit
+    and cell: a running average then converges, whereas rounding to nearest would stop it short.
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_samples: N of the train split.
         num_slots: M.
-        map_size: W; 0 keeps scores alone.
-        seed: of the run.
-        folder: see `Bank`.
+        map_size: W; 0: scores only, no maps.
+        seed: the run's seed.
+        folder: see `HeldRows`.
     """
 
     is_by_sample: ClassVar[bool] = True
@@ -163,7 +164,7 @@ class HeatmapBank(WritableBank):
         self._key = keyed.key("heatmaps", seed)
 
     def read_slots(self, index: Tensor) -> Slots:
-        """Slots of images (n,), on the CPU.
+        """The slots of images (n,), on the CPU.
 
         Raises:
             BankError: see `Bank.read`.
@@ -176,13 +177,13 @@ class HeatmapBank(WritableBank):
         )
 
     def write_slots(self, index: Tensor, slots: Slots) -> None:
-        """Replace the slots of images (n,); `visits` is the count with this one.
+        """Replace the slots of images (n,); `visits` counts this write too.
 
-        Of an image that is in a step twice, in a mixture with weights above 1, the later row of the higher rank stays.
+        If an image is in a step twice (a mixture with weights above 1), the later row of the highest rank stays.
 
         Raises:
-            BankError: a map outside [0, 1]; see `WritableBank.write`, also for scores; on all ranks, and nothing
-                is written.
+            BankError: a map outside [0, 1], or any error of `WritableBank.write`, scores that are not finite included;
+                on all ranks, and nothing is written.
 
         Collective: all ranks, see `WritableBank.write`.
         """
@@ -207,39 +208,43 @@ class HeatmapBank(WritableBank):
 
 
 def decode_maps(codes: Tensor) -> Tensor:
-    """u8 codes of any shape to float32 in [0, 1], NaN where UNSEEN."""
+    """Decode u8 codes of any shape to float32 in [0, 1], NaN where UNSEEN."""
     return (codes / _LEVELS).masked_fill_(codes == UNSEEN, torch.nan)
 
 
 def encode_maps(heatmaps: Tensor, chance: np.ndarray) -> Tensor:
-    """Probabilities to u8 codes, rounded up with the probability that makes the mean exact; NaN to UNSEEN.
+    """Encode probabilities as u8, rounded up with the probability that makes the mean exact; NaN becomes UNSEEN.
 
     Args:
         heatmaps: (n, M, W, W) on the CPU, in [0, 1] or NaN.
         chance: (n,) uint64, a key for each row.
 
     Returns:
-        Same shape, uint8. A value that `decode_maps` gave keeps its code.
+        Same shape, uint8. A value returned by `decode_maps` keeps its code.
     """
     num_cells = heatmaps[0].numel() if len(heatmaps) else 0
     is_unseen = heatmaps.isnan()
     known = heatmaps.masked_fill(is_unseen, 0.0)
-    draws = np.arange(-(-num_cells // 4), dtype=np.uint64)  # four cells to a draw of 64 bits
+    draws = np.arange(-(-num_cells // 4), dtype=np.uint64)  # four cells per 64-bit draw
     bits = keyed.hash_integers(0, chance[:, None] + draws).view(np.uint16)[:, :num_cells]
-    # Whole numbers, so that a code comes back as it was.
+    # In whole numbers, so that a decoded value is encoded to the code it had.
     fine = (known.double() * (_LEVELS * _CHANCES)).round_().to(torch.int64)
     codes = (fine + torch.from_numpy(bits.astype(np.int64)).view(fine.shape)).div_(_CHANCES, rounding_mode="floor")
     return codes.clamp_(0, int(_LEVELS)).masked_fill_(is_unseen, UNSEEN).to(torch.uint8)
 
 
 def keyed_rows(key: int, index: Tensor, visits: Tensor) -> np.ndarray:
-    """(n,) uint64 keys of images' visits."""
+    """(n,) uint64 keys, one for each pair of image and visit."""
     rows = keyed.hash_integers(key, index.numpy().astype(np.uint64))
     return keyed.hash_integers(key, rows + visits.numpy().astype(np.uint64))
 
 
 def _overlaps(crop: Tensor, flipped: Tensor, G: int, W: int, grid: CellGrid | None) -> tuple[Tensor, Tensor]:
-    """Lengths that a view's cells share with a map's, as fractions of the full image: (B, G, W) along y and along x."""
+    """Overlaps of a view's cells with a map's, as fractions of the full image's side: (B, G, W) along y and along x.
+
+    Raises:
+        BankError: a crop that is empty or reaches outside the image.
+    """
     crop = crop.double()
     left, top, width, height = crop.unbind(1)
     is_bad = ~((torch.minimum(left, top) >= -_ROUNDING) & (torch.minimum(width, height) > 0))
@@ -262,13 +267,13 @@ def _overlaps(crop: Tensor, flipped: Tensor, G: int, W: int, grid: CellGrid | No
 
 
 def _shared(edges: Tensor, borders: Tensor) -> Tensor:
-    """(B, G, W) lengths that intervals between edges (B, G + 1), rising or falling, share with those of borders."""
+    """(B, G, W) overlaps of the intervals between edges (B, G + 1), rising or falling, and between borders (W + 1,)."""
     low = torch.minimum(edges[:, :-1], edges[:, 1:])[:, :, None]
     high = torch.maximum(edges[:, :-1], edges[:, 1:])[:, :, None]
     return (torch.minimum(high, borders[1:]) - torch.maximum(low, borders[:-1])).clamp_(min=0.0)
 
 
 def _normalised(lengths: Tensor) -> Tensor:
-    """Rows that sum to 1; a row of zeros stays one."""
+    """Scale rows to sum to 1; a row of zeros stays zero."""
     total = lengths.sum(dim=2, keepdim=True)
     return lengths / torch.where(total > 0, total, 1.0)

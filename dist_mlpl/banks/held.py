@@ -1,4 +1,4 @@
-"""Owns the rows of a bank that one rank holds: what they are made of, where they lie, how they are saved by shard."""
+"""Owns the rows of a bank that one rank holds: their columns, their place in memory, saving and loading by shard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_mlpl.banks.rows import ByOwner, Integers, Kind, Records, Section, no_r
 from dist_mlpl.errors import BankError, MlplError
 from dist_mlpl.settings import Settings
 
-NUM_SHARDS: Final = 1024  # virtual; row i lies in shard i % num_shards whatever the number of ranks
+NUM_SHARDS: Final = 1024  # virtual shards; row i lies in shard i % num_shards, whatever the number of ranks
 INTEGER: Final[Kind] = (torch.int64, ())
 
 Dtype = Literal["f64", "f32", "f16", "u8", "i32", "i64"]
@@ -29,11 +29,11 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 
 
 class Column(Settings):
-    """One part of every row."""
+    """One column of a bank: type and shape of its part of a row."""
 
     dtype: Dtype
-    shape: tuple[int, ...] = ()  # of one row's part
-    fill: int = 0  # what a row holds that was never written
+    shape: tuple[int, ...] = ()  # shape of one row's part
+    fill: int = 0  # value of rows never written
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Column(Settings):
 
 
 class BankSpec(Settings):
-    """What a bank is made of; a saved bank loads only into one of the same make."""
+    """Rows, shards and columns of a bank; a saved bank loads only into a bank with an equal spec."""
 
     num_rows: int
     num_shards: int
@@ -50,28 +50,28 @@ class BankSpec(Settings):
 
 
 class Staged(NamedTuple):
-    """Rows that this rank has been handed, and that their owners have not; nobody reads or saves them so far."""
+    """Rows written on this rank and not yet delivered to their owners; until then they are neither read nor saved."""
 
-    records: Records  # (n,) in the order of their owners
+    records: Records  # (n,) sorted by owner
     rows: ByOwner
-    room: comm.Room  # rows for which their message leaves room
-    error: BankError | None = None  # what is wrong with them: they are never delivered then
+    room: comm.Room  # number of rows that their message leaves room for
+    error: BankError | None = None  # what is wrong with them; they are then never delivered
 
 
 class HeldRows:
-    """Rows of some columns, in host memory or memory-mapped, of those virtual shards that this rank owns.
+    """The rows of the virtual shards that this rank owns, in host memory or memory-mapped files.
 
-    Ranks own contiguous ranges of shards. Memory is taken at the first use.
+    Ranks own contiguous ranges of shards. Memory is allocated at the first use.
 
     Args:
-        name: of the bank, for files and messages.
-        num_rows: samples of the split, or classes.
+        name: the bank's name, for files and messages.
+        num_rows: number of samples in the split, or of classes.
         columns: by name, at least one.
-        folder: a local folder for memory-mapped columns, the files vanish with the process; None: host memory.
-        is_replicated: every rank holds all rows; for tables so small that this costs nothing. Reading and writing
+        folder: a local folder for memory-mapped columns, whose files vanish with the process; None: host memory.
+        is_replicated: every rank holds all rows; for tables small enough that this costs nothing. Reading and writing
             then move nothing, and what is written must be the same on every rank.
         num_shards: virtual shards, never a function of the number of ranks. With fewer rows than shards the first
-            ranks would own them all: a bank of few and large rows has as many shards as rows.
+            ranks would own all rows, so a bank of few, large rows has as many shards as rows.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class HeldRows:
         self._starts = np.cumsum([0, *sizes], dtype=np.int64)  # (shards + 1,) first local row of each held shard
         self._changed = np.zeros(len(self._held), dtype=np.bool_)
         self._columns: dict[str, Tensor] | None = None
-        self._arrays: dict[str, npt.NDArray[Any]] = {}  # the same memory
+        self._arrays: dict[str, npt.NDArray[Any]] = {}  # NumPy views of `_columns`
         self._staged: Staged | None = None
 
     @property
@@ -108,11 +108,11 @@ class HeldRows:
 
     @property
     def held_shards(self) -> range:
-        """Virtual shards that this rank holds and must load."""
+        """The virtual shards that this rank holds and must load."""
         return self._held
 
     def held_rows(self) -> Tensor:
-        """(n,) int64 rows that this rank holds, in the order in which they lie in its memory."""
+        """(n,) int64 indices of the rows that this rank holds, in the order of its memory."""
         size, step = self.spec.num_rows, self.spec.num_shards
         rows = [torch.arange(min(shard, size), size, step) for shard in self._held]
         return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
@@ -120,33 +120,33 @@ class HeldRows:
     # Saving and loading ----------------------------------------------------------------------------------------------
 
     def changed_shards(self) -> list[int]:
-        """Own shards written since `mark_saved`.
+        """The shards this rank owns that were written since `mark_saved`.
 
         Raises:
-            BankError: rows wait: see `flush`.
+            BankError: rows still wait for delivery; call `flush` first.
         """
         self._check_delivered()
         return [shard for shard in self._owned if self._changed[shard - self._held.start]]
 
     def mark_saved(self) -> None:
-        """From now on, nothing has changed."""
+        """Mark all shards as saved."""
         self._changed[:] = False
 
     def mark_changed(self) -> None:
-        """Whatever was written or loaded, it is saved nowhere that counts."""
+        """Mark all shards as unsaved, whatever was written, loaded or saved before."""
         self._changed[:] = True
 
     def shard_bytes(self, shard: int) -> int:
-        """Bytes that a shard takes in a file."""
+        """Bytes of a shard's columns in a file."""
         return self._shard_rows(shard) * self._row_bytes
 
     def pack(self, shards: Sequence[int]) -> dict[str, Tensor]:
-        """Held shards as tensors for a file: `shards` (s,) int64, and each column's rows, shard after shard.
+        """Copy held shards into tensors for a file: `shards` (s,) int64, and each column's rows, shard after shard.
 
-        Within shard s the rows are s, s + num_shards, s + 2 num_shards and so on.
+        Shard s has the rows s, s + num_shards, s + 2 num_shards and so on.
 
         Raises:
-            BankError: rows wait: see `flush`.
+            BankError: rows still wait for delivery; call `flush` first.
         """
         self._check_delivered()
         slices = [self._slice(shard) for shard in shards]
@@ -154,20 +154,21 @@ class HeldRows:
         return {"shards": torch.tensor(list(shards), dtype=torch.int64)} | packed
 
     def mark_loaded(self) -> None:
-        """All shards that this rank holds were unpacked; what ranks know of each other's rows is made anew.
+        """Rebuild what ranks know of each other's rows; called once all shards that this rank holds are unpacked.
 
-        Collective: allowed, on all ranks alike. Nothing moves by default.
+        Collective: all ranks; overrides may communicate. Nothing moves by default.
         """
 
     def unpack(self, packed: Mapping[str, Tensor], wanted: Iterable[int]) -> None:
-        """Take over what `pack` made, on any number of ranks, as rows that are saved already.
+        """Load shards that `pack` made, on any number of ranks; they are not marked as changed.
 
         Args:
-            packed: of one file.
-            wanted: shards of it to take; those that this rank does not hold are left.
+            packed: the tensors of one file.
+            wanted: shards of the file to load; those that this rank does not hold are skipped.
 
         Raises:
-            BankError: the file holds other rows than it says, or rows wait: see `flush`.
+            BankError: the file's columns do not have the rows of its shards, or rows still wait for delivery; call
+                `flush` first.
         """
         self._check_delivered()
         shards = packed["shards"].tolist()
@@ -194,14 +195,14 @@ class HeldRows:
         return slice(int(self._starts[place]), int(self._starts[place + 1]))
 
     def _owners(self, index: Integers) -> Integers:
-        """(n,) ranks that own the rows (n,)."""
+        """(n,) the ranks that own the rows (n,)."""
         return index % self.spec.num_shards * self._num_ranks // self.spec.num_shards
 
     def _places(self, index: Integers) -> Integers:
-        """(n,) local rows.
+        """(n,) places of the rows (n,) in this rank's memory.
 
         Raises:
-            BankError: a row that another rank owns.
+            BankError: a row that this rank does not hold.
         """
         shard = index % self.spec.num_shards - self._held.start
         if len(shard) and (shard.min() < 0 or shard.max() >= len(self._held)):
@@ -214,7 +215,7 @@ class HeldRows:
         return self._starts[shard] + index // self.spec.num_shards
 
     def _mark(self, index: Integers) -> None:
-        """Rows that this rank holds have changed: they are to be saved."""
+        """Mark the shards of rows (n,) that this rank holds as changed, so that they are saved."""
         self._changed[index % self.spec.num_shards - self._held.start] = True
 
     # Memory ----------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class HeldRows:
         return self._columns
 
     def _columns_here(self) -> dict[str, npt.NDArray[Any]]:
-        """`_memory` as arrays, which are indexed at a fraction of what tensors take."""
+        """`_memory` as NumPy arrays, which are much faster to index than tensors."""
         self._memory()
         return self._arrays
 
@@ -243,10 +244,10 @@ class HeldRows:
         return made if column.fill == 0 else made.fill_(column.fill)
 
     def _map(self, shape: tuple[int, ...], column: Column) -> np.ndarray:
-        """Zeros in a file that nobody else sees; its space is taken now, or a full disk would kill the process later.
+        """Map zeros in an unnamed file; its space is reserved now, or a full disk would kill the process later.
 
         Raises:
-            BankError: no such folder, or no space in it.
+            BankError: the folder does not exist or has no space.
         """
         num_bytes = shape[0] * column.num_bytes
         try:
@@ -263,7 +264,7 @@ class HeldRows:
     # Rows that wait --------------------------------------------------------------------------------------------------
 
     def _waiting(self, dtype: np.dtype[np.void]) -> Section:
-        """What is staged, or no records of this type, as part of a message to their owners."""
+        """The staged rows, or no records of type `dtype`, as a section of a message to their owners."""
         staged = self._staged
         if staged is None:
             return Section(np.empty(0, dtype=dtype), [(0, 0)] * self._num_ranks, no_room(self._num_ranks))
@@ -271,18 +272,19 @@ class HeldRows:
 
     @contextmanager
     def _delivery(self, error: MlplError | None) -> Iterator[MlplError | None]:
-        """Around the exchange that hands staged rows over: they wait no longer, unless it fails for another reason.
+        """Wrap the exchange that delivers staged rows: afterwards none are staged, unless it fails for another reason.
 
         Args:
             error: what else this rank found wrong.
 
         Yields:
-            What goes into the exchange as its error; also that there is no memory for what will arrive.
+            The error to hand to the exchange, or None: that of the staged rows, `error`, or no memory for what will
+            arrive.
 
         Raises:
-            MlplError: what is wrong with staged rows of any rank, before what else made the exchange fail.
+            MlplError: the error of the staged rows of any rank if there is one, else that of the exchange.
 
-        Collective: all ranks; where the exchange fails on all of them and rows are staged, one gather of errors.
+        Collective: all ranks; if the exchange fails and rows are staged, one gather of errors.
         """
         staged = self._staged
         try:
@@ -297,7 +299,7 @@ class HeldRows:
         self._staged = None
 
     def _memory_error(self) -> BankError | None:
-        """Take memory for rows now; what went wrong, so that all ranks can stop together."""
+        """Allocate memory for the rows now; return the error if that fails, so that all ranks can stop together."""
         try:
             self._memory()
         except BankError as error:

@@ -1,4 +1,4 @@
-"""Owns banks with one row a sample: a sample's own memory, addressed by its index in the manifest's split."""
+"""Owns banks with one row per sample, addressed by the sample's index in the manifest's split."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dist_mlpl.banks.held import Column, Dtype
 
 
 class KeyedBank(WritableBank):
-    """Columns `rows` (n, *shape) and `stamps` (n,) int32, which is -1 where a row was never written.
+    """A bank with columns `rows` (N, *shape) and `stamps` (N,) int32; a stamp is -1 until its row is written.
 
-    A stamp is the writer's own: number of visits, epoch, or 1. Rows hold zeros until they are written. Of u8 rows every
-    value is kept as it is.
+    The writer chooses what a stamp means: number of visits, epoch, or simply 1. Rows are zeros until they are written.
+    u8 rows are stored without conversion.
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_samples: N of the train split.
-        shape: of one row.
+        shape: the shape of one row.
         dtype: `f32`, `f16` or `u8`.
-        folder: see `Bank`.
+        folder: see `HeldRows`.
     """
 
     is_by_sample: ClassVar[bool] = True

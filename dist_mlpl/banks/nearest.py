@@ -1,4 +1,4 @@
-"""Owns which of the centres of its class is nearest to a feature: in float32 beyond doubt, or in float64."""
+"""Owns the search for the centre of its class nearest to a feature: in float32 where that is certain, or in float64."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from dist_mlpl.banks.rows import Integers
 
-SMALLEST_NORM: Final = 1e-9  # a vector shorter than this is divided by it
+SMALLEST_NORM: Final = 1e-9  # lower bound of the divisor when a vector is scaled to unit length
 
-_OFF: Final = 2.0**-23  # by which float32 may be off in a product, whatever it is summed in
+_OFF: Final = 2.0**-23  # bound on the relative error per term of a float32 product, in any order of summation
 
 
 class Centres(NamedTuple):
-    """P centres of each class, and what is known of them beforehand."""
+    """P centres of each class, and values precomputed from them."""
 
     vectors: npt.NDArray[np.float32]  # (C, P, D)
     squares: npt.NDArray[np.float64]  # (C, P) their squared lengths
-    is_repeated: npt.NDArray[np.bool_]  # (C, P) where an earlier one of the class is the same: never the first nearest
+    is_repeated: npt.NDArray[np.bool_]  # (C, P) equal to an earlier centre of the class, so never the first nearest
 
     @classmethod
     def of(cls, vectors: npt.NDArray[np.float32]) -> Centres:
-        """Look at centres (C, P, D) once, for many features."""
+        """Precompute the fields for centres (C, P, D), once for many features."""
         squares = np.einsum("cpd,cpd->cp", vectors, vectors, dtype=np.float64)
         is_repeated = np.zeros(squares.shape, dtype=np.bool_)
         for number in range(1, squares.shape[1]):  # a class with few features fills slots with its mean
@@ -39,16 +39,16 @@ class Centres(NamedTuple):
 def roughly_nearest(
     features: npt.NDArray[np.float32], places: Integers, centres: Centres, *, is_cosine: bool
 ) -> tuple[Integers, npt.NDArray[np.bool_]]:
-    """The nearest centre by products in float32.
+    """Find the nearest centre by products in float32.
 
     Args:
-        features: (n, D), unit vectors under the cosine.
-        places: (n,) rows of centres, equal ones side by side.
-        centres: of all classes.
-        is_cosine: nearest is the largest cosine, not the least distance.
+        features: (n, D); unit vectors if `is_cosine`.
+        places: (n,) each feature's row in `centres`, equal ones side by side.
+        centres: the centres of all classes.
+        is_cosine: True: nearest is the largest cosine; False: the least Euclidean distance.
 
     Returns:
-        (n,) number of the nearest in [0, P), and (n,) where it is that beyond doubt, in whatever order one sums.
+        (n,) number of the nearest in [0, P), and (n,) bool, True where it is certain, whatever the order of summation.
     """
     num_centres, width = centres.vectors.shape[1:]
     if num_centres == 1:
@@ -56,10 +56,10 @@ def roughly_nearest(
     products = np.empty((len(places), num_centres), dtype=np.float32)
     squares, is_repeated = centres.squares[places], centres.is_repeated[places]
     reach = np.sqrt(squares)
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold leaves doubt
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow in float32 makes the answer unsure
         for first, stop in pairwise(edges(places).tolist()):  # the features of one class
             np.matmul(features[first:stop], centres.vectors[places[first]].T, out=products[first:stop])
-        # Not shorter than they are: squares that float32 takes for zero are below 1e-37.
+        # Upper bounds of the lengths: squares that float32 flushes to zero are below 1e-37.
         lengths = 1.01 * np.sqrt(np.einsum("nd,nd->n", features, features))[:, None] + 1e-18 * width
         off = (width + 8) * _OFF * lengths * reach
         if is_cosine:
@@ -75,12 +75,12 @@ def roughly_nearest(
 
 
 def nearest_centre(vectors: Tensor, centres: Tensor, exists: Tensor, *, is_cosine: bool) -> Tensor:
-    """The nearest centre in float64; of equally near ones the first.
+    """Find the nearest centre in float64; of equally near ones the first.
 
     Args:
         vectors: (n, D) float64.
-        centres: (n, P, D) float64, of each.
-        exists: (n, P) bool, which may be chosen.
+        centres: (n, P, D) float64, the candidates of each vector.
+        exists: (n, P) bool, True where a candidate may be chosen.
         is_cosine: see `roughly_nearest`.
 
     Returns:
@@ -94,5 +94,5 @@ def nearest_centre(vectors: Tensor, centres: Tensor, exists: Tensor, *, is_cosin
 
 
 def edges(places: Integers) -> Integers:
-    """Where runs of equal numbers from 0 on begin, and the end of the last."""
+    """(runs + 1,) the starts of runs of equal numbers, all >= 0, and the end of the last run."""
     return np.flatnonzero(np.diff(places, prepend=-1, append=-1))

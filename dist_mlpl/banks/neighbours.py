@@ -169,7 +169,7 @@ def nearest_rows(units: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor
     """
     scores = queries.new_full((len(queries), k), -torch.inf)
     places = torch.full_like(scores, -1, dtype=torch.int64)
-    off = (units.shape[1] + 8) * 2.0**-23  # error bound: products of unit vectors summed in any order, rounding to float32
+    off = (units.shape[1] + 8) * 2.0**-23  # error bound of products summed in any order, and of rounding to float32
     kept = min(len(units), k + _MORE + k // 4)
     todo = torch.arange(len(queries) if kept else 0, device=queries.device)
     while len(todo):
@@ -231,7 +231,7 @@ def _hits(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosines(units: Tensor, queries: Tensor, places: Tensor) -> Tensor:
     """(q, m) cosines of each query with m rows, summed in float64."""
-    at_once = _EXACT_NUMBERS if units.device.type == "cpu" else _UNSURE_NUMBERS  # on an accelerator kernel launches dominate
+    at_once = _EXACT_NUMBERS if units.device.type == "cpu" else _UNSURE_NUMBERS  # elsewhere launches cost more
     pairs = max(1, at_once // units.shape[1])
     step, width = max(1, pairs // places.shape[1]), min(pairs, places.shape[1])
     cosines = torch.empty(places.shape, device=places.device)

@@ -1,4 +1,4 @@
-"""Owns prototypes of each class over all images and ranks: exact means of features by slot, or centres of k-means."""
+"""Owns prototypes of each class over all images and ranks: exact means of features by slot, or k-means centres."""
 
 from __future__ import annotations
 
@@ -23,39 +23,40 @@ Metric = Literal["euclidean", "cosine"]
 Vectors = npt.NDArray[np.float32]
 
 _NEAREST: Final = -1  # the slot of a feature that goes to the nearest centre
-_BLOCK_NUMBERS: Final = 1 << 16  # of centres held against features at once: half a megabyte, which caches hold
-_SHARED_BYTES: Final = 1 << 24  # of the whole table, sent at once
+_BLOCK_NUMBERS: Final = 1 << 16  # float64 numbers processed at once: half a megabyte, which caches hold
+_SHARED_BYTES: Final = 1 << 24  # bytes of the table per message when it is shared
 
 
 class Prototypes(Bank):
-    """P prototypes of each class, one row a class; what is added becomes prototypes at `renew`.
+    """P prototypes of each class, one row per class; the features added become prototypes at `renew`.
 
-    Columns: `prototypes` (P, D); `counts` (P,) int64, features behind each, 0 for a class that has none yet; `sums`
-    (P, D) float64 and `num_added` (P,) int64 of what was added since.
+    Columns: `prototypes` (P, D) float32; `counts` (P,) int64, the features behind each, 0 for a class without
+    prototypes; `sums` (P, D) float64 and `num_added` (P,) int64 of the features added since the last `renew`.
 
-    Features go to a given slot, or to the nearest centre of their class. While a class has no prototypes, the first P
-    features each open a slot and later ones go to the nearest running mean: k-means of mini-batches, a batch being one
-    `add`. Once it has prototypes, these are the centres, and a renewal is one step of Lloyd's over all that was added.
-    A class's features are added in an order that seed and positions fix, in float64, on the one rank that owns it:
-    any number of ranks makes the same bits.
+    Features go to a given slot, or to the nearest centre of their class. While a class has no prototypes, its first P
+    features each open a slot and later ones go to the nearest running mean: mini-batch k-means, a batch being one
+    `add`. Once it has prototypes, these are the centres, and a renewal is one step of Lloyd's algorithm over all that
+    was added. A class's features are added in an order fixed by seed and positions, in float64, on the one rank that
+    owns the class: any number of ranks gives the same bits.
 
-    Features wait on the rank that found them until the next `add`, whose message tells how many are to follow it: one
-    message a step, with just the room that it takes. Reading, renewing and `flush` deliver them first.
+    Features wait on the rank that found them until the next `add`, whose message also announces how many will follow
+    in the one after it: one message per step, of exactly the size needed. Reading, renewing and `flush` deliver them
+    first.
 
     Source: SARB (Pu et al., AAAI 2022) for centres of known positives; DSRB (Pu et al., ESWA 2024) for means by slot;
         Sculley, WWW 2010, for mini-batches; Dhillon and Modha, Machine Learning 2001, for the cosine.
-    Differs: no pass of its own over the data set; features are gathered while training goes on. A class with fewer
-        features than slots fills the others with its mean (the codes crash).
+    Differs: no separate pass over the data set; features are gathered during training. A class with fewer features
+        than slots fills the others with its mean (the papers' codes crash).
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_classes: C.
         num_prototypes: P.
         width: D.
-        seed: of the run; decides which of a step's features open slots.
-        metric: `euclidean`, or `cosine`: unit vectors are summed, nearest is the largest cosine, prototypes are unit
-            vectors.
-        folder: see `Bank`.
+        seed: the run's seed; with positions it fixes which features open slots.
+        metric: `euclidean`, or `cosine`: unit vectors are summed, nearest means largest cosine, and prototypes are
+            unit vectors.
+        folder: see `HeldRows`.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class Prototypes(Bank):
             {"index": INTEGER, "slot": INTEGER, "position": INTEGER, "features": (torch.float32, (width,))}
         )
         self._table = Replica(num_classes, {name: self._kinds[name] for name in ("prototypes", "counts")}, name=name)
-        self._known: Centres | None = None  # prototypes of own classes, until the next are made
+        self._known: Centres | None = None  # prototypes of own classes, until they are renewed
 
     @property
     def table_bytes(self) -> int:
-        """Of the prototypes and counts that every rank holds."""
+        """Bytes of the table of prototypes and counts that every rank holds."""
         return self.spec.num_rows * self._num_prototypes * (4 * self._width + 8)
 
     # Gathering -------------------------------------------------------------------------------------------------------
@@ -99,15 +100,15 @@ class Prototypes(Bank):
             class_id: (n,) int64 in [0, C), n free on each rank.
             features: (n, D), any floating type and device.
             slot: (n,) int64 in [0, P); None: the nearest centre of the class.
-            position: (n,) int64, a sample's place in the step, or its index; of two equal ones of a class the order is
-                that of ranks, then rows.
+            position: (n,) int64, a sample's place in the step, or its index; equal ones of a class are ordered by rank,
+                then row.
 
         Raises:
-            BankError: a class or slot that is none, features that do not fit or are not finite; on all ranks, and
+            BankError: a class or slot out of range, features of the wrong shape or not finite; on all ranks, and
                 nothing is added.
 
-        Collective: all ranks, one `comm.exchange_messages` of 8 bytes and the features of the call before, n rows of D
-        float32 and 24 bytes.
+        Collective: all ranks, one `comm.exchange_messages` of 8 bytes and the features of the previous call: n rows of
+        D float32 and 24 bytes each.
         """
         class_id, position = class_id.cpu(), position.cpu()
         features = features.detach().cpu().float()
@@ -132,7 +133,7 @@ class Prototypes(Bank):
         self._staged = Staged(records, owned, comm.Room(owned.counts, told))
 
     def flush(self) -> None:
-        """See `Bank`: features are added to the sums of their owners."""
+        """Deliver waiting features: their owners add them to the sums. See `Bank.flush`."""
         if self._staged is not None:
             self._pass_on(np.zeros(self._num_ranks, dtype=np.int64), None)
 
@@ -141,14 +142,14 @@ class Prototypes(Bank):
         return super()._fetch(index, error)
 
     def _pass_on(self, numbers: Integers, error: MlplError | None) -> list[int]:
-        """Hand what waits to its owners.
+        """Deliver waiting features to their owners.
 
         Args:
-            numbers: (R,) of features for each rank in the next message.
-            error: raised on all ranks in place of handing over; what waits goes on waiting.
+            numbers: (R,) how many features the next message will have for each rank.
+            error: raised on all ranks instead of delivering; waiting features go on waiting.
 
         Returns:
-            R numbers, of features from each rank in the next message.
+            R numbers: how many features the next message from each rank will have.
 
         Collective: all ranks, one `comm.exchange_messages`.
         """
@@ -159,29 +160,29 @@ class Prototypes(Bank):
         return [int(note.view(np.int64)[0]) for note in told]
 
     def _take(self, parts: Sequence[Records]) -> None:
-        """Add the features of one call to the sums of own classes."""
+        """Add the features of one `add`, from each rank, to the sums of the classes that this rank owns."""
         classes, slot, position, given = (
             np.concatenate([part[name] for part in parts]) for name in ("index", "slot", "position", "features")
         )
         if len(classes) == 0:
             return
-        hashes = keyed.hash_integers(self._key, position.astype(np.uint64))  # neighbours may look alike
+        hashes = keyed.hash_integers(self._key, position.astype(np.uint64))  # samples close in order may look alike
         order = np.lexsort((hashes, classes))
         classes, features = classes[order], given[order]
         places = self._places(classes)
-        if slot[0] == _NEAREST:  # of none or of all
+        if slot[0] == _NEAREST:  # all features of a call have it, or none
             self._add_to_nearest(places, features)
         else:
             self._add_to(places, slot[order], features)
         self._mark(classes)
 
     def _add_to(self, places: Integers, slots: Integers, features: Vectors) -> None:
-        """Add to sums, in the order given.
+        """Add features to the sums of their slots, in the order given.
 
         Args:
-            places: (n,) local rows.
-            slots: (n,).
-            features: (n, D) float32, as they were handed in.
+            places: (n,) local rows of their classes.
+            slots: (n,) in [0, P).
+            features: (n, D) float32, not normalised.
         """
         memory = self._memory()
         sums, flat = memory["sums"].view(-1, self._width), places * self._num_prototypes + slots
@@ -193,7 +194,7 @@ class Prototypes(Bank):
         """Open empty slots of classes without prototypes, then add the rest to the nearest centres.
 
         Args:
-            places: (n,) local rows, those of a class side by side.
+            places: (n,) local rows of their classes, those of a class side by side.
             features: (n, D) float32.
         """
         memory = self._columns_here()
@@ -209,9 +210,10 @@ class Prototypes(Bank):
             self._add_to(places, self._nearest(places, features), features)
 
     def _nearest(self, places: Integers, features: Vectors) -> Integers:
-        """(n,) slot of the nearest centre; of equally near ones the first.
+        """(n,) the slot of the nearest centre; of equally near ones the first.
 
-        Products in float32 decide where they leave no doubt: so no bit of the answer hangs on how they are summed.
+        Products in float32 decide only where rounding cannot change the answer, float64 elsewhere: so it does not
+        depend on the order of summation.
         """
         memory = self._columns_here()
         is_cosine = self._metric == "cosine"
@@ -230,7 +232,7 @@ class Prototypes(Bank):
         return found
 
     def _centres(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, P, D) float64 centres of classes, the running means of those without prototypes; (n, P) which exist."""
+        """(n, P, D) float64 centres, running means for classes without prototypes; (n, P) bool, which of them exist."""
         memory = self._memory()
         counts, num_added = memory["counts"][places], memory["num_added"][places]  # (n, P)
         centres = memory["prototypes"][places].double()  # (n, P, D)
@@ -239,16 +241,16 @@ class Prototypes(Bank):
         return centres, (counts > 0) | (num_added > 0)
 
     def _blocks(self, rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Views of (n, ...) rows of features, so many at once that caches hold them in float64."""
+        """Views of rows (n, ...) in blocks, small enough for caches to hold their features in float64."""
         step = max(1, _BLOCK_NUMBERS // self._width)
         return [rows[first : first + step] for first in range(0, len(rows), step)]
 
     def _exact(self, features: Vectors) -> Tensor:
-        """(n, D) float64 of what is added for features: unit vectors under the cosine."""
+        """(n, D) float64 features as they are added to sums: scaled to unit length if the metric is cosine."""
         return self._vectors(torch.from_numpy(features).double())
 
     def _vectors(self, vectors: Tensor) -> Tensor:
-        """Unit vectors under the cosine."""
+        """Scale vectors (..., D) to unit length if the metric is cosine."""
         if self._metric == "euclidean":
             return vectors
         return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
@@ -257,18 +259,18 @@ class Prototypes(Bank):
 
     @torch.no_grad()
     def renew(self, *, momentum: float | None = None) -> None:
-        """Make prototypes of what was added since the last renewal, and begin anew.
+        """Make prototypes of the features added since the last renewal, and reset the sums.
 
         A slot to which nothing was added takes the mean of all that was added to its class. A class to which nothing
-        was added keeps what it has.
+        was added keeps its prototypes.
 
         Args:
-            momentum: in [0, 1), share of the old prototype in the new one where there is an old one; None: nothing.
+            momentum: in [0, 1), the old prototype's weight in the new one, where there is an old one; None: 0.
 
         Raises:
-            BankError: no memory on some rank; on all ranks.
+            BankError: the rows cannot be allocated on some rank; on all ranks.
 
-        Collective: all ranks; what waits, see `flush`; one gather of errors; P D numbers and 8 P bytes for each class
+        Collective: all ranks; first `flush`; one gather of errors; then P D float32 and 8 P bytes for each class
         renewed, to every rank.
         """
         self.flush()
@@ -294,7 +296,7 @@ class Prototypes(Bank):
         self._share(classes)
 
     def _share(self, classes: Tensor) -> None:
-        """Let all ranks know the prototypes of own classes, a block at a time.
+        """Send the prototypes of own classes (n,) to all ranks, a block at a time.
 
         Collective: all ranks.
         """
@@ -308,11 +310,11 @@ class Prototypes(Bank):
             self._table.share(records)
 
     def counts(self) -> Tensor:
-        """Features behind each prototype.
+        """The number of features behind each prototype.
 
         Returns:
-            (C, P) int64 on the CPU; all 0 for a class that has no prototypes, none 0 for the others. A slot filled with
-            its class's mean counts the class. The bank's own table: a renewal changes it.
+            (C, P) int64 on the CPU; all 0 for a class without prototypes, none 0 for the others. A slot filled with its
+            class's mean has the count of the class. This is the bank's own table: a renewal changes it.
         """
         return self._table.columns[1]
 
@@ -323,19 +325,19 @@ class Prototypes(Bank):
     def read(self, index: Tensor, slot: Tensor) -> Tensor: ...
 
     def read(self, index: Tensor, slot: Tensor | None = None) -> dict[str, Tensor] | Tensor:
-        """Prototypes; zeros of classes that have none. Every rank holds all: nothing moves.
+        """Read prototypes; zeros for classes that have none. Every rank holds all, so nothing moves.
 
-        Without slots, whole rows from their owners with all that was added: see `Bank`.
+        Without `slot`, read whole rows, sums included, from their owners: see `Bank.read`.
 
         Args:
             index: (n,) int64 class ids in [0, C), n free on each rank.
             slot: (n,) int64 in [0, P).
 
         Returns:
-            (n, D) float32 on the CPU, in the order asked for.
+            (n, D) float32 on the CPU, in the order of `index`.
 
         Raises:
-            BankError: a class or slot that is none.
+            BankError: a class or slot out of range.
         """
         if slot is None:
             return super().read(index)
@@ -346,14 +348,14 @@ class Prototypes(Bank):
         return self._table.columns[0].view(-1, self._width).index_select(0, index * self._num_prototypes + slot)
 
     def table(self) -> tuple[Tensor, Tensor]:
-        """(C, P, D) float32 and (C, P) int64 `counts`, on the CPU, copies."""
+        """Copies on the CPU of all prototypes (C, P, D) float32, zeros where a class has none, and `counts`."""
         prototypes, counts = self._table.columns
         return prototypes.clone(), counts.clone()
 
     def mark_loaded(self) -> None:
-        """See `Bank`.
+        """See `HeldRows.mark_loaded`: all prototypes are shared again.
 
-        Collective: all ranks, as `renew` for all classes.
+        Collective: all ranks; P D float32 and 8 P bytes for each class, to every rank.
         """
         super().mark_loaded()
         self._share(self.held_rows())

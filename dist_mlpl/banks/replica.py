@@ -1,4 +1,4 @@
-"""Owns small tables that every rank holds whole although one rank makes each row: only rows that changed move."""
+"""Owns small tables that every rank holds whole, though each row is made by one rank: only changed rows move."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dist_mlpl.banks.rows import Integers, Kind, Records, Section, exchange_reco
 
 
 class Replica:
-    """Columns of rows made by their owners, zeros until they are.
+    """A table held whole by every rank; a row is zeros until its owner shares it.
 
     Args:
-        num_rows: of the table.
-        kinds: type and shape of a row, by column.
-        name: of whose table it is, for messages.
+        num_rows: rows of the table.
+        kinds: type and shape of a row's part, by column.
+        name: the name of the bank whose table it is, for messages.
     """
 
     def __init__(self, num_rows: int, kinds: Mapping[str, Kind], *, name: str) -> None:
@@ -29,23 +29,23 @@ class Replica:
         self._record = np.dtype([("index", np.int64), ("values", record_type(kinds))])
         self._columns: list[Tensor] | None = None
         self._copies: tuple[torch.device, list[Tensor]] | None = None  # on another device
-        self._is_newer = np.zeros(num_rows, dtype=np.bool_)  # rows of the table than theirs
+        self._is_newer = np.zeros(num_rows, dtype=np.bool_)  # rows that changed since `_copies` were made
 
     @property
     def columns(self) -> list[Tensor]:
-        """(num_rows, *shape) each: the table itself, which `take` changes."""
+        """The columns, (num_rows, *shape) each, on the CPU: the table itself, which `take` changes."""
         if self._columns is None:
             self._columns = [torch.zeros(self._num_rows, *shape, dtype=dtype) for dtype, shape in self._kinds.values()]
         return self._columns
 
     def on(self, device: torch.device) -> list[Tensor]:
-        """The table where it is needed: itself on the CPU, elsewhere a copy, to which only rows that changed move.
+        """The columns on a device: the table itself on the CPU, elsewhere a copy, to which only changed rows move.
 
         Args:
             device: the same at every call.
 
         Returns:
-            (num_rows, *shape) each; the next call changes a copy in place.
+            The columns, (num_rows, *shape) each; the next call changes a copy in place.
         """
         if device == self.columns[0].device:
             return self.columns
@@ -59,30 +59,34 @@ class Replica:
         return self._copies[1]
 
     def clear(self) -> None:
-        """Zeros again."""
+        """Set all rows to zeros."""
         for column in self.columns:
             column.zero_()
         self._is_newer[:] = True
 
     def records(self, index: Integers) -> tuple[Records, Mapping[str, npt.NDArray[Any]]]:
-        """Rows (n,) of the table to be filled and shared: the records, and (n, *shape) of them by column."""
+        """Make records for rows `index` (n,), to be filled and shared.
+
+        Returns:
+            The records (n,), and views (n, *shape) of their values by column, for the caller to fill.
+        """
         records = np.empty(len(index), dtype=self._record)
         records["index"] = index
         return records, {name: records["values"][name] for name in self._kinds}
 
     def section(self, records: Records, *, expected: list[int] | None = None) -> Section:
-        """Rows as part of a message, the same to every rank, and what `take` takes from every rank.
+        """Make a message section that sends the same rows to every rank; `take` stores what arrives from each.
 
         Args:
-            records: of `records`, rows that no other rank sends.
-            expected: so many rows each rank is expected to send, the same list on every rank; None: none.
+            records: from `records`, filled; rows that no other rank sends.
+            expected: how many rows each rank is expected to send, the same list on every rank; None: 0 from each.
         """
         size = self._num_ranks
         room = no_room(size) if expected is None else comm.Room([expected[self._rank]] * size, expected)
         return Section(records, [(0, len(records))] * size, room)
 
     def take(self, parts: Sequence[Records]) -> None:
-        """Put rows of each rank into the table."""
+        """Store the rows that arrived from each rank."""
         for part in parts:
             self._is_newer[part["index"]] = True
         for name, column in zip(self._kinds, self.columns, strict=True):
@@ -91,12 +95,12 @@ class Replica:
                 table[part["index"]] = part["values"][name]
 
     def share(self, records: Records) -> None:
-        """Send rows to everybody.
+        """Send rows to all ranks, this one included, which store them.
 
         Args:
-            records: of `records`, rows that no other rank sends.
+            records: from `records`, filled; rows that no other rank sends.
 
-        Collective: all ranks, one `comm.exchange_messages`, without room for rows.
+        Collective: all ranks, one `comm.exchange_messages` without room for rows, which so follow in a second message.
         """
         _, (parts,) = exchange_records([self.section(records)], name=self._name)
         self.take(parts)

@@ -1,4 +1,4 @@
-"""Owns the newest features of each class over all images and ranks, and the mean of their unit vectors beside them."""
+"""Owns the newest features of each class over all images and ranks, and the means of their unit vectors."""
 
 from __future__ import annotations
 
@@ -28,36 +28,35 @@ from dist_mlpl.banks.rows import (
 )
 from dist_mlpl.errors import BankError, MlplError
 
-_ONE: Final = 2.0**29  # a unit vector is kept as whole numbers of 2**-29; a difference of two still is an int32
-_BLOCK_NUMBERS: Final = 1 << 14  # of features in float64 at once: an eighth of a megabyte, which caches hold
+_ONE: Final = 2.0**29  # a unit vector is stored as multiples of 2**-29; the difference of two still fits an int32
+_BLOCK_NUMBERS: Final = 1 << 14  # float64 numbers processed at once: an eighth of a megabyte, which caches hold
 
 
 class Ring(Bank):
-    """The K newest features of each class, one row a class, as unit vectors.
+    """The K newest features of each class, one row per class, as unit vectors.
 
     A class lives on one rank whatever image its features came from. Columns: `units` (K, D) int32, feature / |feature|
-    in steps of 2**-29, zeros where there is none yet; `stamps` (K,) int64, the position that each was pushed with, -1
-    where there is none; `num_pushed` () int64, of which the next write position is the rest modulo K; `sums` (D,)
-    float64, of the filled entries' units; `means` (D,) float32 and `counts` () int64, what `means` says at its next
-    call.
+    in steps of 2**-29, zeros in empty entries; `stamps` (K,) int64, the position that each was pushed with, -1 in empty
+    entries; `num_pushed` () int64, the next write position modulo K; `sums` (D,) float64, the sum of `units`; `means`
+    (D,) float32 and `counts` () int64, what the next call of `means` returns.
 
-    The sum is kept by adding what comes and taking away what goes. In whole numbers that is exact: after any number of
-    steps it equals the sum over the ring, and R ranks hold the bits that one rank holds.
+    The sum is updated by adding what comes and subtracting what goes. In whole numbers that is exact: after any number
+    of steps it equals the sum over the ring, and R ranks hold the bits that one rank holds.
 
-    A step moves one message. Features wait on the rank that found them until the next `means`, whose message brings
-    them to their owners and, from there, the means that the message before has changed. So means are one step late.
+    A step takes one message. Features wait on the rank that found them until the next `means`, whose message takes
+    them to their owners and brings back the means that the previous message changed. So means are one step late.
 
     Source: SST (Chen et al., AAAI 2022), the bank of known positives' features; the mean of an image's cosines with
-        K features is its product with the mean of their unit vectors.
-    Differs: means are over the entries that are filled (the code divides by K), and one step late; saved and restored
-        (the code's is not). Lengths of features are not kept: no cosine needs them.
+        K features is the product of its unit vector with the mean of theirs.
+    Differs: means are over the filled entries (the code divides by K), and one step late; the bank is saved and
+        restored (the code's is not). Lengths of features are not stored: no cosine needs them.
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_classes: C.
         capacity: K, at most 2**20.
         width: D.
-        folder: see `Bank`.
+        folder: see `HeldRows`.
     """
 
     def __init__(self, name: str, num_classes: int, capacity: int, width: int, *, folder: str | None = None) -> None:
@@ -73,51 +72,52 @@ class Ring(Bank):
         self._capacity, self._width = capacity, width
         self._pushed = record_type({"index": INTEGER, "position": INTEGER, "units": (torch.int32, (width,))})
         self._replica = Replica(num_classes, {name: self._kinds[name] for name in ("means", "counts")}, name=name)
-        # Own classes of which features came since their column `means` was made, and of which others have older means:
+        # Own classes that took in features since their `means` column was made; own classes whose means other ranks
+        # have in an older version.
         self._is_outdated, self._is_stale = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
-        # What all ranks know of each other, so that messages have the right room: classes of which features come with
-        # the next message, and those of which means do.
+        # The same on all ranks, so that messages have the right room: classes whose features the next message brings,
+        # and classes whose means it brings.
         self._brings_features, self._brings_means = (np.zeros(num_classes, dtype=np.bool_) for _ in range(2))
-        self._coming: comm.Room | None = None  # features that the next push will have
+        self._coming: comm.Room | None = None  # how many features the next push will have, by rank
         self._scratch = np.empty((max(1, _BLOCK_NUMBERS // width), width))
 
     @property
     def note_bytes(self) -> int:
-        """What a rank tells each other one beside features and means: what it will push, and how many means follow."""
+        """Bytes of a message beside features and means: what the rank will push next, and how many means follow."""
         return self._num_noted + NUMBER_BYTES
 
     @property
     def record_bytes(self) -> int:
-        """Of a feature in a message, or of a class's mean."""
+        """Bytes of a feature in a message, and of a class's mean: both are the same."""
         return self._pushed.itemsize
 
     @property
     def _num_noted(self) -> int:
-        return NUMBER_BYTES * (1 + -(-self.spec.num_rows // 64))  # a number, and a bit a class
+        return NUMBER_BYTES * (1 + -(-self.spec.num_rows // 64))  # a number, and a bit per class
 
     # Taking in -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def push(self, class_id: Tensor, features: Tensor, position: Tensor) -> None:
-        """Take in features; the oldest go.
+        """Take in features; they replace the oldest of their classes.
 
-        What is pushed in one call is newer than all before it; within the call the order is that of positions over all
+        The features of one call are newer than all before it; within the call they are ordered by position over all
         ranks.
 
         Args:
             class_id: (n,) int64 in [0, C), n free on each rank.
             features: (n, D), any floating type and device.
-            position: (n,) int64 >= 0, a sample's place in the step, or its index. Of two features of one class with
-                the same one (a sample that a mixture has twice in a step) that of the later row, or higher rank, is
-                newer; ranks hold a step in the order of its lanes, so that any number of them agrees.
+            position: (n,) int64 >= 0, a sample's place in the step, or its index. Of two features of one class at the
+                same position (a sample that a mixture has twice in a step) that of the later row, or higher rank, is
+                newer; as ranks hold a step in the order of its lanes, the result is the same on any number of them.
 
         Raises:
-            BankError: a class that is none, features that do not fit or are not finite; on all ranks, and none of the
-                call's features is ever taken in. On several ranks it is raised by the call that would deliver them,
+            BankError: a class out of range, features of the wrong shape or not finite; on all ranks, and none of the
+                call's features is ever taken in. With several ranks it is raised by the call that would deliver them,
                 the next `means`, `read`, `push` or `flush`.
 
-        Collective: all ranks; nothing moves before the next `means`, or `read` or `flush`, unless features of an
-        earlier call still wait: they are delivered first.
+        Collective: all ranks; nothing moves before the next `means`, `read` or `flush`, unless features of an earlier
+        call still wait: they are delivered first.
         """
         self.flush()
         classes, position = class_id.cpu().numpy(), position.cpu()
@@ -125,7 +125,7 @@ class Ring(Bank):
         error = self._index_error(classes) or feature_error(
             class_id, features, position, width=self._width, where=self._where
         )
-        # What is wrong travels with the next message, so that all ranks stop together.
+        # An error travels with the next message, so that all ranks stop together.
         owned = by_owner(self._owners(classes if error is None else classes[:0]), self._num_ranks)
         records, places = np.empty(len(owned.order), dtype=self._pushed), owned.places()
         if error is None:
@@ -142,26 +142,26 @@ class Ring(Bank):
             self._take([records])
 
     def flush(self) -> None:
-        """See `Bank`: features go to their owners. No mean changes before `means` is called."""
+        """Deliver waiting features to their owners. No mean changes before `means` is called. See `Bank.flush`."""
         if self._staged is not None:
             nothing = np.empty(0, dtype=np.int64)
             self._exchange(nothing, notes=self._notes(nothing), expected=None, error=None)
 
     def _fetch(self, index: Integers, error: BankError | None) -> dict[str, Tensor]:
-        """See `Bank`; features that wait are delivered first, by a message of their own."""
+        """See `Bank._fetch`; waiting features are delivered first, in a message of their own."""
         self.flush()
         return super()._fetch(index, error)
 
     def _take(self, parts: Sequence[Records]) -> None:
-        """Put features of own classes, from each rank, in their places."""
+        """Store features of own classes, from each rank, in the rings."""
         class_id, position = (np.concatenate([part[name] for part in parts]) for name in ("index", "position"))
         if len(class_id) == 0:
             return
-        by_class = np.lexsort((position, class_id))  # of each the oldest first
+        by_class = np.lexsort((position, class_id))  # the oldest of each class first
         runs = edges(class_id[by_class])
         classes, sizes = class_id[by_class][runs[:-1]], np.diff(runs)  # (u,)
         places, memory = self._places(classes), self._columns_here()
-        # Of more than K features of a class the oldest are gone at once.
+        # Of more than K new features of a class only the newest K are stored.
         from_first = np.arange(len(by_class)) - np.repeat(runs[:-1], sizes)
         is_kept = np.repeat(sizes, sizes) - from_first <= self._capacity
         source, place = by_class[is_kept], np.repeat(places, sizes)[is_kept]
@@ -179,12 +179,12 @@ class Ring(Bank):
     def _replace_entries(
         self, entries: Integers, units: npt.NDArray[np.int32], source: Integers, places: Integers
     ) -> None:
-        """Store units, and let the sums of their classes follow.
+        """Store units, and update the sums of their classes.
 
         Args:
-            entries: (n,) where to, no two alike.
-            units: (m, D).
-            source: (n,) which of them.
+            entries: (n,) entries to write, counted over all local rows, no two equal.
+            units: (m, D) int32.
+            source: (n,) the row of `units` for each entry.
             places: (n,) local rows of their classes.
         """
         memory = self._columns_here()
@@ -197,32 +197,32 @@ class Ring(Bank):
             sums.index_add_(0, torch.from_numpy(places[rows]), torch.from_numpy(change))
 
     def _blocks(self, num_rows: int) -> Iterator[slice]:
-        """So many rows, as many at once as there is scratch for."""
+        """Slices that cut `num_rows` rows into blocks no longer than the scratch memory."""
         return (slice(first, first + len(self._scratch)) for first in range(0, num_rows, len(self._scratch)))
 
     # Giving out ------------------------------------------------------------------------------------------------------
 
     def means(self, coming: Tensor | None = None, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Mean unit vectors of all classes, over what was pushed before the previous call.
+        """Mean unit vectors of all classes, over the features pushed before the previous call.
 
-        What was pushed since then is in the answer to the next one. That holds whatever is read, flushed, saved or
+        Features pushed since then count in the next call's answer. That holds whatever is read, flushed, saved or
         loaded in between.
 
         Args:
-            coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known:
-                it saves a message there and at the next call.
-            device: of the answer, the same at every call; only means that changed move there. None: the CPU.
+            coming: (n,) int64 class ids of the features that this rank will hand to the next `push`, as far as known;
+                this saves a second message for them and for their means. None: unknown.
+            device: the device of the answer, the same at every call; only changed means move there. None: the CPU.
 
         Returns:
-            (C, D) float32, the mean over a class's filled entries of feature / |feature|, zeros without entries; and
-            (C,) int64, how many entries these are. They are the bank's own tables: the next call changes them.
+            (C, D) float32, the mean of feature / |feature| over a class's filled entries, zeros if it has none; and
+            (C,) int64, the number of these entries. They are the bank's own tables: the next call changes them.
 
         Raises:
-            BankError: a class that is none, or what `push` says of features that waited; on all ranks.
+            BankError: a class out of range, or an error of `push` about features that waited; on all ranks.
 
-        Collective: all ranks, one `comm.exchange_messages`: n rows of D numbers and 16 bytes of the last push, of each
-        class in the push before D numbers and 16 bytes to each rank, and `note_bytes` to each. The first call after
-        loading brings the means of all classes.
+        Collective: all ranks, one `comm.exchange_messages`: the last push, n rows of 4 D + 16 bytes; to each rank the
+        means of the classes in the push before it, 4 D + 16 bytes each; and `note_bytes` to each rank. The first call
+        after loading brings the means of all classes.
         """
         coming = torch.empty(0, dtype=torch.int64) if coming is None else coming.cpu()
         error = self._index_error(coming.numpy())
@@ -244,13 +244,13 @@ class Ring(Bank):
     def _exchange(
         self, changed: Integers, *, notes: comm.Bytes, expected: list[int] | None, error: MlplError | None
     ) -> list[comm.Bytes]:
-        """Hand features that wait to their owners, and means of own classes to everybody.
+        """Deliver waiting features to their owners, and changed means of own classes to all ranks.
 
         Args:
-            changed: (n,) classes of which the others have older means.
-            notes: (R, bytes) for each rank.
-            expected: so many means each rank is expected to send, the same list on every rank; None: none.
-            error: what this rank found wrong.
+            changed: (n,) own classes whose means other ranks have in an older version.
+            notes: (R, bytes) uint8, a note for each rank.
+            expected: how many means each rank is expected to send, the same list on every rank; None: 0 from each.
+            error: what this rank found wrong; raised on all ranks.
 
         Returns:
             R notes (bytes,), from each rank.
@@ -270,7 +270,7 @@ class Ring(Bank):
         return told
 
     def _renew_means(self) -> None:
-        """Make the means of classes of which features came; the next message has them."""
+        """Compute the means of own classes that took in features; the next message sends them."""
         classes = np.flatnonzero(self._is_outdated)
         places, memory = self._places(classes), self._columns_here()
         for rows in self._blocks(len(classes)):
@@ -280,13 +280,13 @@ class Ring(Bank):
         self._is_outdated[:] = False
 
     def _made_means(self, places: Integers) -> tuple[npt.NDArray[np.float32], Integers]:
-        """(n, D) and (n,) of local rows, from their sums."""
+        """Means (n, D) and counts (n,) of local rows, computed from their sums."""
         memory = self._columns_here()
         counts = memory["num_pushed"][places].clip(max=self._capacity)
         return (memory["sums"][places] / (counts.clip(min=1) * _ONE)[:, None]).astype(np.float32), counts
 
     def _notes(self, classes: Integers) -> comm.Bytes:
-        """(R, bytes) how many features of classes (n,) go to each rank, and a bit for each class."""
+        """(R, bytes) a note for each rank: how many of the features of `classes` (n,) go to it, and a bit per class."""
         is_coming = np.zeros(self._num_noted * 8 - 64, dtype=np.bool_)
         is_coming[classes] = True
         notes = np.empty((self._num_ranks, self._num_noted), dtype=np.uint8)
@@ -298,7 +298,7 @@ class Ring(Bank):
         return np.bincount(self._owners(classes), minlength=self._num_ranks).tolist()
 
     def mark_loaded(self) -> None:
-        """See `Bank`: the next message has the means of all classes that have any."""
+        """See `HeldRows.mark_loaded`: the next message has the means of all classes that have features."""
         super().mark_loaded()
         self._coming = None
         self._brings_features[:] = self._brings_means[:] = self._is_outdated[:] = False

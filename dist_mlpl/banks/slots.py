@@ -1,4 +1,4 @@
-"""Owns which classes of an image a bank of slots remembers: the annotated ones for good, then the likeliest unknown."""
+"""Owns which classes of an image a heatmap bank holds: those annotated present for good, then the likeliest unknown."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor
 from dist_mlpl.banks.heatmaps import EMPTY, Slots
 from dist_mlpl.labels import ABSENT, PRESENT
 
-_ALWAYS = 2.0  # above every probability by more than any margin
+_ALWAYS = 2.0  # exceeds every probability by more than any margin
 
 
 def renew_slots(slots: Slots, probs: Tensor, targets: Tensor, *, margin: float) -> Slots:
-    """Slots after the classes of the newest predictions have moved in; what moved in has no history yet.
+    """Let the likeliest classes of the newest predictions move into slots; a class that moves in has no history.
 
-    A class present to a person holds a slot for good, one absent to a person never gets or keeps one. Any other class
-    moves in where a slot is empty, or where its probability exceeds the score of the class with the smallest by more
-    than `margin`; that one moves out. Candidates are taken in order of probability.
+    A class annotated present holds a slot for good; one annotated absent never gets or keeps one. Any other class moves
+    in where a slot is empty, or where its probability exceeds the smallest score held by more than `margin`; the class
+    with that score moves out. Candidates are taken in order of probability.
 
     Args:
-        slots: of n images, M classes each.
+        slots: those of n images, M classes each.
         probs: (n, C) in [0, 1], newest predictions.
         targets: (n, C) int8, human labels.
         margin: in [0, 1).
 
     Returns:
-        Slots of the same shape: who stays keeps place, score and map; who moves in has the probability as score and a
-        map of NaN; an empty slot has score 0. Visits are as they were.
+        Slots of the same shape: a class that stays keeps place, score and map; one that moves in has its probability
+        as score and a map of NaN; an empty slot has score 0. `visits` is unchanged.
     """
     is_held = (slots.classes != EMPTY) & (targets.gather(1, slots.classes.clamp(min=0)) != ABSENT)
     held = slots.classes.masked_fill(~is_held, EMPTY)  # (n, M)

@@ -1,4 +1,4 @@
-"""Owns small tables that every rank holds whole: a row a class, or a single row."""
+"""Owns small tables that every rank holds whole: one row per class, or a single row."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dist_mlpl.banks.held import Column
 class TableBank(WritableBank):
     """A replicated bank, read and written whole.
 
-    What is written must be the same on every rank: made from reduced numbers, in an order that ranks do not change.
+    What is written must be the same on every rank: made from reduced numbers, in an order independent of ranks.
 
     Args:
-        name: of the bank.
+        name: the bank's name.
         num_rows: C, or 1.
         columns: by name.
     """
@@ -26,7 +26,7 @@ class TableBank(WritableBank):
         super().__init__(name, num_rows, columns, is_replicated=True)
 
     def read_all(self) -> dict[str, Tensor]:
-        """(num_rows, *shape) by column, copies."""
+        """Copies of all rows, (num_rows, *shape) by column name."""
         return self.read(self._all)
 
     def write_all(self, values: Mapping[str, Tensor]) -> None:

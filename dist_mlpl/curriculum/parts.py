@@ -1,7 +1,7 @@
-"""Owns what a scoring pass keeps of a stretch of one shard: answers that may be believed, counts behind thresholds.
+"""Owns what a scoring pass keeps of a stretch of one shard: answers that may be believed, and counts for thresholds.
 
-A part holds a bounded number of answers an image and no dense scores; it is made from whole blocks of its stretch
-alone, so whoever makes it makes the same one.
+A part holds a bounded number of answers per image and no dense scores. It is made only from whole blocks of its
+stretch, so every rank would make the same one.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from dist_mlpl.curriculum.select import NUM_KEYS, Candidates, Half, candidates, 
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
-_MAX_CODES = 1 << 20  # of known labels, listed before they are counted
+_MAX_CODES = 1 << 20  # known labels that are listed before they are counted
 
 
 class Part(NamedTuple):
-    """A stretch of a shard, scored, or the whole shard.
+    """The scores kept of a stretch of a shard, or of a whole shard.
 
     Args:
         candidates: in row-major order.
         num_known: (C, 2) int32, known labels that are absent, present.
         num_samples: images that were scored.
-        num_undecodable: images that could not be.
-        codes, counts: sparse counts behind a threshold of the whole split: places (k,) int64, and how many (k,) int64.
-            Magnitudes of unknown labels' scores for score_fraction, `known_codes` for class_precision.
+        num_undecodable: images that could not be decoded.
+        codes, counts: (k,) int64 flat bins and (k,) int64 counts: a sparse histogram for thresholds over the whole
+            split. Bins are magnitudes of unknown labels' scores for score_fraction, and `known_codes` for
+            class_precision; other strategies have none.
     """
 
     candidates: Candidates
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
     @classmethod
     def join(cls, parts: list[Part]) -> Part:
-        """The stretches of a shard, in order; their sparse counts listed one after the other."""
+        """Join the stretches of a shard, in order; their sparse counts are concatenated."""
         return cls(
             Candidates.join([part.candidates for part in parts]),
             np.sum([part.num_known for part in parts], axis=0, dtype=np.int32),
@@ -54,7 +55,7 @@ class Part(NamedTuple):
         )
 
     def add_counts(self, total: npt.NDArray[Any]) -> None:
-        """Add the sparse counts to dense ones, flat."""
+        """Add the sparse counts to a flat dense histogram, in place."""
         np.add.at(total, self.codes, self.counts.astype(total.dtype))
 
 
@@ -62,9 +63,9 @@ class PartMaker:
     """Makes a part from its blocks, in order.
 
     Args:
-        settings: of the curriculum.
+        settings: the curriculum's settings.
         num_classes: C.
-        first_row: of the part in its shard.
+        first_row: row of the shard at which the part begins.
     """
 
     def __init__(self, settings: CurriculumSettings, num_classes: int, *, first_row: int) -> None:
@@ -80,13 +81,13 @@ class PartMaker:
     def add(
         self, scores: Half, variances: Half | None, targets: Targets, valid: npt.NDArray[np.bool_], num_rows: int
     ) -> None:
-        """One block.
+        """Add the next block.
 
         Args:
-            scores, variances: (B, C); see `candidates`.
+            scores, variances: (B, C) float16; see `candidates`.
             targets: (B, C) int8, human labels as the run sees them.
-            valid: (B,), False for padding and undecodable images.
-            num_rows: rows that are no padding; they come first.
+            valid: (B,) bool, False for padding and undecodable images.
+            num_rows: number of rows before the padding.
         """
         is_unknown = (targets == UNKNOWN) & valid[:, None]
         known = np.where(valid[:, None], targets, UNKNOWN)
@@ -105,7 +106,7 @@ class PartMaker:
                 self._settle_codes()
 
     def _settle_codes(self) -> None:
-        """Count what was listed, so that the list stays short."""
+        """Count the listed codes, so that the list stays short."""
         codes, times = np.unique(np.concatenate(self._codes), return_counts=True)
         both = np.concatenate([self._counted[0], codes]), np.concatenate([self._counted[1], times])
         found, places = np.unique(both[0], return_inverse=True)
@@ -114,7 +115,7 @@ class PartMaker:
         self._codes, self._counted = [], (found, totals)
 
     def part(self) -> Part:
-        """The part, once all its blocks were added."""
+        """The part; call this once all its blocks have been added."""
         if self._codes:
             self._settle_codes()
         codes, counts = self._counted
@@ -126,11 +127,11 @@ class PartMaker:
 
 
 def encode_part(part: Part, *, origin: str) -> bytes:
-    """A part as a file; equal parts give equal bytes.
+    """Encode a part as the bytes of a file; equal parts give equal bytes.
 
     Args:
-        part: to write.
-        origin: digest of the round's plan, hexadecimal.
+        part: the part.
+        origin: hexadecimal digest of the round's plan.
     """
     numbers = np.array([part.num_samples, part.num_undecodable], dtype=np.int64)
     arrays = {"num_known": part.num_known, "numbers": numbers, "codes": part.codes, "counts": part.counts}
@@ -139,10 +140,15 @@ def encode_part(part: Part, *, origin: str) -> bytes:
 
 
 def decode_part(content: bytes, *, origin: str, where: str) -> Part:
-    """Read a part.
+    """Decode a part.
+
+    Args:
+        content: bytes of the file.
+        origin: hexadecimal digest of the round's plan.
+        where: the file's URL, for messages.
 
     Raises:
-        CheckpointError: it does not read, or was made from another plan.
+        CheckpointError: the file is damaged, or was made from another plan.
     """
     try:
         arrays = safetensors.numpy.load(content)
@@ -158,7 +164,7 @@ def decode_part(content: bytes, *, origin: str, where: str) -> Part:
 
 
 def unusable(found: str, where: str) -> CheckpointError:
-    """What to raise about a file of a pass."""
+    """The error for an unusable file of a scoring pass; the caller raises it."""
     return CheckpointError(
         found,
         expected="a part of this round, as its pass wrote it",

@@ -1,7 +1,7 @@
-"""Owns the mean and the spread of a model's answers: over passes with dropout, mirror images, several models.
+"""Owns the mean and variance of a model's answers over passes with dropout, mirror images or several models.
 
 Source: Gal and Ghahramani, ICML 2016 (dropout at inference); Durand et al., CVPR 2019, its last strategy.
-Differs: the paper does not say which variance; ours is the unbiased one of the logits.
+Differs: the paper does not say which variance; ours is the unbiased variance of the logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_mlpl.errors import ConfigError
 
 
 class Moments:
-    """Mean and variance of tensors of one shape, added one after the other, in float64."""
+    """Running mean and variance of tensors of one shape, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -26,7 +26,7 @@ class Moments:
         self._squares: Tensor | None = None  # summed squares of deviations from the mean
 
     def add(self, values: Tensor) -> None:
-        """One more.
+        """Add one tensor, of the same shape as those before.
 
         Source: Welford, Technometrics 1962.
         """
@@ -41,28 +41,28 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Of what was added, float64."""
+        """Mean of all values added so far, at least one; float64."""
         assert self._mean is not None
         return self._mean
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased, of at least two, float64."""
+        """Unbiased variance of all values added so far, at least two; float64."""
         assert self._squares is not None
         assert self.count > 1
         return self._squares / (self.count - 1)
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
-    """Its layers that drop anything."""
+    """The model's dropout layers with a probability above 0."""
     return [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
 
 
 def check_dropout(model: nn.Module) -> None:
-    """Refuse a model whose passes would all be alike.
+    """Refuse a model whose passes would all be equal.
 
     Raises:
-        ConfigError: it drops nothing.
+        ConfigError: the model has no dropout layer with a probability above 0.
     """
     if not dropouts(model):
         raise ConfigError(
@@ -75,10 +75,10 @@ def check_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def dropping(model: nn.Module) -> Iterator[None]:
-    """Let dropout drop while the block runs, in evaluation mode too; all other layers stay in it."""
+    """Keep dropout active while the block runs, even in evaluation mode; other layers keep their mode."""
 
     def switch_on(layer: nn.Module, inputs: Any) -> None:
-        layer.training = True  # each time: whoever calls the model sets its mode first
+        layer.training = True  # at every call, since callers set the model's mode first
 
     with ExitStack() as hooks:
         for layer in dropouts(model):
@@ -89,7 +89,7 @@ def dropping(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computed_once(trunk: nn.Module) -> Iterator[None]:
-    """Let a trunk that drops nothing answer from memory after its first call in the block, whose inputs are alike."""
+    """Let a trunk without dropout return its first result for every call in the block; the inputs must be equal."""
     if dropouts(trunk):
         yield
         return

@@ -1,4 +1,4 @@
-"""Owns what similar images say about unknown labels: embeddings of a stretch of one shard, known labels, votes."""
+"""Owns the votes of similar images on unknown labels: embeddings of a stretch of one shard, known labels, votes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Known(NamedTuple):
     """Known labels, sparse, in any order.
 
     Args:
-        rows: (n,) int64, of a shard or sample indices of the split.
-        classes: (n,) uint16.
+        rows: (n,) int64, rows of a shard, or sample indices of the split.
+        classes: (n,) uint16, class columns.
         values: (n,) int8, -1 or +1.
     """
 
@@ -28,10 +28,10 @@ class Known(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """A stretch of a shard as the scoring pass saw it.
+    """Embeddings and known labels of a stretch of a shard, from the scoring pass.
 
     Args:
-        rows: (n,) int64 of the shard, the images that could be decoded.
+        rows: (n,) int64, rows of the shard whose images could be decoded.
         embeddings: (n, D) float16.
         known: their known labels, by row of the shard.
     """
@@ -45,7 +45,7 @@ class EmbeddedMaker:
     """Makes a stretch from its blocks, in order.
 
     Args:
-        first_row: of the stretch in its shard.
+        first_row: row of the shard at which the stretch begins.
     """
 
     def __init__(self, *, first_row: int) -> None:
@@ -55,13 +55,13 @@ class EmbeddedMaker:
     def add(
         self, embeddings: npt.NDArray[np.float16], targets: Targets, valid: npt.NDArray[np.bool_], num_rows: int
     ) -> None:
-        """One block.
+        """Add the next block.
 
         Args:
-            embeddings: (B, D).
+            embeddings: (B, D) float16.
             targets: (B, C) int8, human labels as the run sees them.
-            valid: (B,), False for padding and undecodable images.
-            num_rows: rows that are no padding; they come first.
+            valid: (B,) bool, False for padding and undecodable images.
+            num_rows: number of rows before the padding.
         """
         rows, classes = np.nonzero(np.where(valid[:, None], targets, UNKNOWN))
         known = Known(rows + self._next_row, classes.astype(np.uint16), targets[rows, classes])
@@ -69,23 +69,23 @@ class EmbeddedMaker:
         self._next_row += num_rows
 
     def embedded(self) -> Embedded:
-        """The stretch, once all its blocks were added."""
+        """The stretch; call this once all its blocks have been added."""
         rows, embeddings, known = zip(*self._blocks, strict=True)
         return Embedded(np.concatenate(rows), np.concatenate(embeddings), join_known(list(known)))
 
 
 def join_known(parts: list[Known]) -> Known:
-    """Lists end to end."""
+    """Concatenate lists of known labels."""
     nothing = Known(np.empty(0, np.int64), np.empty(0, np.uint16), np.empty(0, np.int8))
     return Known(*(np.concatenate(column) for column in zip(nothing, *parts, strict=True)))  # type: ignore[arg-type]
 
 
 def encode_embedded(embedded: Embedded, *, origin: str) -> bytes:
-    """A stretch as a file; equal ones give equal bytes.
+    """Encode a stretch as the bytes of a file; equal stretches give equal bytes.
 
     Args:
-        embedded: to write.
-        origin: digest of the round's plan, hexadecimal.
+        embedded: the stretch.
+        origin: hexadecimal digest of the round's plan.
     """
     arrays = {f"known_{name}": column for name, column in embedded.known._asdict().items()}
     arrays |= {"rows": embedded.rows, "embeddings": embedded.embeddings}
@@ -94,10 +94,15 @@ def encode_embedded(embedded: Embedded, *, origin: str) -> bytes:
 
 
 def decode_embedded(content: bytes, *, origin: str, where: str) -> Embedded:
-    """Read a stretch.
+    """Decode a stretch.
+
+    Args:
+        content: bytes of the file.
+        origin: hexadecimal digest of the round's plan.
+        where: the file's URL, for messages.
 
     Raises:
-        CheckpointError: it does not read, or was made from another plan.
+        CheckpointError: the file is damaged, or was made from another plan.
     """
     try:
         arrays = safetensors.numpy.load(content)
@@ -123,19 +128,19 @@ class Voters:
     def __init__(self, known: Known, *, num_samples: int, num_classes: int) -> None:
         order = np.lexsort((known.classes, known.rows))
         self._classes, self._values = known.classes[order], known.values[order]
-        self._starts = np.searchsorted(known.rows[order], np.arange(num_samples + 1))  # of each sample's own
+        self._starts = np.searchsorted(known.rows[order], np.arange(num_samples + 1))  # first entry of each sample
         self._num_classes = num_classes
 
     def scores(self, neighbours: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Logits of presence by the votes of similar images: log (p + 1) / (a + 1) of p present and a absent ones.
+        """Logits of presence from the votes of similar images: log((p + 1) / (a + 1)) for p present, a absent votes.
 
-        Without votes that is 0, and sigmoid of it is Laplace's (p + 1) / (p + a + 2).
+        The logit is 0 without votes; its sigmoid is Laplace's (p + 1) / (p + a + 2).
 
         Args:
-            neighbours: (B, k) sample indices, -1 for nobody.
+            neighbours: (B, k) int64 sample indices, -1 for none.
 
         Returns:
-            (B, C).
+            (B, C) float64.
         """
         query, column = np.nonzero(neighbours >= 0)
         voter = neighbours[query, column]

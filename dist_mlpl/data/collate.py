@@ -151,7 +151,7 @@ def decoded_on_device(host: HostBatch, transform: Transform, *, epoch: int, name
 
     Args:
         host: a batch on the device, with `encoded`.
-        transform: of the split.
+        transform: the split's transform.
         epoch: counted from 0; keys the draws.
         name_of: sample index to name, for reports of undecodable samples.
     """

@@ -45,7 +45,7 @@ def hold_out(manifest: Manifest, split: str, fraction: float) -> Manifest:
     """Move the first shards of a fixed permutation out of a split, as many as come nearest to the fraction.
 
     Args:
-        manifest: of one set.
+        manifest: a single set's manifest, not a mixture.
         split: name of the split to take from.
         fraction: share of its samples to hold out, in (0, 1).
 

@@ -19,16 +19,16 @@ MAX_CLASSES = 1 << 16  # the index stores class columns as uint16
 
 
 class ClassEntry(Settings):
-    """One class; its place in the list is its column in `targets`."""
+    """One class; its position in the list is its column in `targets`."""
 
     id: str  # the stable key, such as a MID, a COCO id or the name itself
-    name: str  # for people; may repeat
+    name: str  # for display; may repeat
 
 
 class ShardEntry(Settings):
     """One shard, in the manifest's folder or in `Manifest.tars`, and its index, always in the manifest's folder."""
 
-    file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")  # a plain name: a manifest never reaches out of its folder
+    file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")  # a plain name, which cannot point outside the folder
     index: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
     num_samples: int = Field(ge=1)
     num_bytes: int = Field(ge=1)  # size of the tar
@@ -77,7 +77,7 @@ class Packing(Settings):
     """How the shards were made."""
 
     seed: int
-    max_side: int | None = Field(None, ge=1)  # pixels; larger images were resized; None: copied byte for byte
+    max_side: int | None = Field(None, ge=1)  # in pixels; larger images were resized; None: no resizing
     quality: int = Field(90, ge=1, le=100)  # JPEG quality of images that were resized, turned or converted
     convert: bool = False  # whether images in other formats became JPEGs; otherwise they were left out
     decode: bool = True  # whether undecodable images were left out; otherwise only JPEG markers were checked
@@ -115,7 +115,7 @@ class Manifest(Settings):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return len(self.classes)
 
     @property

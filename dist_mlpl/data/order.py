@@ -206,12 +206,12 @@ class EpochOrder:
         return lane, entry, ((entry + 1) * num_windows - 1) // np.maximum(1, lane_sizes)
 
     def _window_bounds(self, lane: int, window: int) -> tuple[int, int]:
-        """Where a window begins and ends in its lane."""
+        """Positions in its lane at which a window begins and ends."""
         lane_size, num_windows = int(self._lane_start[lane + 1] - self._lane_start[lane]), self.num_windows(lane)
         return window * lane_size // num_windows, (window + 1) * lane_size // num_windows
 
     def _window(self, lane: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
-        """Where a window begins in its lane, and the permutation of its samples."""
+        """The position in its lane at which a window begins, and the permutation of its samples."""
         return self._window_bounds(lane, window)[0], self._permutations[lane, window]
 
     def _permutation_of(self, window: tuple[int, int]) -> npt.NDArray[np.int32]:

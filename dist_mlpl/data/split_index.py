@@ -77,11 +77,16 @@ class SplitIndex:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
     def shard_index(self, shard: int) -> ShardIndex:
-        """The Arrow index of one shard, read and verified on first use; the KEPT_INDEXES last used are kept."""
+        """The index of one shard, read and verified on first use; the KEPT_INDEXES most recently used are kept.
+
+        Raises:
+            ShardError: the index is missing or damaged.
+            StorageError: it could not be read.
+        """
         return self._indexes[shard]
 
     def shard_indexes(self) -> Iterator[ShardIndex]:
-        """Every index in manifest order, read several at once."""
+        """All indexes in manifest order, several read at once. Raises as `shard_index`."""
         with ThreadPoolExecutor(_READ_AHEAD, "index") as pool:
             shards = iter(range(len(self.shards)))
             jobs = [pool.submit(self.shard_index, shard) for shard in islice(shards, 2 * _READ_AHEAD)]

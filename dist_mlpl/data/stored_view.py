@@ -1,4 +1,4 @@
-"""Owns views on disk as a run sees them: read shard by shard when first touched, a bounded part kept."""
+"""Owns views on disk as a run sees them: read shard by shard on first use, a bounded part kept in memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dist_mlpl.data.view_files import FILE_NAME, ViewDocument, decode_view_file,
 from dist_mlpl.errors import ManifestError, ShardError
 from dist_mlpl.labels import UNKNOWN, Targets
 
-KEPT_BYTES = 256 << 20  # of a view, in memory: all of one that hides 50 million labels of 9 million images
+KEPT_BYTES = 256 << 20  # bytes of a view kept in memory: enough to hide 50 million labels of 9 million images
 
-_Lists = dict[int, ClassLists]  # what labels become, and for each row of a shard the classes that become it
+_Lists = dict[int, ClassLists]  # new label value -> for each row of a shard, the class columns that take it
 
 
 class StoredView:
-    """A view on disk, read shard by shard when first touched. Safe from many threads.
+    """A view on disk, read shard by shard on first use. Safe to use from many threads.
 
-    It says what the view of the same digest in memory says; one whose rule replaces labels exists on disk alone.
+    It equals the in-memory view of the same digest; views whose rule replaces labels exist on disk only.
 
     Args:
         url: folder of the view.
         index: the split whose labels it changes.
 
     Raises:
-        ManifestError: no view, or that of another split or other shards.
+        ManifestError: no view there, or a view of another split or other shards.
     """
 
     def __init__(self, url: str, index: SplitIndex) -> None:
@@ -40,16 +40,16 @@ class StoredView:
 
     @property
     def digest(self) -> str:
-        """sha256 over the digests of its shards: `dist_mlpl.data.views.view_digest`."""
+        """sha256 over the digests of its shards; see `dist_mlpl.data.views.view_digest`."""
         return self.document.digest
 
     @property
     def kept_bytes(self) -> int:
-        """Of the view in memory now."""
+        """Bytes of the view that are in memory now."""
         return self._lists.total_cost
 
     def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which entries of some samples are known and hidden; replaced ones are not.
+        """Which entries of some samples are known and hidden; replaced labels do not count as hidden.
 
         Args:
             indices: (n,) int64 in [0, N).
@@ -67,7 +67,7 @@ class StoredView:
         return found
 
     def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
-        """Make hidden labels unknown, and replaced ones what they are replaced by.
+        """Set hidden labels to unknown, and replaced labels to their replacement.
 
         Args:
             targets: (n, C) int8, human labels.
@@ -86,10 +86,10 @@ class StoredView:
         return seen
 
     def changes(self, shard: int) -> Entries:
-        """What it changes in one shard, read anew: the list that tools work on.
+        """The view's changes to one shard, read from disk each time; for tools.
 
         Raises:
-            ShardError: the file is missing, damaged or another than view.json lists.
+            ShardError: the file is missing, damaged, or not the one that view.json lists.
         """
         listed, entry = self.document.shards[shard], self._index.shards[shard]
         where = storage.join(self.document.url, listed.file)

@@ -1,4 +1,4 @@
-"""Owns the flow of batches: bytes fetched ahead, decoded in threads into batches ahead of the step that needs them."""
+"""Owns the flow of batches: bytes are prefetched, and threads decode them into batches ahead of the training step."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from dist_mlpl.settings import Location, Settings
 from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
-ROWS_PER_JOB = 8  # decoded one after the other by one thread
-READ_AHEAD_SAMPLES = 512  # of a rank, whose reads are under way or done: bounds the memory of encoded images
-EVALUATION_ROUND = 2048  # samples of an evaluation that are fetched at once, as a window is in training
-_SKIPPED_FRACTION = 0.5  # a window of which more was used already is not fetched; its rest is read one by one
+ROWS_PER_JOB = 8  # rows that one thread decodes one after the other
+READ_AHEAD_SAMPLES = 512  # samples per rank whose reads may be begun ahead: bounds the memory of encoded images
+EVALUATION_ROUND = 2048  # samples of an evaluation that are prefetched at once, like a window in training
+_SKIPPED_FRACTION = 0.5  # if more of a window than this is used already, its rest is read sample by sample
 EVALUATION_BLOCK = 32  # fixed, so that a sample's logits are bit-equal on any rank and any number of ranks
 
 
@@ -54,37 +54,37 @@ Indices = npt.NDArray[np.int64]
 
 
 class DataSettings(Settings):
-    """What is read, and which of its labels a run may see."""
+    """Which data is read, and which of its labels a run may see."""
 
-    # Folder or URL of the shards; or a list of such, or of {manifest, weight}, that are mixed in training.
+    # Folder or URL of the shards; or a list of these, or of {manifest, weight}, to be mixed in training.
     manifest: Location | tuple[MixedSet, ...] = ""
-    unindexed: TarSettings | None = None  # tars to read as they are, in place of a manifest
+    unindexed: TarSettings | None = None  # tars to read without an index, in place of a manifest
     train_split: str = "train"
     eval_split: str = "test"
-    known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # of the train labels; null keeps all
+    known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # share of train labels kept known; null keeps all
     known_rule: Literal["bernoulli", "single_positive", "dense_subset", "exact_count"] = "bernoulli"
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
-    # of the train split, by whole shards: kept out of training as a split of its own, `held_out`, to judge choices on
+    # Share of the train split, in whole shards, kept out of training as the split `held_out`, to validate choices on.
     held_out_fraction: float | None = Field(None, gt=0.0, lt=1.0)
-    view: str | None = None  # on disk: its name beside the shards, or its URL; train labels are seen through it
+    view: str | None = None  # a view on disk, by its name beside the shards or its URL, that train labels pass through
     num_lanes: int = Field(64, ge=1)
     window_samples: int = Field(4096, ge=1)
-    cache_bytes: int = Field(64 << 30, ge=0)  # of this node's cache of remote shards; 0: none, each sample by itself
+    cache_bytes: int = Field(64 << 30, ge=0)  # size of each node's cache of remote shards; 0: none, single reads only
     num_workers: int = Field(2, ge=0)  # decoding threads of each rank; 0 decodes in the step itself
     decode_on: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG decodes and the GPU crops; threads only fetch
-    max_bad_fraction: float = Field(1e-4, ge=0.0, le=1.0)  # undecodable samples of an epoch before the run stops
-    # fsspec keywords of remote URLs, or such by scheme ({s3: {...}, https: {...}}); never written down or shown
+    max_bad_fraction: float = Field(1e-4, ge=0.0, le=1.0)  # share of undecodable samples tolerated in an epoch
+    # fsspec keywords for remote URLs, optionally by scheme ({s3: {...}, https: {...}}); never saved or shown
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @property
     def is_view_asked(self) -> bool:
-        """Whether train labels are hidden by a view drawn in memory."""
+        """Whether a view drawn in memory hides train labels."""
         return self.known_fraction is not None or self.known_rule != "bernoulli"
 
     @field_validator("manifest", mode="before")
     @classmethod
     def _sets(cls, value: Any) -> Any:
-        """A plain string in the list is a set of weight 1."""
+        """Turn a plain string in the list into a set of weight 1."""
         if not isinstance(value, (list, tuple)):
             return value
         return tuple({"manifest": one} if isinstance(one, str) else one for one in value)
@@ -112,7 +112,7 @@ class DataSettings(Settings):
 
 @dataclass
 class Consumed:
-    """What a rank was handed since the last commit: the evidence that `audit` reads."""
+    """The samples handed to a rank since the last commit: the evidence that `audit` reads."""
 
     positions: list[npt.NDArray[np.int64]] = field(default_factory=list)
     indices: list[npt.NDArray[np.int64]] = field(default_factory=list)
@@ -120,28 +120,28 @@ class Consumed:
 
 
 class _Share(NamedTuple):
-    """What one rank takes of one step."""
+    """One rank's share of one step."""
 
     positions: Indices  # (B,) int64, -1 on padding
     indices: Indices  # (B,) int64, -1 on padding
-    round: int  # window of the order, or part of an evaluation, that it is taken from
+    round: int  # the prefetch round it belongs to: a window of the order, or a stretch of an evaluation
 
 
 class Stream:
     """Batches of one split for one rank.
 
-    Three things run side by side: reads of samples and of extents to come, decoding into the memory of coming
+    Three things run concurrently: reads of upcoming samples and extents, decoding into the memory of upcoming
     batches, and the copy of the next batch to the device. All are bounded, and none changes what a batch holds.
 
     Args:
         index: the split.
-        fetcher: of the same split.
-        transform: what a sample looks like.
+        fetcher: for the same split.
+        transform: decodes and augments samples.
         world: this rank.
-        num_workers: decoding threads.
-        device: where batches end up.
-        max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of the split.
-        decodes_on_device: JPEGs are decoded and cropped on `device` instead of in threads.
+        num_workers: decoding threads; 0 decodes in the thread that iterates.
+        device: where batches go.
+        max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of the split, in [0, 1].
+        decodes_on_device: decode and crop JPEGs on `device` instead of in threads.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Stream:
 
     @property
     def loading(self) -> Loading:
-        """What the data of this rank have cost since the stream was made."""
+        """This rank's waiting time and reads: samples since the stream was made, traffic since the process began."""
         counts, traffic = self.fetcher.counts, storage.traffic()
         return Loading(
             waited_seconds=self._waited_seconds,
@@ -191,17 +191,18 @@ class Stream:
         """This rank's share of every step from `start` to the end of the epoch's plan.
 
         Args:
-            order: of this epoch.
-            labels: in force.
-            epoch: keys the augmentation.
+            order: this epoch's order.
+            labels: the labels in force.
+            epoch: counted from 0; keys the augmentation.
             start: samples of this epoch already consumed.
-            global_batch: G.
+            global_batch: G, a multiple of the order's group_size.
 
-        Returns:
-            One batch a step, the same number of rows on every rank and at every step.
+        Yields:
+            One batch per step, with the same number of rows on every rank and at every step.
 
         Raises:
             ShardError: a shard is missing or damaged.
+            StorageError: a shard could not be read.
         """
         if start == 0:
             self._num_bad = 0
@@ -222,7 +223,7 @@ class Stream:
     def host_batches(
         self, order: EpochOrder, labels: Labels, *, epoch: int, start: int, global_batch: int
     ) -> Iterator[HostBatch]:
-        """The same in host memory, images still uint8; nothing is noted as consumed."""
+        """Like `train_batches`, but in host memory with uint8 images; nothing is recorded as consumed."""
         stop = last_position(start, global_batch=global_batch, num_samples=order.num_samples)
         rank, size = self._world.rank, self._world.size
 
@@ -245,7 +246,7 @@ class Stream:
     def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
         """Every sample of the split once, in manifest order, in fixed blocks of 32 dealt to the ranks.
 
-        All ranks run the same number of blocks; padding has `valid` False and index -1.
+        All ranks get the same number of blocks; padding rows have `valid` False and index -1.
         """
         num_samples = self._index.num_samples
         num_blocks = -(-num_samples // EVALUATION_BLOCK)
@@ -254,18 +255,22 @@ class Stream:
         yield from self._blocks([(first, stop)], labels, num_blocks=-(-num_blocks // size), are_padded=True)
 
     def span_batches(self, labels: Labels, spans: Spans, *, num_blocks: int) -> Iterator[Batch]:
-        """Every sample of some spans once, in fixed blocks of 32 of one span: what a block holds depends on nothing
-        else. The last block of a span is as short as what is left.
+        """Every sample of some spans once, in blocks of 32 that never cross spans; a span's last block may be shorter.
+
+        What a block holds depends on its span alone.
 
         Args:
-            labels: in force.
-            spans: (first, stop) samples.
-            num_blocks: blocks of padding follow until there are so many, at least `num_span_blocks` of the spans.
+            labels: the labels in force.
+            spans: (first, stop) sample indices.
+            num_blocks: total number of blocks, padding blocks added at the end; at least `num_span_blocks(spans)`.
         """
         yield from self._blocks(spans, labels, num_blocks=num_blocks, are_padded=False)
 
     def _blocks(self, spans: Spans, labels: Labels, *, num_blocks: int, are_padded: bool) -> Iterator[Batch]:
-        """Samples [first, stop) of every span in blocks of one span, the last one padded or short, then padding."""
+        """Batches of the spans' samples; a block never crosses spans, the last of each is padded or short.
+
+        Padding blocks follow until there are `num_blocks`.
+        """
 
         def shares() -> Iterator[_Share]:
             number = seen = 0
@@ -301,19 +306,19 @@ class Stream:
             yield host.batch
 
     def take_consumed(self) -> Consumed:
-        """What was handed out since the last call, and forget it."""
+        """Return what was handed out since the last call, and forget it."""
         consumed, self._consumed = self._consumed, Consumed()
         return consumed
 
     def remember_bad(self, num_bad: int) -> None:
-        """Count undecodable samples of this epoch that an earlier attempt met."""
+        """Set the number of undecodable samples that earlier attempts met in this epoch, over all ranks."""
         self._num_bad = num_bad
 
     def stop_if_bad(self, num_bad: int) -> None:
-        """Count a step's undecodable samples over all ranks, and stop the run above the limit.
+        """Add a step's undecodable samples to this epoch's count, and stop the run above the limit.
 
         Args:
-            num_bad: of all ranks, the same on every rank, so that all stop together.
+            num_bad: over all ranks, the same on every rank, so that all stop together.
 
         Raises:
             DataError: more than `data.max_bad_fraction` of the split failed in this epoch.
@@ -329,13 +334,15 @@ class Stream:
             )
 
     def _finish(self, epoch: int) -> Callable[[HostBatch], HostBatch]:
-        """What is left to do with a batch on the device."""
+        """The work left to do on a batch on the device."""
         if not self._decodes_on_device:
             return partial(normalised, transform=self._transform)
         return partial(decoded_on_device, transform=self._transform, epoch=epoch, name_of=self._index.name)
 
     def _decoded(self, shares: Iterator[_Share], labels: Labels, *, epoch: int) -> Iterator[HostBatch]:
-        """Decode shares in order: reads begin READ_AHEAD_SAMPLES early, decoding two steps or twice the threads."""
+        """Decode shares in order. Reads begin READ_AHEAD_SAMPLES ahead; decoding runs two steps ahead, or as many as
+        give every thread two jobs.
+        """
         read_ahead = self._begun(shares)
         if self._pool is None:
             for share, jobs in read_ahead:
@@ -361,7 +368,7 @@ class Stream:
                     future.cancel()
 
     def _begun(self, shares: Iterator[_Share]) -> Iterator[tuple[_Share, list[tuple[int, int, Ticket]]]]:
-        """Shares whose reads have begun, in jobs of some rows each: (first row, last row + 1, ticket)."""
+        """Shares whose reads have begun, with their decoding jobs: (first row, stop row, ticket)."""
         ahead: deque[tuple[_Share, list[tuple[int, int, Ticket]]]] = deque()
         num_samples = 0
         while True:
@@ -399,7 +406,7 @@ class Stream:
     def _fill(
         self, batch: Batch, share: _Share, labels: Labels, epoch: int, first: int, stop: int, ticket: Ticket
     ) -> Filled:
-        """Decode some rows of a batch into their places, with their labels; or only fetch them, for the device."""
+        """Decode rows [first, stop) of a batch in place, with their labels; or only fetch them, to decode on device."""
         bad: list[BadSample] = []
         encoded: list[bytes | None] = [None] * (stop - first) if self._decodes_on_device else []
         rows = [row for row in range(first, stop) if share.indices[row] != PADDING]
@@ -429,12 +436,12 @@ class Stream:
 
 
 def num_span_blocks(spans: Spans) -> int:
-    """Blocks of `Stream.span_batches`, without padding."""
+    """Number of blocks in `Stream.span_batches` for these spans, without padding."""
     return sum(-(-(stop - first) // EVALUATION_BLOCK) for first, stop in spans)
 
 
 def _told(labels: Labels, indices: Indices) -> Iterator[tuple[Any, ...]]:
-    """The labels of each sample, of every kind that this round has: human ones, beliefs, soft ones."""
+    """For each sample its labels of every kind that this round has: human labels, beliefs, soft labels."""
     targets = labels.targets(indices)
     kinds: list[Any] = [targets]
     if labels.round is not None:
@@ -444,10 +451,10 @@ def _told(labels: Labels, indices: Indices) -> Iterator[tuple[Any, ...]]:
 
 
 class Filled(NamedTuple):
-    """What came of some rows of a batch, besides the batch."""
+    """The result of one decoding job, besides the rows that it filled."""
 
     bad: list[BadSample]
-    encoded: list[bytes | None]  # a JPEG for each row, where the device decodes
+    encoded: list[bytes | None]  # a JPEG for each row (None on padding) if the device decodes; else empty
 
 
 def _joined(share: _Share, batch: Batch, parts: list[Filled]) -> HostBatch:

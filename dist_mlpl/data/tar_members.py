@@ -1,13 +1,13 @@
-"""Owns what tars of other people's samples look like: where they lie, how members are named, how labels are written.
+"""Owns the format of webdataset tars from elsewhere: where they lie, how members are named, how labels are written.
 
-The convention is webdataset's: a member's key is its path up to the first dot of the file name, what follows is its
-ending, and members of one key make one sample. Labels are read from
+The convention is webdataset's: a member's key is its path up to the first dot of the file name, the rest is its
+ending, and members with one key make one sample. Labels are read from
 
-    KEY.json    {"positives": [id], "negatives": [id]}, the second being optional, or {"labels": [id]}; other fields are
-                left alone; an id is a string or a whole number, which stands for its decimal text
-    KEY.cls     one class id, or a whole number: the class of that id if there is one, else the number of its column
+    KEY.json    {"positives": [id], "negatives": [id]} ("negatives" is optional), or {"labels": [id]}; other fields are
+                ignored; an id is a string, or a whole number, which stands for its decimal text
+    KEY.cls     one class id, or a whole number: the class with that id if there is one, else a column number
 
-in this order: a JSON without any of these fields leaves the word to KEY.cls.
+in this order: if the JSON has none of these fields, KEY.cls is read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dist_mlpl.errors import DataError, ShardError, nearest_names
 IMAGE_ENDINGS: Final = ("jpg", "jpeg")
 JPEG_START: Final = b"\xff\xd8"
 LABEL_ENDINGS: Final = ("json", "cls")
-MAX_LABEL_BYTES: Final = 1 << 20  # of one label member
+MAX_LABEL_BYTES: Final = 1 << 20  # largest label member
 MAX_PADDING_BYTES: Final = 1 << 20  # GNU tar's largest usual record
 
 _FORMS = 'KEY.json with "positives" and "negatives" or with "labels", or KEY.cls'
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's own rule
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -43,13 +43,13 @@ def expand_tars(pattern: str) -> list[str]:
 
     Args:
         pattern: a folder, which stands for its `*.tar`; or tars, with braces anywhere (`train-{000000..000099}.tar`,
-            `{a,b}`) and wildcards (`*`, `?`, `[...]`) in the last part. Nothing is listed unless it must be.
+            `{a,b}`) and wildcards (`*`, `?`, `[...]`) in the last part. Only folders and wildcards need a listing.
 
     Returns:
-        Absolute URLs, none twice: of braces in their order, of folders and wildcards sorted.
+        Absolute URLs without duplicates, in the order of the braces; those from a folder or wildcard are sorted.
 
     Raises:
-        DataError: no tar goes by that pattern.
+        DataError: the pattern matches no tar.
         StorageError: a folder could not be listed.
     """
     found: list[str] = []
@@ -83,29 +83,29 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def split_name(member: str) -> tuple[str, str] | None:
-    """Key and ending of a member's name, the ending in lower case; None for a name that makes no sample."""
+    """Key and lower-case ending of a member's name; None for a name that belongs to no sample."""
     found = None if _META.match(member) else _NAME.fullmatch(member)
     return None if found is None else (found[1], found[2].lower())
 
 
 class SampleLabels(NamedTuple):
-    """What people said about one image, classes by id."""
+    """The human labels of one image, as class ids."""
 
-    positives: tuple[str, ...]  # none twice
-    negatives: tuple[str, ...]  # none twice
+    positives: tuple[str, ...]  # without duplicates
+    negatives: tuple[str, ...]  # without duplicates
     is_number: bool = False  # `positives` is one whole number from a KEY.cls
 
 
 def read_labels(ending: str, content: bytes, where: str) -> SampleLabels | None:
-    """The labels in a label member, None in a JSON that holds none.
+    """Read the labels in a label member; None for a JSON without labels.
 
     Args:
         ending: `json` or `cls`.
-        content: of the member.
+        content: bytes of the member.
         where: the tar and the key, for messages.
 
     Raises:
-        DataError: not UTF-8, not JSON, a field that is no list of ids, an empty KEY.cls.
+        DataError: not UTF-8, not JSON, a field that is not a list of ids, or an empty KEY.cls.
     """
     try:
         return _from_json(json.loads(content)) if ending == "json" else _from_cls(content.decode())
@@ -137,7 +137,7 @@ def _from_cls(text: str) -> SampleLabels:
 
 
 def missing_labels(where: str) -> DataError:
-    """The error for an image without labels."""
+    """The error for an image without labels; the caller raises it."""
     return _labels_fault("an image without labels", where)
 
 
@@ -151,7 +151,7 @@ def class_columns(
     """Class columns of positives and negatives, each ascending.
 
     Args:
-        labels: of one sample.
+        labels: labels of one sample.
         columns: class id to column, in column order.
         where: the tar and the key, for messages.
 
@@ -176,11 +176,11 @@ def class_columns(
 
 
 def read_classes(url: str) -> list[str]:
-    """Class ids in column order: the first column of a CSV file with a header line.
+    """Read class ids in column order from the first column of a CSV file with a header line.
 
     Raises:
-        DataError: missing, empty, an empty or repeated id, or more than 65,536 of them.
-        StorageError: it could not be read.
+        DataError: not CSV in UTF-8, no class, an empty or repeated id, or more than 65,536 of them.
+        StorageError: the file is missing or could not be read.
     """
 
     def fault(found: str, expected: str) -> DataError:
@@ -201,10 +201,10 @@ def read_classes(url: str) -> list[str]:
 
 
 def check_num_classes(num_classes: int, where: str) -> None:
-    """Refuse what the index cannot number.
+    """Refuse a number of classes that the index cannot hold.
 
     Raises:
-        DataError: none, or more than 65,536.
+        DataError: no class, or more than 65,536.
     """
     if not 0 < num_classes <= MAX_CLASSES:
         raise DataError(
@@ -214,14 +214,14 @@ def check_num_classes(num_classes: int, where: str) -> None:
 
 
 def refuse_compressed(head: bytes, where: str) -> None:
-    """Refuse what is no plain tar.
+    """Refuse a compressed file.
 
     Args:
-        head: its first bytes, six or more.
+        head: the file's first bytes, six or more.
         where: its URL, for messages.
 
     Raises:
-        ShardError: a compressed file.
+        ShardError: the file is compressed by gzip, bzip2, xz or zstd.
     """
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
@@ -232,8 +232,8 @@ def refuse_compressed(head: bytes, where: str) -> None:
 
 
 def is_padding(rest: bytes) -> bool:
-    """True when nothing but zeros, MAX_PADDING_BYTES at most, follows the place where a reader of tars stopped.
+    """Whether the bytes after the place where a tar reader stopped are only zeros, MAX_PADDING_BYTES at most.
 
-    Python's tarfile takes a damaged header for the end of the tar: this tells the two apart.
+    Python's tarfile takes a damaged header for the end of the tar; this tells the two apart.
     """
     return len(rest) <= MAX_PADDING_BYTES and not any(rest)

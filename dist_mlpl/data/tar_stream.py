@@ -1,7 +1,4 @@
-"""Owns the flow of batches from tars without an index, alike on every rank as far as such tars allow.
-
-What `stream` is to tars with an index; see `LIMITS` in `tars` for what is given up.
-"""
+"""Owns the flow of batches from tars without an index, the counterpart of `stream`; `tars.LIMITS` lists its limits."""
 
 from __future__ import annotations
 
@@ -37,15 +34,15 @@ Indices = npt.NDArray[np.int64]
 
 
 class TarStream:
-    """Batches for one rank from tars without an index; what `Stream` is to tars with one. See LIMITS.
+    """Batches for one rank from tars without an index; the counterpart of `Stream`. See `tars.LIMITS`.
 
     Args:
-        tars: of one split.
-        transform: what a sample looks like.
+        tars: the tars of one split.
+        transform: decodes and augments samples.
         world: this rank.
-        seed: of the run.
-        num_workers: decoding threads.
-        device: where batches end up.
+        seed: the run's seed.
+        num_workers: decoding threads, beside one that reads; 0 reads and decodes in the thread that iterates.
+        device: where batches go.
         max_bad_fraction: undecodable samples tolerated in an epoch, as a fraction of `data.unindexed.epoch_samples`.
 
     Raises:
@@ -84,7 +81,7 @@ class TarStream:
 
     @property
     def loading(self) -> Loading:
-        """What the data of this rank have cost since the stream was made; samples are not counted."""
+        """This rank's waiting time since the stream was made and traffic of the process; samples are not counted."""
         traffic = storage.traffic()
         return Loading(self._waited_seconds, bytes_read=traffic.bytes_read, retries=traffic.retries)
 
@@ -94,18 +91,18 @@ class TarStream:
         """This rank's share of every step from `start` to the end of the epoch.
 
         Args:
-            order: of this epoch; says how many rows a rank has and which places in the epoch they take.
-            labels: not used: they come with the images.
-            epoch: keys the permutation of the tars, the mixing and the augmentation.
-            start: images of this epoch already consumed; from elsewhere than 0, other tars are read than before.
-            global_batch: G.
+            order: this epoch's order; it says how many rows a rank has and which positions in the epoch they take.
+            labels: unused, since labels come with the images.
+            epoch: counted from 0; keys the permutation of the tars, the mixing and the augmentation.
+            start: images of this epoch already consumed; each value gives another permutation of the tars.
+            global_batch: G, a multiple of the order's group_size.
 
-        Returns:
-            One batch a step, the same number of rows on every rank and at every step. `index` is an image's place in
-            the epoch: distinct over all ranks, and no address in any manifest.
+        Yields:
+            One batch per step, with the same number of rows on every rank and at every step. `index` is an image's
+            position in the epoch: distinct over all ranks, but no address in a manifest.
 
         Raises:
-            DataError: as `read_tar`.
+            DataError, ShardError, StorageError: see `read_tar`.
         """
         if start == 0:
             self._num_bad = 0
@@ -128,15 +125,15 @@ class TarStream:
             yield host.batch
 
     def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
-        """Every sample of the split once, in blocks of 32 of one rank's tars; ranks that are done go on with padding.
+        """Every sample of the split once, each rank's tars in blocks of 32; ranks that finish early yield padding.
 
-        The n-th image of rank r has index n * R + r. Blocks depend on the number of ranks, and so do the last bits of
-        their logits.
+        Image n of rank r, counted from 0, has index n * R + r. Blocks depend on the number of ranks, and so do the
+        last bits of their logits.
 
         Args:
-            labels: not used: they come with the images.
+            labels: unused, since labels come with the images.
 
-        Collective: all ranks; one all-reduce of a number each block.
+        Collective: all ranks; one all-reduce of one integer per block.
         """
         rank, size = self._world.rank, self._world.size
         samples = self._read(self._tars.urls[rank::size])
@@ -156,19 +153,19 @@ class TarStream:
             yield host.batch
 
     def take_consumed(self) -> Consumed:
-        """What was handed out since the last call, and forget it."""
+        """Return what was handed out since the last call, and forget it."""
         consumed, self._consumed = self._consumed, Consumed()
         return consumed
 
     def remember_bad(self, num_bad: int) -> None:
-        """Count undecodable samples of this epoch that an earlier attempt met."""
+        """Set the number of undecodable samples that earlier attempts met in this epoch, over all ranks."""
         self._num_bad = num_bad
 
     def stop_if_bad(self, num_bad: int) -> None:
-        """Count a step's undecodable samples over all ranks, and stop the run above the limit.
+        """Add a step's undecodable samples to this epoch's count, and stop the run above the limit.
 
         Args:
-            num_bad: of all ranks, the same on every rank, so that all stop together.
+            num_bad: over all ranks, the same on every rank, so that all stop together.
 
         Raises:
             DataError: more than `data.max_bad_fraction` of an epoch failed.
@@ -184,7 +181,7 @@ class TarStream:
             )
 
     def _mixed(self, epoch: int, start: int) -> Iterator[TarSample]:
-        """This rank's samples without end: tars permuted and dealt to the ranks, mixed, and once through dealt anew."""
+        """This rank's samples without end: tars are permuted, dealt to the ranks and mixed, then all of it again."""
         for turn in itertools.count():
             chance = keyed.key("tars", self._seed, epoch, start, turn)
             own = keyed.permutation(chance, len(self._tars.urls))[self._world.rank :: self._world.size]
@@ -202,7 +199,7 @@ class TarStream:
                 log.warning("%s: passed over %s", storage.shown(url), counts)
 
     def _decoded(self, samples: Iterator[TarSample], shares: Iterator[Indices], *, epoch: int) -> Iterator[HostBatch]:
-        """Batches of the shares until they or the samples end, read by one thread ahead and decoded by the others."""
+        """Batches until the shares or the samples end; one thread reads ahead and the others decode."""
         read = self._reader.submit if self._reader else _at_once
         num_ahead = 3 if self._reader else 1
         pending: deque[Future[_Begun]] = deque()
@@ -222,7 +219,7 @@ class TarStream:
                         job.cancel()
 
     def _begin(self, samples: Iterator[TarSample], positions: Indices, epoch: int) -> _Begun:
-        """Take samples for the positions, as many as there are, and have them decoded into a batch."""
+        """Take as many samples as there are positions, or as are left, and start decoding them into a batch."""
         taken = list(itertools.islice(samples, int((positions != PADDING).sum())))
         positions = np.where(np.arange(len(positions)) < len(taken), positions, PADDING)  # padding comes last
         batch = empty_batch(
@@ -249,7 +246,7 @@ AnyStream = Stream | TarStream  # batches of one split, with an index or without
 
 
 class _Begun(NamedTuple):
-    """A batch that is being decoded."""
+    """A batch being decoded."""
 
     batch: Batch
     positions: Indices
@@ -257,7 +254,7 @@ class _Begun(NamedTuple):
 
 
 def _finished(begun: Future[_Begun]) -> HostBatch | None:
-    """The batch once all of it is decoded, None for one without any sample."""
+    """Wait until a batch is decoded and return it; None for one without samples."""
     batch, positions, jobs = begun.result()
     if not jobs:
         return None
@@ -265,7 +262,7 @@ def _finished(begun: Future[_Begun]) -> HostBatch | None:
 
 
 def _at_once(task: Callable[..., T], *arguments: Any) -> Future[T]:
-    """What a pool's `submit` does, done in this thread."""
+    """Run a task in this thread, with the interface of a pool's `submit`."""
     future: Future[T] = Future()
     future.set_result(task(*arguments))
     return future

@@ -1,6 +1,6 @@
-"""Owns samples from tars that carry no index: webdataset's own reader over our storage, from front to back.
+"""Owns samples from tars without an index: webdataset's own reader over our storage, from front to back.
 
-`dist-mlpl shards index` makes an index of the same tars in minutes; what goes without one is in LIMITS.
+`dist-mlpl shards index` makes an index of the same tars in minutes; LIMITS lists what is impossible without one.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ LIMITS: Final = (
 class TarSettings(Settings):
     """Tars that are read without an index."""
 
-    tars: dict[str, Location]  # of each split, a folder or a pattern like s3://b/train-{000000..000099}.tar
+    tars: dict[str, Location]  # by split: a folder or a pattern like s3://b/train-{000000..000099}.tar
     classes: Location  # CSV whose first column lists the class ids in order
-    epoch_samples: int = Field(ge=1)  # images that make an epoch, over all ranks
-    shuffle_buffer: int = Field(1000, ge=1)  # encoded images of each rank that are mixed
-    unlisted: Unlisted | None = None  # what a class that a sample does not list means; null: absent, negatives refused
+    epoch_samples: int = Field(ge=1)  # images in an epoch, over all ranks
+    shuffle_buffer: int = Field(1000, ge=1)  # encoded images in each rank's shuffle buffer
+    unlisted: Unlisted | None = None  # meaning of a class that a sample does not list; null: absent, negatives refused
 
 
 @dataclass(frozen=True)
 class TarSet:
-    """The tars of one split; what `SplitIndex` is to tars with an index.
+    """The tars of one split; the counterpart of `SplitIndex` for tars without an index.
 
     Args:
-        split: its name.
-        urls: in the order of the pattern.
-        manifest: made in memory, of classes without shards. Its digest is of the classes, the tars' names and the
-            meaning of labels: what the tars hold is not known.
-        settings: as given.
+        split: name of the split.
+        urls: URLs of its tars, in the order of the pattern.
+        manifest: made in memory, with classes and no shards. Its digest covers the classes, the tars' names and
+            `unlisted`, since the contents of the tars are unknown.
+        settings: from the config.
     """
 
     split: str
@@ -80,26 +80,26 @@ class TarSet:
 
     @property
     def num_samples(self) -> int:
-        """Images that make an epoch, N; how many the tars hold is not known."""
+        """Images in an epoch, N; the number of images in the tars is unknown."""
         return self.settings.epoch_samples
 
     @property
     def epoch_samples(self) -> int:
-        """Samples of a training epoch."""
+        """Samples in a training epoch, N."""
         return self.num_samples
 
     @property
     def parts(self) -> None:
-        """Tars without an index are not mixed."""
+        """Always None: tars without an index cannot be mixed."""
         return None
 
     @property
     def shard_sizes(self) -> list[int]:
-        """One stretch of N: an order over it deals places in the epoch to ranks, not samples."""
+        """One shard of N samples: an order over it deals positions in the epoch to ranks, not samples."""
         return [self.num_samples]
 
     def targets(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-        """Labels by index, as `SplitIndex` has them and tars without one do not.
+        """Refuse to give labels by index, which only `SplitIndex` can.
 
         Raises:
             DataError: always.
@@ -144,7 +144,7 @@ def open_tars(settings: TarSettings, split: str) -> TarSet:
 
 
 def check_num_tars(tars: TarSet, *, world_size: int) -> None:
-    """Refuse to train with a rank that would have nothing to read.
+    """Refuse to train when some rank would have no tar to read.
 
     Raises:
         ConfigError: fewer tars than ranks.
@@ -158,25 +158,27 @@ def check_num_tars(tars: TarSet, *, world_size: int) -> None:
 
 
 class TarSample(NamedTuple):
-    """One sample as the tar holds it."""
+    """One sample as stored in its tar."""
 
     name: str  # `tar: key`
     image: bytes
-    targets: npt.NDArray[np.int8]  # (C,) in the one code
+    targets: npt.NDArray[np.int8]  # (C,): -1 absent, 0 unknown, +1 present
 
 
 def read_tar(url: str, tars: TarSet, ignored: Counter[str]) -> Iterator[TarSample]:
-    """Every sample of one tar, in its order, read once from front to back.
+    """Every sample of one tar in tar order, read once from front to back.
 
     Args:
-        url: of the tar.
-        tars: whose classes and meaning of labels hold.
-        ignored: counts what makes no sample; it is added to.
+        url: URL of the tar.
+        tars: gives the classes and the meaning of unlisted ones.
+        ignored: counter of members that belong to no sample, by kind; this call adds to it.
 
     Raises:
-        ShardError: not a tar, compressed, truncated, damaged, without a JPEG, two members of one name together.
-        DataError: an image without labels, labels that do not read, an unknown class.
-        StorageError: the storage failed.
+        ShardError: not a tar, compressed, truncated, damaged, without a JPEG, or a sample with two images or with two
+            members of one name.
+        DataError: an image without labels, unreadable labels, an unknown class, or negatives while
+            `data.unindexed.unlisted` is null.
+        StorageError: the tar is missing, or the storage failed.
     """
     place, num_samples = storage.shown(url), 0
     columns = {name: column for column, name in enumerate(tars.manifest.class_ids)}
@@ -204,7 +206,7 @@ def read_tar(url: str, tars: TarSet, ignored: Counter[str]) -> Iterator[TarSampl
     except FileNotFoundError as error:
         raise storage.missing(url, what="the tar", next_step="correct the pattern, or restore the tar") from error
     except MlplError as error:
-        raise copy.copy(error) from error  # webdataset adds to the arguments of what passes through it
+        raise copy.copy(error) from error  # webdataset appends to the arguments of errors that pass through it
     except (tarfile.TarError, ValueError) as error:
         raise _fault(f"a tar that does not read: {str(error.args[0]).split(' @ ')[0]}", place) from error
     if not is_whole:
@@ -214,7 +216,7 @@ def read_tar(url: str, tars: TarSet, ignored: Counter[str]) -> Iterator[TarSampl
 
 
 def _check_end(url: str, place: str) -> None:
-    """Refuse what was cut off: a reader that goes from front to back takes that for the end."""
+    """Refuse a truncated tar, which a front-to-back reader would take for a shorter one."""
     num_bytes = storage.size(url)
     end = storage.read_bytes(url, max(0, num_bytes - tarfile.BLOCKSIZE), num_bytes)
     if len(end) < tarfile.BLOCKSIZE or any(end):
@@ -249,12 +251,12 @@ def _fault(found: str, where: str) -> ShardError:
 
 
 def mixed(samples: Iterator[TarSample], *, shuffle_buffer: int, key: int) -> Iterator[TarSample]:
-    """The same samples, each drawn from the `shuffle_buffer` that came in last and are not out yet.
+    """Shuffle samples through a buffer.
 
     Args:
         samples: finite or not.
-        shuffle_buffer: at least 1, which changes nothing.
-        key: of the draws.
+        shuffle_buffer: size of the buffer in samples, at least 1; 1 keeps the order.
+        key: key of the random draws.
     """
     shuffle = filters.shuffle(shuffle_buffer, initial=shuffle_buffer, rng=random.Random(key))
     yield from shuffle(samples)

@@ -1,7 +1,7 @@
-"""Owns how a picture becomes an image of fixed size: crop, flip, augmentation, normalisation, and their record.
+"""Owns how a JPEG becomes an image of fixed size: crop, flip, augmentation and normalisation, and their record.
 
-Every draw is keyed by (seed, epoch, position, purpose), so a sample looks the same whoever decodes it, on however
-many threads. Images stay uint8 until `Transform.normalise`, which runs on whatever device they are on.
+Every draw is keyed by (seed, epoch, position, purpose), so a sample looks the same whichever rank or thread decodes
+it. Images stay uint8 until `Transform.normalise`, which runs on the device they are on.
 """
 
 from __future__ import annotations
@@ -38,32 +38,33 @@ Crop = tuple[float, float, float, float]  # left, top, width, height as fraction
 
 
 class RandAugmentSettings(Settings):
-    """RandAugment: `num_ops` operations drawn from a list of 14, each at `magnitude` of 0 .. 30."""
+    """RandAugment: `num_ops` operations drawn from a list of 14, each at `magnitude`, from 0 to 30."""
 
     num_ops: int = Field(2, ge=1)
     magnitude: int = Field(9, ge=0, le=30)
 
 
 class TransformSettings(Settings):
-    """How images are made.
+    """How images are decoded, cropped, augmented and normalised.
 
     Args:
         size: side of the square image the model sees, in pixels.
-        resize: with `multi_scale`, the side to which a training image is squashed before its crop is cut (None:
-            size * 512 / 448) and evaluation squashes to `size`; with the other crops, the shorter side of an
-            evaluation image before its central crop (None: squash to `size`, no crop). In pixels, at least `size`.
+        resize: in pixels, at least `size`. With `multi_scale`, the side to which a training image is squashed before
+            its crop is cut (None: size * 512 / 448); evaluation squashes to `size`. With the other crops, the shorter
+            side of an evaluation image before its central crop (None: squash to `size`, no crop).
         crop: what training cuts out: a box of random area and shape, a square of one of five sides, or nothing.
         scale: smallest and largest area of a `random_resized` box, as fractions of the image.
         ratio: smallest and largest width / height of a `random_resized` box.
-        interpolation: of every resize, always antialiased.
-        scaled_decode: let the decoder shrink what is resized to much less anyway; see `SCALED_MARGIN`. Boxes then lie
-            on whole pixels of the smaller image.
+        interpolation: used by every resize, always antialiased.
+        scaled_decode: decode at reduced size what is resized to much less anyway; see `SCALED_MARGIN`. Boxes then lie
+            on whole pixels of the reduced image.
         flip: mirror half of the training images left to right.
-        color_jitter: s in [0, 1]: brightness, contrast and saturation times [1 - s, 1 + s], hue turned by at most
-            s / 10 of the half circle.
+        color_jitter: s in [0, 1]: brightness, contrast and saturation are scaled by factors in [1 - s, 1 + s], and hue
+            is rotated by up to s / 10 of the half circle.
         rand_augment: None for no RandAugment.
-        cutout: side of the square painted over, as a fraction of `size`; 0 for none.
-        mean, std: of each channel, in [0, 1]; both null for no normalisation (values then are in [0, 1]).
+        cutout: side of the square painted over, as a fraction of `size`, in [0, 1]; 0 for none.
+        mean, std: per channel, on the scale [0, 1] of pixel values; both null for no normalisation (values are then in
+            [0, 1]).
     """
 
     size: int = Field(224, ge=1)
@@ -105,7 +106,7 @@ class TransformSettings(Settings):
 
     @property
     def fill(self) -> list[float]:
-        """Mean colour, three whole numbers in [0, 255]: what cutout and RandAugment paint where no pixel is."""
+        """Mean colour, three whole numbers in [0, 255], with which cutout and RandAugment fill missing pixels."""
         return [float(round(255.0 * value)) for value in self.mean or IMAGENET_MEAN]
 
 
@@ -114,7 +115,7 @@ def _wrong(name: str, found: str, expected: str, next_step: str) -> ConfigError:
 
 
 class DecodedImage(NamedTuple):
-    """One image as the model sees it, and what part of the full image that is."""
+    """One image as the model sees it, and which part of the full image it shows."""
 
     image: Tensor  # (3, size, size) uint8, in any layout
     crop: Tensor  # (4,) float32 in [0, 1], (left, top, width, height) as fractions of the full image, before the flip
@@ -124,13 +125,12 @@ class DecodedImage(NamedTuple):
 class Transform:
     """Turns the bytes of a JPEG into a `DecodedImage`. Holds no state: safe to call from any number of threads.
 
-    The recorded crop and flip are those of the crop and the flip alone. RandAugment's five geometric operations
-    (shear, translate, rotate) move pixels afterwards and are not recorded: leave it out where the method
-    reads or writes maps through the crop.
+    Only the crop and the flip are recorded. RandAugment's five geometric operations (shear, translate, rotate) move
+    pixels afterwards and are not recorded: leave it out where the method reads or writes maps through the crop.
 
     Args:
-        settings: what to do.
-        seed: of the run.
+        settings: the config's `transform` section.
+        seed: the run's seed.
         train: True for crop, flip and augmentation; False for the evaluation transform, which draws nothing.
     """
 
@@ -142,10 +142,10 @@ class Transform:
         """Decode and transform one image.
 
         Args:
-            content: a JPEG.
-            epoch: 0-based; with `position` it selects the draws.
-            position: place in the epoch's order.
-            is_sound: these bytes were decoded before; see `Jpeg`.
+            content: bytes of a JPEG.
+            epoch: counted from 0; keys the draws together with `position`.
+            position: position in the epoch's order.
+            is_sound: these bytes were decoded whole before; see `Jpeg`.
 
         Raises:
             ShardError: the image cannot be decoded.
@@ -154,7 +154,7 @@ class Transform:
         return self.view(jpeg, epoch=epoch, position=position)
 
     def view(self, jpeg: Picture, *, epoch: int, position: int) -> DecodedImage:
-        """Transform one image, wherever it is decoded; see `__call__`."""
+        """Transform one image, decoded on any device; see `__call__`."""
         settings = self.settings
         if not self.train:
             image, crop = _evaluation(jpeg, settings)
@@ -176,14 +176,13 @@ class Transform:
         return DecodedImage(image, torch.tensor(crop, dtype=torch.float32), flipped)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bring uint8 images to what the backbone expects, on the device they are on.
+        """Convert uint8 images to the backbone's input, on the device they are on.
 
         Args:
             images: (B, 3, H, W) uint8, in any layout.
 
         Returns:
-            (B, 3, H, W) float32, contiguous: (images / 255 - mean) / std, or images / 255 where the settings have
-            neither.
+            (B, 3, H, W) float32, contiguous: (images / 255 - mean) / std, or images / 255 without mean and std.
         """
         scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         if self.settings.mean is None or self.settings.std is None:
@@ -194,26 +193,26 @@ class Transform:
 
 @functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) float32, copied to a device once: every copy from pageable memory makes the host wait for the GPU."""
+    """Values as (3, 1, 1) float32 on a device, copied once: a copy from pageable memory makes the host wait."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def use_one_thread_here() -> None:
-    """Limit torch's parallel loops to one thread in the calling thread alone: the initialiser of a pool that decodes.
+    """Limit torch's parallel loops to one thread, in the calling thread only; initialises the decoding pool's threads.
 
     `torch.set_num_threads` would change the whole process. OpenMP's own setting belongs to the calling thread, but
-    torch overwrites it when a thread first asks for its number of threads; so that question comes first.
-    Matrix products in MKL keep their own setting; of the transforms only rotate, shear and translate use one, tiny.
+    torch overwrites it when a thread first asks for its number of threads, hence the call before it. Matrix products
+    in MKL keep their own setting; among the transforms only rotate, shear and translate use one, a tiny one.
     """
     torch.get_num_threads()
     threadpool_limits(limits=1, user_api="openmp")
 
 
 def _resize(pixels: Tensor, height: int, width: int, settings: TransformSettings) -> Tensor:
-    """Resize (H, W, 3) to (3, height, width), antialiased, in rows of pixels.
+    """Resize (H, W, 3) to (3, height, width), antialiased, in channels-last memory.
 
-    On a CPU torch's own function is called with strides that say channels last beyond doubt: it then neither converts
-    to float nor rearranges, and gives what torchvision's `resize` gives.
+    On a CPU torch's own function is called with unambiguous channels-last strides: it then neither converts to float
+    nor rearranges, and gives the same result as torchvision's `resize`.
     """
     if pixels.device.type != "cpu":
         size = [height, width]
@@ -232,7 +231,7 @@ def _cut(jpeg: Picture, box: Box, settings: TransformSettings) -> tuple[Tensor, 
     factor = jpeg.factor(min(width, height) / settings.size)
     left, top, right, bottom = (round(side / factor) for side in (left, top, right, bottom))
     part = jpeg.decode(factor, bottom)[top:bottom, left:right]
-    # The box as cut, in full pixels; the last column of a smaller image may stand for fewer.
+    # The box as cut, in pixels of the full image; the last column of a reduced image may stand for fewer than `factor`.
     right, bottom = min(right * factor, jpeg.width), min(bottom * factor, jpeg.height)
     left, top = left * factor, top * factor
     crop = (left / jpeg.width, top / jpeg.height, (right - left) / jpeg.width, (bottom - top) / jpeg.height)
@@ -240,7 +239,7 @@ def _cut(jpeg: Picture, box: Box, settings: TransformSettings) -> tuple[Tensor, 
 
 
 def _squashed(jpeg: Picture, height: int, width: int, settings: TransformSettings) -> Tensor:
-    """The full image at another height and width, (3, height, width)."""
+    """The full image resized to (3, height, width), whatever its aspect ratio."""
     pixels = jpeg.decode(jpeg.factor(min(jpeg.height / height, jpeg.width / width)))
     return _resize(pixels, height, width, settings)
 
@@ -251,7 +250,7 @@ def _whole(jpeg: Picture, settings: TransformSettings, chance: int | None = None
 
 
 def _random_resized(jpeg: Picture, settings: TransformSettings, chance: int) -> tuple[Tensor, Crop]:
-    """A box of random area and shape (Szegedy et al. 2015), by torchvision's rule: ten attempts, then a central box."""
+    """Crop a box of random area and shape (Szegedy et al. 2015), by torchvision's rule: ten attempts, else central."""
     return _cut(jpeg, random_resized_box(jpeg.width, jpeg.height, settings.scale, settings.ratio, chance), settings)
 
 
@@ -263,9 +262,9 @@ def random_resized_box(
     Source: torchvision `RandomResizedCrop.make_params`, with keyed draws.
 
     Args:
-        width, height: of the image, in pixels.
+        width, height: size of the image in pixels.
         scale: smallest and largest area, as fractions of the image.
-        ratio: smallest and largest width / height; its logarithm is uniform.
+        ratio: smallest and largest width / height; its logarithm is drawn uniformly.
         chance: key of the draws.
 
     Returns:
@@ -323,7 +322,7 @@ def _evaluation(jpeg: Picture, settings: TransformSettings) -> tuple[Tensor, Cro
 
 
 def _color_jitter(image: Tensor, strength: float, chance: int) -> Tensor:
-    """Change brightness, contrast, saturation and hue, in a drawn order."""
+    """Change brightness, contrast, saturation and hue, in random order."""
     signs = (2.0 * uniform(chance, 4) - 1.0).tolist()  # in [-1, 1)
     steps: list[Callable[[Tensor], Tensor]] = [
         lambda x: F.adjust_brightness(x, 1.0 + strength * signs[0]),
@@ -375,7 +374,7 @@ def _translate(image: Tensor, pixels: list[int], fill: list[float]) -> Tensor:
 
 
 def _rand_augment(image: Tensor, settings: RandAugmentSettings, fill: list[float], chance: int) -> Tensor:
-    """Apply drawn operations one after the other, each with a drawn sign."""
+    """Apply randomly drawn operations one after the other, each with a random sign."""
     operations = list(_OPERATIONS.values())
     for u_operation, u_sign in uniform(chance, 2 * settings.num_ops).reshape(-1, 2).tolist():
         sign = -1.0 if u_sign < 0.5 else 1.0
@@ -385,7 +384,7 @@ def _rand_augment(image: Tensor, settings: RandAugmentSettings, fill: list[float
 
 
 def _cutout(image: Tensor, side_fraction: float, fill: list[float], chance: int) -> Tensor:
-    """Paint a square of mean colour around a drawn pixel; what lies outside the image is cut off.
+    """Paint a square of the mean colour around a random pixel, clipped to the image.
 
     Source: DeVries and Taylor 2017.
     """

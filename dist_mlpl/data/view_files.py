@@ -1,9 +1,9 @@
-"""Owns the files of a view on disk: view.json, and one Arrow file a shard.
+"""Owns the files of a view on disk: view.json, and one Arrow file per shard.
 
-VIEW/view.json        what it is and the digest of every file; written last
-VIEW/INDEX.arrow      what it changes in the shard whose index is INDEX.arrow: one row a label, in row-major order:
+VIEW/view.json        how the view was drawn, and the digest of every file; written last
+VIEW/INDEX.arrow      its changes to the shard whose index is INDEX.arrow: one row per label, in row-major order:
                       row int32, class uint16, and value int8 where the rule may replace labels; without that column
-                      every label listed is hidden
+                      every listed label is hidden
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLUMNS = (pa.field("row", pa.int32()), pa.field("class", pa.uint16()), pa.fiel
 
 
 class ShardView(Settings):
-    """What a view changes in one shard."""
+    """A view's changes to one shard."""
 
     file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
     num_hidden: int
@@ -41,20 +41,20 @@ class ShardView(Settings):
 
 
 class ViewDocument(Settings):
-    """A view on disk: how it was drawn, from what, and its files.
+    """A view on disk: how and from what it was drawn, and its files.
 
-    `url` (its folder) is set by `load_view` and is no part of the document.
+    `url` (its folder) is set by `load_view` and is not part of the document.
     """
 
     format: Literal[1] = 1
     rule: str
-    fraction: float | None  # known labels kept, by the rule's own measure; None where it has none
+    fraction: float | None  # share of known labels kept, as the rule defines it; None for rules without one
     seed: int
     flip_present: float | None  # probability that a present label becomes absent; None where the rule replaces none
     flip_absent: float | None
-    split: str  # the only one it changes
+    split: str  # the one split that it changes
     num_samples: int
-    num_known: int  # labels before the view
+    num_known: int  # known labels before the view
     num_hidden: int
     num_replaced: int
     manifest_digest: str
@@ -64,26 +64,26 @@ class ViewDocument(Settings):
 
 
 class ViewFile(NamedTuple):
-    """One file of a view as it reads."""
+    """The content of one file of a view."""
 
-    changes: Entries  # values: what each label becomes
-    has_values: bool
-    num_known: int  # labels of the shard before the view
-    origin: str  # what it was drawn from and how, in one digest: an interrupted drawing goes on from files of its own
+    changes: Entries  # its values are what each label becomes
+    has_values: bool  # whether the file has the column of values; without it, all values are 0 (hidden)
+    num_known: int  # known labels of the shard before the view
+    origin: str  # digest of what it was drawn from and how; an interrupted drawing resumes from files with its own
 
     @property
     def digest(self) -> str:
-        """Of its columns."""
+        """Digest of the columns; see `shard_digest`."""
         changes = self.changes
         return shard_digest(changes.rows, changes.classes, changes.values if self.has_values else None)
 
 
 def view_url(manifest_url: str, view: str) -> str:
-    """Folder of a view.
+    """URL of a view's folder.
 
     Args:
         manifest_url: folder of the shards.
-        view: a plain name, of a view in the shards' folder; or the URL of any other, which holds a slash.
+        view: a plain name, for a view in the shards' folder; or the URL of any other view, which contains a slash.
 
     Raises:
         ConfigError: neither.
@@ -104,7 +104,7 @@ def load_view(url: str) -> ViewDocument:
     """Read and check view.json.
 
     Raises:
-        ManifestError: missing, not of this format, or not in agreement with itself.
+        ManifestError: missing, not of this format, or inconsistent.
         StorageError: it could not be read.
     """
     where = storage.join(url, FILE_NAME)
@@ -138,7 +138,7 @@ def load_view(url: str) -> ViewDocument:
 
 
 def write_view(document: ViewDocument, url: str) -> ViewDocument:
-    """Write view.json, after every file it lists is there.
+    """Write view.json; the caller has written every file that it lists.
 
     Returns:
         The document with its `url`.
@@ -149,7 +149,7 @@ def write_view(document: ViewDocument, url: str) -> ViewDocument:
 
 
 def encode_view_file(file: ViewFile) -> bytes:
-    """A file of a view; compressed, for rows repeat."""
+    """Encode a file of a view as Arrow IPC, compressed since rows repeat."""
     columns = [pa.array(column) for column in file.changes][: 3 if file.has_values else 2]
     about = {"origin": file.origin, "digest": file.digest, "num_known": str(file.num_known)}
     schema = pa.schema(_COLUMNS[: len(columns)], metadata=about)
@@ -160,10 +160,19 @@ def encode_view_file(file: ViewFile) -> bytes:
 
 
 def decode_view_file(content: bytes, *, num_samples: int, num_classes: int, where: str) -> ViewFile:
-    """Read one file of a view.
+    """Decode and check one file of a view.
+
+    Args:
+        content: bytes of the file.
+        num_samples: samples of the shard; rows must be in [0, num_samples).
+        num_classes: C; classes must be below it.
+        where: the file's URL, for messages.
+
+    Returns:
+        The file, its changes in row-major order.
 
     Raises:
-        ShardError: not Arrow, other columns, entries out of order or range, or of another digest than its own.
+        ShardError: not Arrow, other columns, entries out of order or range, or a digest unlike that in its header.
     """
 
     def wrong(found: str, expected: str) -> ShardError:

@@ -1,8 +1,8 @@
-"""Owns partial-label views: what one is, and those drawn in memory, which hide some known labels of a split.
+"""Owns partial-label views: their interface, and views drawn in memory, which hide some known labels of a split.
 
 A view is drawn once, in source order (the order of the data set, which defines a benchmark), then addressed in
-manifest order. It touches known labels only and is the same on every rank. Views on disk, which may also replace
-labels, are `dist_mlpl.data.stored_view`'s; where both exist, their digests are equal.
+manifest order. It changes known labels only and is the same on every rank. Views on disk, which may also replace
+labels, belong to `dist_mlpl.data.stored_view`; where both exist, their digests are equal.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from dist_mlpl.labels import PRESENT, UNKNOWN, Targets
 
 KnownRule = Literal["bernoulli", "single_positive", "dense_subset", "exact_count"]
 DEFAULT_SEEDS: Final[dict[str, int]] = {"bernoulli": 0, "single_positive": 0, "dense_subset": 0, "exact_count": 1}
-MAX_ENTRIES: Final = 1_000_000_000  # N * C of a view in memory: 125 MB of bits
-_BLOCK_ENTRIES: Final = 4_000_000  # of rows worked on at once: 32 MB of float64
+MAX_ENTRIES: Final = 1_000_000_000  # largest N * C of a view in memory: 125 MB of bits
+_BLOCK_ENTRIES: Final = 4_000_000  # labels worked on at once: 32 MB of float64
 
 TargetsOf = Callable[[int, int], Targets]  # (start, stop) in manifest order -> (stop - start, C) int8
-Bits = npt.NDArray[np.uint8]  # (n, ceil(C / 8)), one bit a class
+Bits = npt.NDArray[np.uint8]  # (n, ceil(C / 8)), one bit per class
 
 
 class LabelView(Protocol):
-    """What a run, and whoever judges its beliefs, may ask of a view."""
+    """The interface of a view, for a run and for code that measures its beliefs."""
 
     @property
     def digest(self) -> str:
-        """Of all that the view changes: equal digests mean equal labels."""
+        """Digest of everything that the view changes: equal digests mean equal labels."""
         ...
 
     def hidden(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which entries of samples (n,) in [0, N) are known and hidden, (n, C) bool."""
+        """Which entries of samples `indices` (n,) in [0, N) are known and hidden, (n, C) bool."""
         ...
 
     def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
-        """What is seen of human labels (n, C) of samples (n,) in [0, N): (n, C) int8, a new array."""
+        """Human labels (n, C) of samples `indices` (n,) in [0, N) as the view shows them: (n, C) int8, a new array."""
         ...
 
 
 class View:
-    """Known labels hidden from a run.
+    """A view drawn in memory, which hides known labels from a run.
 
     Rules, with r the fraction and numpy's legacy generator `RandomState(seed)`, whose streams are frozen:
       bernoulli        every entry is kept with probability r: uniform draws (N, C) row by row < r. Nested over r.
@@ -53,7 +53,8 @@ class View:
       exact_count      every image loses floor((1 - r) C) entries: `choice(C, size, replace=False)` per image.
                        Nested over r: `choice` takes the first entries of a permutation. Source: lcalem's code
                        for Durand et al. 2019. Differs: that code draws its ten fractions in turn from one
-                       generator, so they are not nested; here each fraction has its own. Only the counts agree.
+                       generator, so they are not nested; here each fraction has its own generator. Only the counts
+                       agree.
       dense_subset     round(r N) images, the first of `permutation(N)`, keep all labels, the others none.
                        Nested over r. Source: Durand et al. 2019, the "dense" strategy.
       single_positive  every image keeps one positive, the `randint(number of positives)`-th in class order, and
@@ -63,10 +64,10 @@ class View:
     Args:
         rule: how labels are hidden.
         fraction: r in (0, 1]; None for single_positive.
-        seed: of the draws; None for the rule's customary one, `DEFAULT_SEEDS`.
-        shard_sizes: samples of each shard, in manifest order.
-        source_rows: (N,) uint64 in manifest order, all different: a sample's draws are those of its rank among them.
-        targets_of: human labels by position in the manifest; each is asked for up to three times.
+        seed: seed of the draws; None for the rule's customary one in `DEFAULT_SEEDS`.
+        shard_sizes: number of samples in each shard, in manifest order.
+        source_rows: (N,) uint64 in manifest order, all different; their order decides which draws a sample gets.
+        targets_of: human labels by position in the manifest; each may be read up to three times.
         num_classes: C.
 
     Raises:
@@ -100,7 +101,7 @@ class View:
         self.digest = view_digest(digests)
 
     def _settle_shard(self, first: int, end: int, targets_of: TargetsOf) -> str:
-        """Keep hidden bits of known labels only, count them, and return the shard's digest."""
+        """Clear the hidden bits of unknown labels, count the others, and return the shard's digest."""
         rows, classes = [np.empty(0, np.int32)], [np.empty(0, np.uint16)]  # the narrow types bound a shard's memory
         for start, stop in _row_blocks(first, end, self.num_classes):
             hidden = _unpack(self._bits[start:stop], self.num_classes)
@@ -126,7 +127,7 @@ class View:
     def hidden_entries(
         self, indices: npt.NDArray[np.integer], classes: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.bool_]:
-        """Which single entries are known and hidden.
+        """Which of k single entries are known and hidden.
 
         Args:
             indices: (k,) integers in [0, N).
@@ -139,7 +140,7 @@ class View:
         return (self._bits[indices, places >> 3] & (0x80 >> (places & 7))) != 0
 
     def apply(self, targets: Targets, indices: npt.NDArray[np.int64]) -> Targets:
-        """Make hidden labels unknown.
+        """Set hidden labels to unknown.
 
         Args:
             targets: (n, C) int8, human labels.
@@ -152,8 +153,10 @@ class View:
 
 
 def shard_digest(rows: npt.NDArray, classes: npt.NDArray, values: npt.NDArray | None = None) -> str:
-    """Digest of what a view changes in one shard: sha256 over all rows as int32, then all classes as uint16, little
-    endian, then all values as int8.
+    """Digest of a view's changes to one shard.
+
+    It is the sha256 over all rows as little-endian int32, then all classes as little-endian uint16, then all values as
+    int8.
 
     Args:
         rows: (n,) integers, row of the shard; entries are in row-major order.
@@ -161,7 +164,7 @@ def shard_digest(rows: npt.NDArray, classes: npt.NDArray, values: npt.NDArray | 
         values: (n,) -1, 0 or +1, what each label becomes; None for a rule that only hides.
 
     Returns:
-        64 hexadecimal digits. The columns of a view's file give the same.
+        64 hexadecimal digits, equal to those of the columns of a view's file.
     """
     digest = hashlib.sha256(rows.astype("<i4", copy=False).data)
     digest.update(classes.astype("<u2", copy=False).data)
@@ -171,7 +174,7 @@ def shard_digest(rows: npt.NDArray, classes: npt.NDArray, values: npt.NDArray | 
 
 
 def view_digest(shard_digests: Iterable[str]) -> str:
-    """Digest of a view: sha256 over the hexadecimal digests of its shards, laid end to end in manifest order."""
+    """Digest of a view: sha256 over the concatenated hexadecimal digests of its shards, in manifest order."""
     return hashlib.sha256("".join(shard_digests).encode()).hexdigest()
 
 
@@ -179,7 +182,7 @@ def check_rule(rule: str, fraction: float | None) -> None:
     """Refuse a rule that does not exist, or a fraction that it cannot take.
 
     Raises:
-        ConfigError: naming what the rule takes.
+        ConfigError: the message names what the rule takes.
     """
     if rule not in get_args(KnownRule):
         raise ConfigError(
@@ -220,7 +223,7 @@ def source_order(source_rows: npt.NDArray[np.uint64], num_samples: int) -> npt.N
     """Manifest position of each sample in source order, (N,) int64.
 
     Raises:
-        ManifestError: source rows repeat, or are not one a sample.
+        ManifestError: source rows repeat, or their number is not `num_samples`.
     """
     order = np.argsort(source_rows, kind="stable")
     in_order = np.asarray(source_rows)[order]
@@ -239,7 +242,7 @@ def source_order(source_rows: npt.NDArray[np.uint64], num_samples: int) -> npt.N
 def _draw(
     rule: str, fraction: float | None, seed: int, order: npt.NDArray[np.int64], num_classes: int, targets_of: TargetsOf
 ) -> Bits:
-    """Draw what to hide, known or not: bits in manifest order, (N, ceil(C / 8))."""
+    """Draw which entries to hide, known or not: bits in manifest order, (N, ceil(C / 8))."""
     if fraction is None:
         return _draw_single_positive(seed, order, num_classes, targets_of)
     bits = np.empty((len(order), -(-num_classes // 8)), dtype=np.uint8)
@@ -257,9 +260,9 @@ def dense_rows(fraction: float, seed: int, order: npt.NDArray[np.int64]) -> npt.
     """Which samples keep their labels under `dense_subset`.
 
     Args:
-        fraction: r.
-        seed: of the draw.
-        order: (N,) manifest position of each sample in source order.
+        fraction: r in (0, 1].
+        seed: seed of the draw.
+        order: (N,) int64, manifest position of each sample in source order.
 
     Returns:
         (N,) bool in manifest order.
@@ -275,12 +278,12 @@ def single_positive_places(
     """Which of its positives each sample keeps under `single_positive`.
 
     Args:
-        seed: of the draw.
-        order: (N,) manifest position of each sample in source order.
-        counts: (N,) positives of each sample in manifest order.
+        seed: seed of the draw.
+        order: (N,) int64, manifest position of each sample in source order.
+        counts: (N,) int64, number of positives of each sample in manifest order.
 
     Returns:
-        (N,) place among the sample's positives in manifest order; -1 without any.
+        (N,) int64 in manifest order: position among the sample's positives, -1 for a sample without any.
     """
     drawers = order[counts[order] > 0]  # in source order
     kept = np.full(len(order), -1, dtype=np.int64)
@@ -289,15 +292,15 @@ def single_positive_places(
 
 
 def num_dropped(fraction: float, num_labels: int) -> int:
-    """floor((1 - r) n) of n labels, without binary error."""
-    # In decimals: 0.1 of 20 classes is 2, while (1 - 0.9) * 20 in binary is 1.9999999999999996.
+    """floor((1 - r) n), the number of labels to drop out of n, computed without binary rounding error."""
+    # In decimals, 0.1 of 20 classes is 2, while (1 - 0.9) * 20 in binary is 1.9999999999999996.
     return int((1 - Decimal(str(fraction))) * num_labels)
 
 
 def _draw_bernoulli(
     random: np.random.RandomState, fraction: float, num_rows: int, num_classes: int
 ) -> npt.NDArray[np.bool_]:
-    """Hide each entry whose draw is not below the fraction; blocks in turn give the one-shot matrix, (n, C) bool."""
+    """Hide each entry whose draw is not below the fraction, (n, C) bool; drawing in blocks gives the same matrix."""
     return random.random_sample((num_rows, num_classes)) >= fraction
 
 
@@ -313,7 +316,7 @@ def _draw_exact_count(
 
 
 def _draw_single_positive(seed: int, order: npt.NDArray[np.int64], num_classes: int, targets_of: TargetsOf) -> Bits:
-    """Hide all but one drawn positive of each row; of the labels only N counts are held at once."""
+    """Hide all but one random positive of each row; besides blocks of labels, only N counts are in memory."""
     blocks = list(_row_blocks(0, len(order), num_classes))
     counts = np.zeros(len(order), dtype=np.int64)
     for start, stop in blocks:
@@ -322,7 +325,7 @@ def _draw_single_positive(seed: int, order: npt.NDArray[np.int64], num_classes: 
     bits = np.empty((len(order), -(-num_classes // 8)), dtype=np.uint8)
     for start, stop in blocks:
         positive = targets_of(start, stop) == PRESENT
-        place = np.cumsum(positive, axis=1, dtype=np.int32) - 1  # of a positive among its row's
+        place = np.cumsum(positive, axis=1, dtype=np.int32) - 1  # position of a positive among those of its row
         bits[start:stop] = np.packbits(~(positive & (place == kept[start:stop, None])), axis=1)
     return bits
 

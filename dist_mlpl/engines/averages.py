@@ -1,4 +1,4 @@
-"""Owns the running average of the weights: updated with them, shown in their place when images are judged."""
+"""Owns the running average of the weights: updated after each step, put in the weights' place for inference."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from dist_mlpl.optimizer import AVERAGE
 
 
 class WeightAverage:
-    """Exponential average of trainable parameters and floating buffers.
+    """An exponential average of trainable parameters and floating buffers.
 
-    After n updates it is sum_i (1 - d) d^(n - i) w_i / (1 - d^n) over the weights w_1 .. w_n after each update: those
-    before the first have no part in it, however close d is to 1.
+    After n updates it is sum_i (1 - d) d^(n - i) w_i / (1 - d^n) over the weights w_1 .. w_n after each update: the
+    initial weights have no part in it, however close d is to 1.
 
     Args:
-        engine: whose optimiser keeps an average of what it updates.
+        engine: made with `keeps_average`; its optimiser state holds the averages of parameters.
         decay: d in (0, 1), a memory of about 1 / (1 - d) updates.
 
     Source: the bias correction of Adam (Kingma and Ba, ICLR 2015, section 3), for weights.
-    Differs: without the correction, as most training scripts have it, the initial weights count for d^n.
+    Differs: most training scripts leave the correction out, which gives the initial weights a share of d^n.
     """
 
     def __init__(self, engine: PlainEngine | ZeroEngine, decay: float) -> None:
         self._engine, self._decay = engine, decay
         self.buffers = {name: b.clone() for name, b in engine.method.named_buffers() if b.is_floating_point()}
-        self._hidden: list[tuple[Tensor, nn.Parameter | None, Tensor]] = []  # place, its parameter, trained values
+        # While the average is shown: each overwritten tensor, its parameter (None: a buffer), and the trained values.
+        self._hidden: list[tuple[Tensor, nn.Parameter | None, Tensor]] = []
 
     def update(self, num_updates: int) -> None:
-        """Take in the weights after an update.
+        """Include the weights after an update in the average.
 
         Args:
-            num_updates: since training began, this one included.
+            num_updates: number of updates since training began, this one included.
         """
         share = (1.0 - self._decay) / (1.0 - self._decay**num_updates)
         updated = self._engine.updated_tensors()
@@ -45,7 +46,7 @@ class WeightAverage:
             self.buffers[name].lerp_(buffer, share)
 
     def show(self) -> None:
-        """Put the average in the weights' place, where forward finds it. Training must not go on before `hide`.
+        """Put the average in the weights' place for forward. Training must not go on before `hide`.
 
         Collective: at stages 1 and 2, all ranks; each parameter is gathered in turn.
         """
@@ -62,7 +63,7 @@ class WeightAverage:
             buffer.copy_(self.buffers[name])
 
     def hide(self) -> None:
-        """Put the weights back that training goes on with."""
+        """Put the trained weights back; no effect if the average is not shown."""
         for place, parameter, trained in self._hidden:
             place.copy_(trained)
             if parameter is not None:
@@ -70,7 +71,7 @@ class WeightAverage:
         self._hidden.clear()
 
     def take(self, model: Mapping[str, Tensor]) -> None:
-        """Take over whole averages, by name, that every rank holds; others stay."""
+        """Set averages from whole tensors by name, which every rank holds; those not in `model` stay."""
         for name, parameter in self._engine.method.named_parameters():
             if name in model and parameter.requires_grad:
                 self._engine.write_moment(parameter, AVERAGE, model[name])

@@ -1,4 +1,4 @@
-"""Owns BatchNorm's running statistics: which each rank gathers by itself, and which stay as they are."""
+"""Owns access to BatchNorm layers and their running statistics, and the averaging of these over ranks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dist_mlpl import comm
 
 
 def batch_norms(method: nn.Module) -> Iterator[_BatchNorm]:
-    """Every BatchNorm layer."""
+    """Every BatchNorm layer of a method."""
     return (module for module in method.modules() if isinstance(module, _BatchNorm))
 
 
 def running_statistics(method: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances by name, the buffers themselves."""
+    """BatchNorm's running means and variances by name, the buffers themselves."""
     own = {id(b) for layer in batch_norms(method) for b in (layer.running_mean, layer.running_var)}
     return {name: buffer for name, buffer in method.named_buffers() if id(buffer) in own}
 
 
 def average_over_ranks(buffers: list[Tensor]) -> None:
-    """Make buffers (n,) of floating numbers the mean over ranks, in place.
+    """Replace floating buffers (n,) by their means over ranks, in place.
 
-    Summed in float64, so that those which are equal already, frozen statistics say, keep their bits.
+    Sums are float64, so that buffers already equal on all ranks, such as frozen statistics, keep their bits.
 
     Collective: all ranks, one all-reduce of the buffers.
     """

@@ -1,4 +1,4 @@
-"""Owns what a run says when its numbers stop being finite: at which step, on which rank, in which term or gradient."""
+"""Owns the error of a loss or gradient that is not finite: at which step, on which rank, in which term or parameter."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dist_mlpl.errors import RunError
 def not_finite(
     what: str, progress: Progress, own_terms: Mapping[str, float], bad_gradients: Sequence[str] = ()
 ) -> RunError:
-    """The error that all ranks raise together; it names who brought the NaN.
+    """Make the error that all ranks raise together; it names the ranks where the fault arose.
 
     Args:
-        what: the quantity.
+        what: the quantity that is not finite, for the message.
         progress: where the run stands.
-        own_terms: this rank's part of the loss and of each term.
-        bad_gradients: parameters whose gradient on this rank is not finite.
+        own_terms: this rank's share of the loss and of each term, by name.
+        bad_gradients: names of parameters whose gradient on this rank is not finite.
 
-    Collective: all ranks.
+    Collective: all ranks, one gather of pickles.
     """
     fault = ", ".join(f"{name}={value:g}" for name, value in own_terms.items())
     if bad_gradients:
@@ -44,7 +44,7 @@ def not_finite(
 
 @contextmanager
 def watched_gradients(method: nn.Module) -> Iterator[list[str]]:
-    """Watch this rank's own gradients, before they are summed over ranks, in backwards inside the block.
+    """Watch this rank's own gradients, before they are summed over ranks, in backward passes inside the block.
 
     Yields:
         A list that fills with the names of parameters whose gradient is not finite, those nearest to the loss first.

@@ -1,4 +1,4 @@
-"""Owns the plain engine: a torch optimiser and one all-reduce. The oracle that every ZeRO stage is held against."""
+"""Owns the plain engine: a torch optimiser and one all-reduce; the reference that every ZeRO stage is compared with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dist_mlpl.optimizer import clip_gradients, make_averages, make_moments
 
 
 class PlainEngine:
-    """Data parallel training with whole parameters on every rank.
+    """Data-parallel training with whole parameters on every rank.
 
     Args:
         method: on its device; its parameters and buffers are made equal to rank 0's.
         optimizer: over the method's trainable parameters.
-        clip_norm: largest gradient norm, 0 for none.
-        use_bfloat16: autocast the forward.
-        keeps_average: of the weights, beside the moments.
+        clip_norm: largest gradient norm; 0: no clipping.
+        use_bfloat16: True: run the forward under autocast.
+        keeps_average: True: keep tensors for an average of the weights beside the moments.
 
     Collective: all ranks, one broadcast of each tensor.
     """
@@ -43,7 +43,7 @@ class PlainEngine:
             make_averages(optimizer, self.updated_tensors())
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
-        """The method's forward under the engine's precision."""
+        """Run the method's forward in the engine's precision; see `Method.forward`."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._use_bfloat16):
             return self.method(batch, recalled)
 
@@ -52,7 +52,7 @@ class PlainEngine:
 
         Args:
             loss: () this micro-batch's additive share of the global batch's loss.
-            is_last: whether the step's gradients are then complete.
+            is_last: True if this completes the step's gradients.
 
         Collective: with is_last, all ranks, one all-reduce of the gradients.
         """
@@ -64,7 +64,7 @@ class PlainEngine:
                 gradient.copy_(part.view_as(gradient))
 
     def update(self) -> float:
-        """Clip and step unless the gradient norm is not finite, then forget the gradients.
+        """Clip and step unless the gradient norm is not finite, then drop the gradients.
 
         Returns:
             The norm before clipping, the same on every rank; NaN or infinity when nothing moved.
@@ -76,11 +76,11 @@ class PlainEngine:
         return norm
 
     def read_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """The whole value, float32."""
+        """The whole value of a parameter, float32."""
         return parameter.detach()
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The whole of one optimiser tensor of a trainable parameter."""
+        """The whole of one tensor of a trainable parameter's optimiser state."""
         return self.optimizer.state[parameter][name]
 
     def write_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -88,23 +88,23 @@ class PlainEngine:
         parameter.detach().copy_(value)
 
     def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        """Set one optimiser tensor of a trainable parameter to a whole value that every rank holds."""
+        """Set one tensor of a trainable parameter's optimiser state to a whole value that every rank holds."""
         self.optimizer.state[parameter][name].copy_(value)
 
     def updated_tensors(self) -> list[Tensor]:
-        """What the optimiser updates: the trainable parameters."""
+        """The tensors that the optimiser updates: the trainable parameters."""
         return [p for p in self.method.parameters() if p.requires_grad]
 
     def seen_part(self, parameter: nn.Parameter) -> Tensor:
-        """What forward computes with, in place."""
+        """The tensor of a parameter that forward reads; writing to it changes what forward computes."""
         return parameter.detach()
 
     def seen_part_of_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The same part of an optimiser tensor."""
+        """The part of an optimiser tensor that corresponds to `seen_part`."""
         return self.read_moment(parameter, name)
 
     def forget_gathered(self, parameter: nn.Parameter) -> None:
-        """Nothing: parameters are whole on every rank."""
+        """Do nothing: parameters are whole on every rank. See `ZeroEngine.forget_gathered`."""
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.updated_tensors() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Owns the state of a training as a whole: parameters, buffers and moments by name, whatever engine holds them."""
+"""Owns the whole training state: parameters, buffers and moments by name, whichever engine holds them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from dist_mlpl.engines.zero import ZeroEngine
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.optimizer import AVERAGE, moment_names, set_num_updates
 
-_TRAINED: Final = "/trained"  # after a tensor's name, among the moments: its value, where the model holds the average
+# Suffix of a tensor's name in `moments`: its trained value, where `model` holds the average.
+_TRAINED: Final = "/trained"
 
 
 class EngineState(NamedTuple):
-    """Everything that training changes, whole and on the CPU: nothing in it knows of stages or ranks."""
+    """Everything that training changes, whole and on the CPU, independent of ZeRO stage and number of ranks."""
 
-    model: dict[str, Tensor]  # parameters and buffers by name; their average where one is kept
-    moments: dict[str, Tensor]  # `parameter/moment`, and `name/trained`: what training goes on with beside an average
-    num_updates: int
+    model: dict[str, Tensor]  # parameters and buffers by name; their average if one is kept
+    moments: dict[str, Tensor]  # `parameter/moment`; with an average also `name/trained`, the trained values
+    num_updates: int  # since training began
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """Parameters and buffers that training goes on with."""
+        """The trained parameters and buffers by name, not their average."""
         return {name: self.moments.get(name + _TRAINED, value) for name, value in self.model.items()}
 
 
-def read_state(
+def gather_state(
     engine: PlainEngine | ZeroEngine, average: WeightAverage | None = None, *, num_updates: int, keep: bool
 ) -> EngineState | None:
-    """Gather everything, one tensor at a time.
+    """Gather the whole training state, one tensor at a time.
 
     Args:
-        engine: what holds it.
-        average: of its weights, hidden.
-        num_updates: since training began.
-        keep: whether this rank wants it; the others take part and get None.
+        engine: the engine that holds it.
+        average: the average of its weights, if one is kept; it must be hidden.
+        num_updates: number of updates since training began.
+        keep: True: this rank gets the state; the others take part and get None.
 
     Collective: all ranks; above stage 0 each parameter and moment is gathered in turn.
     """
@@ -66,11 +67,11 @@ def read_state(
     return EngineState(model | averages, moments, num_updates)
 
 
-def write_state(engine: PlainEngine | ZeroEngine, state: EngineState, average: WeightAverage | None = None) -> None:
-    """Take over a state that every rank holds whole, made at any stage on any number of ranks.
+def install_state(engine: PlainEngine | ZeroEngine, state: EngineState, average: WeightAverage | None = None) -> None:
+    """Load a state that every rank holds whole, made at any stage on any number of ranks.
 
     Raises:
-        CheckpointError: names or shapes differ from this method's; nothing was written.
+        CheckpointError: names or shapes differ from this method's; nothing is written.
     """
     shapes = tensor_shapes(engine)
     parameters = {name: p for name, p in engine.method.named_parameters() if p.requires_grad}
@@ -88,10 +89,10 @@ def write_state(engine: PlainEngine | ZeroEngine, state: EngineState, average: W
 def write_model(
     engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor], average: WeightAverage | None = None
 ) -> None:
-    """Take over parameters and buffers that every rank holds whole; their average begins with them.
+    """Load parameters and buffers that every rank holds whole; an `average` is set to the same values.
 
     Raises:
-        CheckpointError: names or shapes differ from this method's; nothing was written.
+        CheckpointError: names or shapes differ from this method's; nothing is written.
     """
     _check_same(tensor_shapes(engine), model, "model.safetensors")
     write_tensors(engine, model, average)
@@ -100,7 +101,7 @@ def write_model(
 def write_tensors(
     engine: PlainEngine | ZeroEngine, model: Mapping[str, Tensor], average: WeightAverage | None = None
 ) -> None:
-    """Take over the parameters and buffers in `model`, whose shapes fit, and leave the others; so their average."""
+    """Load the parameters and buffers in `model`, whose shapes must fit; leave the others. Likewise in `average`."""
     for name, parameter in engine.method.named_parameters():
         if name in model:
             engine.write_parameter(parameter, model[name])
@@ -113,7 +114,7 @@ def write_tensors(
 
 def tensor_shapes(engine: PlainEngine | ZeroEngine) -> dict[str, torch.Size]:
     """Whole shapes of parameters and buffers by name."""
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.method.named_parameters()}  # stage 3 cuts p
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.method.named_parameters()}  # stage 3 slices p
     return shapes | {name: buffer.shape for name, buffer in engine.method.named_buffers()}
 
 

@@ -1,7 +1,7 @@
-"""Owns DeepSpeed: ZeRO stages 0-3 behind the plain engine's verbs, with optimiser tensors read and written whole.
+"""Owns DeepSpeed: ZeRO stages 0-3 behind the plain engine's interface, with optimiser tensors read and written whole.
 
-A checkpoint made here knows nothing of stages or ranks: every parameter and moment is gathered to its full shape,
-and cut again for whoever loads it.
+A checkpoint does not depend on stage or ranks: every parameter and moment is gathered to its full shape, and sliced
+again when it is loaded.
 
 Source:
     DeepSpeed 0.19.8, runtime/engine.py, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py.
@@ -30,14 +30,14 @@ _BUCKET_ELEMENTS = 1 << 25
 def derive_config(
     *, stage: int, use_bfloat16: bool, clip_norm: float, micro_batch: int, num_micro_batches: int
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON. Every value follows from our own settings; nothing here is settable.
+    """Make DeepSpeed's configuration. Every value follows from our own settings; users cannot set it.
 
     Args:
-        stage: 0-3.
-        use_bfloat16: by autocast, with float32 parameters; DeepSpeed's own bf16 breaks BatchNorm on a CPU.
-        clip_norm: 0 for none. Left out, DeepSpeed would clip at 1.0.
+        stage: ZeRO stage, 0-3.
+        use_bfloat16: True: autocast, with float32 parameters; DeepSpeed's own bf16 breaks BatchNorm on a CPU.
+        clip_norm: largest gradient norm; 0: no clipping. Without the entry DeepSpeed would clip at 1.0.
         micro_batch: rows of a micro-batch on one rank.
-        num_micro_batches: of a step.
+        num_micro_batches: micro-batches in a step.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -47,13 +47,13 @@ def derive_config(
         "zero_allow_untested_optimizer": True,
         # Without the empty list, gradients (and stage 3's parameters) would travel between ranks in bfloat16.
         "torch_autocast": {"enabled": use_bfloat16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise with the device twice a step
         "steps_per_print": 2**31,
     }
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and on a CPU without the shared-memory operator that it would compile at start.
+    """Import DeepSpeed, quiet; on a CPU without the shared-memory operator that it would compile at start.
 
     That operator needs ninja and a C++ compiler and takes most of a minute; plain gloo needs neither.
     """
@@ -65,20 +65,19 @@ def _import_deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if is_cpu:  # set whole: reading it would try the compiler on every operator there is
+    if is_cpu:  # replaced whole: reading it would try to compile every operator
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 
 class ZeroEngine:
-    """A method under DeepSpeed. Same verbs as `PlainEngine`.
+    """A method trained by DeepSpeed, with the interface of `PlainEngine`.
 
     Args:
-        method: on its device; its parameters and buffers are made equal to rank 0's. DeepSpeed sees one entry, its
-            forward.
+        method: on its device; its parameters and buffers are made equal to rank 0's. DeepSpeed calls only its forward.
         optimizer: over the method's trainable parameters.
         config: from `derive_config`.
-        keeps_average: of the weights, beside the moments.
+        keeps_average: True: keep tensors for an average of the weights beside the moments.
 
     Collective: all ranks, one broadcast of each tensor.
     """
@@ -91,26 +90,26 @@ class ZeroEngine:
         self.method, self.optimizer = method, optimizer
         self._stage = int(config["zero_optimization"]["stage"])
         self._clip_norm = float(config["gradient_clipping"])
-        if self._stage == 0:  # clipped here: the norm is needed before DeepSpeed's step, which has no way to refuse one
+        if self._stage == 0:  # clipped here: DeepSpeed's step at stage 0 does not check that the norm is finite
             config = config | {"gradient_clipping": 0.0}
         self._engine, self._zero, _, _ = self._deepspeed.initialize(model=method, optimizer=optimizer, config=config)
         make_moments(optimizer, self.updated_tensors())
         if keeps_average:
             make_averages(optimizer, self.updated_tensors())
-        if self._stage in (1, 2):  # links parameters to their slices; by itself it would link one group of several
+        if self._stage in (1, 2):  # links parameters to their slices; left alone, DeepSpeed links one group only
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
-        """The method's forward through DeepSpeed's hooks."""
+        """Run the method's forward through DeepSpeed's hooks; see `Method.forward`."""
         return self._engine(batch, recalled)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add this micro-batch's gradients.
 
         Args:
-            loss: () this micro-batch's additive share of the global batch's loss. DeepSpeed averages over ranks, so
-                the share is scaled up to make that average its sum.
-            is_last: whether the step's gradients are then complete.
+            loss: () this micro-batch's additive share of the global batch's loss. DeepSpeed averages gradients over
+                ranks, so the share is multiplied by their number to get the sum.
+            is_last: True if this completes the step's gradients.
 
         Collective: all ranks; what moves depends on the stage.
         """
@@ -118,14 +117,14 @@ class ZeroEngine:
         self._engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
 
     def update(self) -> float:
-        """Clip and step unless the gradient norm is not finite, then forget the gradients.
+        """Clip and step unless the gradient norm is not finite, then drop the gradients.
 
         Returns:
             The norm before clipping, the same on every rank; NaN or infinity when nothing moved.
 
         Collective: above stage 0, all ranks; the norm, then the updated parameters.
         """
-        if self._stage > 0:  # DeepSpeed leaves out a step whose norm is not finite and says so
+        if self._stage > 0:  # DeepSpeed skips a step whose norm is not finite and reports `overflow`
             self._engine.step()
             return math.inf if self._zero.overflow else float(self._engine.get_global_grad_norm())
         norm = clip_gradients([p.grad for p in self.method.parameters() if p.grad is not None], self._clip_norm)
@@ -136,7 +135,7 @@ class ZeroEngine:
         return norm
 
     def read_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """The whole value, float32.
+        """The whole value of a parameter, float32.
 
         Collective: at stage 3, all ranks, one all-gather of the parameter.
         """
@@ -146,7 +145,7 @@ class ZeroEngine:
             return parameter.detach().clone()
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The whole of one optimiser tensor of a trainable parameter.
+        """The whole of one tensor of a trainable parameter's optimiser state.
 
         Collective: above stage 0, all ranks, one all-reduce or all-gather of the parameter's size.
         """
@@ -168,7 +167,7 @@ class ZeroEngine:
             self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)  # the copy that is updated
 
     def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        """Set one optimiser tensor of a trainable parameter to a whole value that every rank holds."""
+        """Set one tensor of a trainable parameter's optimiser state to a whole value that every rank holds."""
         if self._stage == 0:
             self.optimizer.state[parameter][name].copy_(value)
         elif self._stage < 3:
@@ -178,7 +177,7 @@ class ZeroEngine:
             self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
 
     def updated_tensors(self) -> list[Tensor]:
-        """What the optimiser updates: whole parameters at stage 0, above it this rank's parts of flat groups."""
+        """The tensors that the optimiser updates: parameters at stage 0, above it this rank's parts of flat groups."""
         if self._stage == 0:
             return [p for p in self.method.parameters() if p.requires_grad]
         if self._stage < 3:
@@ -186,11 +185,11 @@ class ZeroEngine:
         return list(self._zero.fp32_partitioned_groups_flat)
 
     def seen_part(self, parameter: Any) -> Tensor:
-        """What forward computes with, in place; at stage 3 this rank's slice of it."""
+        """The tensor of a parameter that forward reads, itself; at stage 3 this rank's slice, from which it gathers."""
         return parameter.detach() if self._stage < 3 else parameter.ds_tensor.detach()
 
     def seen_part_of_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """The same part of an optimiser tensor.
+        """The part of an optimiser tensor that corresponds to `seen_part`.
 
         Collective: at stages 1 and 2, all ranks, one all-reduce of the parameter's size.
         """
@@ -199,7 +198,7 @@ class ZeroEngine:
         return self._deepspeed.utils.safe_get_local_optimizer_state(parameter, name)
 
     def forget_gathered(self, parameter: Any) -> None:
-        """At stage 3, drop a parameter's whole copy, which small ones keep between steps: its slice has changed."""
+        """At stage 3, drop the gathered copy of a changed parameter, which small ones keep between steps."""
         if self._stage == 3:
             parameter.partition()
 

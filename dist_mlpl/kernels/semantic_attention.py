@@ -1,8 +1,8 @@
-"""Owns the attention of every class over the cells of an image: one plain form for all devices, one fused for CUDA.
+"""Owns the attention of every class over the cells of an image: a chunked form for all devices, a fused one for CUDA.
 
-Most of the work is B * L * C * k hyperbolic tangents. They are never all in memory: both forms make them a block at a
-time, forward and again backward. What is left, a softmax over (B, C, L) scores and one product with the cells, holds k
-times fewer numbers and is torch's own in both forms.
+Most of the work is B * L * C * k hyperbolic tangents. They are never all in memory: both forms compute them a block at
+a time, in the forward and again in the backward pass. The rest, a softmax over (B, C, L) scores and one product with
+the cells, has k times fewer numbers and uses torch's own operations in both forms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers in a block of tangents: on a CPU a block and what is made of it stay in a core's cache.
+# Numbers in a block of tangents: on a CPU a block and what is computed from it stay in a core's cache.
 _CPU_ENTRIES = 2**17
 _DEVICE_ENTRIES = 2**24
 
@@ -29,25 +29,25 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # projected (B, L, k), keys 
 
 
 class Attended(NamedTuple):
-    """What the classes saw of the cells."""
+    """The result of `semantic_attention`."""
 
-    class_features: Tensor  # (B, C, D), with a graph, in the cells' type or autocast's
+    class_features: Tensor  # (B, C, D), differentiable, in the cells' type or autocast's
     attention: Tensor  # (B, C, L) float32 (float64 for such inputs), detached; sums to 1 over the cells
 
 
 def semantic_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
-    """One feature a class: the cells, weighed by how much the class attends to each.
+    """Compute one feature per class: the sum of cells weighted by how much the class attends to each.
 
     u = W1 cell; s_lc = query . tanh(u_l * key_c); a = softmax of s over the cells; feature_c = sum_l a_lc cell_l.
 
-    Computed by the fused form on CUDA unless there is a `fused_obstacle`, by the chunked form elsewhere. Scores and
-    softmax are float32 or wider under autocast too; both products run in autocast's type.
+    The fused form is used on CUDA, unless cells are float64 or there is a `fused_obstacle`; the chunked form elsewhere.
+    Scores and softmax are float32 or wider under autocast too; both products run in autocast's type.
 
     Args:
-        cells: (B, L, D).
+        cells: (B, L, D), any floating type.
         keys: (C, k), W2 e of the class vectors e.
         projection: (k, D), W1.
-        query: (k,), w4 @ W3: nothing lies between these two layers, and their biases cancel in the softmax.
+        query: (k,), w4 @ W3: no activation lies between these two layers, and their biases cancel in the softmax.
 
     Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022), semantic decoupling.
     """
@@ -67,20 +67,20 @@ def fused_obstacle() -> str | None:
 
 
 def attention_notes() -> list[str]:
-    """What a person should know before a run: that it goes without the fused form although there is a device for it."""
+    """Notes to show before a run: one if there is a CUDA device but the fused form cannot be built, else none."""
     obstacle = fused_obstacle() if torch.cuda.is_available() else None
     return [] if obstacle is None else [f"semantic attention runs without its fused kernels, slower: {obstacle}"]
 
 
 def chunked_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
-    """`semantic_attention` by torch's own operations, on any device, in float32 or float64."""
+    """Compute `semantic_attention` by torch's own operations, on any device, in float32 or float64."""
     return _attend(_ChunkedScores.apply, cells, keys, projection, query)
 
 
 def fused_attention(cells: Tensor, keys: Tensor, projection: Tensor, query: Tensor) -> Attended:
-    """`semantic_attention` by Triton kernels, which keep each tangent in a register; computes in float32.
+    """Compute `semantic_attention` by Triton kernels, which keep each tangent in a register, in float32.
 
-    Differs: of float16 and bfloat16 inputs the tangent is the device's own approximation (relative error 2**-11).
+    Differs: for float16 and bfloat16 inputs tanh is the device's own approximation (relative error 2**-11).
 
     Raises:
         ImportError: triton is not installed.
@@ -97,7 +97,7 @@ def _attend(score: Score, cells: Tensor, keys: Tensor, projection: Tensor, query
 
 
 class _ChunkedScores(torch.autograd.Function):
-    """s_bcl = query . tanh(projected_bl * key_c), block by block of cells and classes; the backward makes z again."""
+    """s_bcl = query . z, z = tanh(projected_bl * key_c), in blocks of cells and classes; backward recomputes z."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, keys: Tensor, query: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _ChunkedScores(torch.autograd.Function):
                 z = (u[rows, None] * t[columns]).tanh_()  # (r, c, k)
                 slope = slopes[rows, columns].contiguous()  # (r, c)
                 q_slope += slope.flatten() @ z.flatten(0, 1)
-                inner = z.square_().neg_().add_(1).mul_(slope.unsqueeze(-1))  # by u * t, but for q
+                inner = z.square_().neg_().add_(1).mul_(slope.unsqueeze(-1))  # gradient by u * t, without its factor q
                 u_slope[rows] += (inner * t[columns]).sum(dim=1)
                 t_slope[columns] += inner.mul_(u[rows, None]).sum(dim=0)
         found = (u_slope.mul_(q).view(inputs[0].shape), t_slope.mul_(q), q_slope)
@@ -130,14 +130,14 @@ class _ChunkedScores(torch.autograd.Function):
 
 
 def _flat(projected: Tensor, keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B * L, k), (C, k) and (k,) in float32 or wider."""
+    """Projected cells (B * L, k), keys (C, k) and query (k,), in float32 or wider."""
     precise = torch.promote_types(projected.dtype, torch.float32)
     return projected.flatten(0, 1).to(precise), keys.to(precise), query.to(precise)
 
 
 def _blocks(u: Tensor, t: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (n, k) cells and (C, k) classes into pairs of slices that bound the memory of a block."""
-    is_cached = u.device.type == "cpu" and type(u) is Tensor  # another type holds shapes alone: see tools/plan.py
+    """Cut cells (n, k) and classes (C, k) into pairs of slices that bound the memory of a block."""
+    is_cached = u.device.type == "cpu" and type(u) is Tensor  # fake tensors hold shapes only: see tools/plan.py
     entries = max(1, (_CPU_ENTRIES if is_cached else _DEVICE_ENTRIES) // u.shape[1])
     num_columns = max(1, min(len(t), int(entries**0.5)))
     num_rows = max(1, min(len(u), entries // num_columns))

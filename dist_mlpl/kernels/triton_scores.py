@@ -1,7 +1,7 @@
 """Owns the Triton kernels of the semantic attention's scores; imported only where they are used.
 
-A program keeps its tile of tangents in registers: what moves is a vector of each operand for a tile of work, so that
-the rate of the tangent unit is the bound. No atomics: every sum has one order, and the same inputs give the same bits.
+A program keeps its tile of tangents in registers and loads only one vector of each operand per tile, so that the rate
+of the tanh unit is the bound. No atomics: every sum has a fixed order, and the same inputs give the same bits.
 
 Under TRITON_INTERPRET=1, set before this module is imported, the kernels run on CPU tensors.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CELLS, CLASSES = 64, 32  # a tile of scores
-ROWS, WIDTH = 32, 64  # a tile of slopes
-_PROGRAMS = 1024  # at least, where the work allows: a few for each multiprocessor of a large device
-_SHORTEST = 64  # terms of a sum that is cut to have so many
+ROWS, WIDTH = 32, 64  # a tile of gradients
+_PROGRAMS = 1024  # programs wanted, where the work allows: a few for each multiprocessor of a large device
+_SHORTEST = 64  # a sum is not cut into parts of fewer terms to get more programs
 
 
 @triton.jit
 def add(x, y):  # type: ignore[no-untyped-def]
-    """How a tile's rows are summed; triton's own `sum` and `zeros` do not run under an interpreter switched on late."""
+    """Add, for the sum of a tile's rows: triton's own `sum` and `zeros` fail if the interpreter is switched on late."""
     return x + y
 
 
 @triton.jit
 def tanh(x, IS_FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of float32; by the device's own approximation, or to float32's accuracy near 1 (absolute, not relative)."""
+    """tanh of float32: the device's own approximation if IS_FAST, else with float32's absolute error near 1."""
     if IS_FAST:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -66,10 +66,11 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     own, others, query, slopes, own_slope, query_slope, num_rows, num_others, others_each, width,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, IS_FAST: tl.constexpr, HAS_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """Slopes by one operand of the scores, cells or classes, which play the same part in them.
+    """Gradients with respect to one operand of the scores, cells or classes, which enter them symmetrically.
 
-    own_slope (S, R, k) = query_k sum_j slopes_jr (1 - z_jrk^2) others_jk with z = tanh(own_rk others_jk), summed over
-    the S parts of the J others. query_slope (S, blocks of rows, k) = sum_jr slopes_jr z_jrk over each block.
+    own_slope (S, R, k) = query_k sum_j slopes_jr (1 - z_jrk^2) others_jk with z = tanh(own_rk others_jk), j running
+    over each of the S parts of the J others. query_slope (S, blocks of rows, k) = sum_jr slopes_jr z_jrk, r running
+    over each block.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -100,7 +101,7 @@ def slope_kernel(  # type: ignore[no-untyped-def]
 
 
 class FusedScores(torch.autograd.Function):
-    """s_bcl = query . tanh(projected_bl * key_c), float32; z is made twice more in the backward pass."""
+    """s_bcl = query . z, z = tanh(projected_bl * key_c), float32; z is computed twice more in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, keys: Tensor, query: Tensor) -> Tensor:
@@ -130,7 +131,15 @@ class FusedScores(torch.autograd.Function):
 def _slope(
     own: Tensor, others: Tensor, query: Tensor, slopes: Tensor, *, has_query: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Slopes by `own` (R, k) and by the query (k,), of slopes (J, R) by the scores of `others` (J, k)."""
+    """Gradients with respect to `own` (R, k) and `query` (k,), from those of the scores, `slopes` (J, R).
+
+    Args:
+        own: (R, k), cells or classes.
+        others: (J, k), the other operand.
+        query: (k,).
+        slopes: (J, R) gradient with respect to the scores.
+        has_query: False: the second result is zeros.
+    """
     (num_rows, width), num_others = own.shape, len(others)
     blocks = triton.cdiv(num_rows, ROWS), triton.cdiv(width, WIDTH)
     num_parts = min(triton.cdiv(_PROGRAMS, blocks[0] * blocks[1]), triton.cdiv(num_others, _SHORTEST))
@@ -146,7 +155,7 @@ def _slope(
 
 
 def _is_fast(operand: Tensor) -> bool:
-    """True where the device has a tangent of its own and the operands are not precise enough to tell."""
+    """True where the device has a tanh instruction and operands are too coarse for its error to matter."""
     is_coarse = operand.dtype in (torch.float16, torch.bfloat16)
     return (
         is_coarse

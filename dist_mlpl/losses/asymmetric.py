@@ -12,15 +12,15 @@ from torch import Tensor
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.losses.rowwise import sum_of_rows
 
-_SMALLEST_LIKELIHOOD = 1e-8  # logarithms are taken of nothing smaller; beyond, the gradient is 0
+_SMALLEST_LIKELIHOOD = 1e-8  # lower bound of a logarithm's argument; below, the gradient is 0
 
 
 class Focus(NamedTuple):
-    """What shapes the loss of an entry.
+    """The parameters of the asymmetric focal loss.
 
     Args:
         gamma_pos, gamma_neg, gamma_unknown: focusing exponents of present, absent and unknown labels, >= 0.
-        clip: probability margin of absent and unknown labels, in [0, 1): at p <= clip they cost nothing.
+        clip: probability margin of absent and unknown labels, in [0, 1): at p <= clip their loss is 0.
     """
 
     gamma_pos: float
@@ -29,7 +29,7 @@ class Focus(NamedTuple):
     clip: float
 
     def checked(self) -> Focus:
-        """Itself.
+        """Return itself if the values are valid.
 
         Raises:
             ConfigError: an exponent below 0 or a margin outside [0, 1).
@@ -49,9 +49,9 @@ def asymmetric_loss(
 ) -> Tensor:
     """Sum over images and classes of -(1 - l)^gamma log l, where l is the likelihood of the label.
 
-    l is p of a present label and min(1 - p + clip, 1) of an absent one; an unknown label counts as absent, with an
+    l is p for a present label and min(1 - p + clip, 1) for an absent one; an unknown label counts as absent, with an
     exponent of its own. gamma_unknown = gamma_neg is ASL; three exponents are P-ASL in its Negative mode. The focal
-    weight (1 - l)^gamma is a constant for the gradient.
+    weight (1 - l)^gamma is not differentiated.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
@@ -68,20 +68,20 @@ def asymmetric_loss(
 
     Source: Ridnik et al., ICCV 2021; Ben-Baruch et al., CVPR 2022; the weight held constant as in the ASL training
         script and in all of the CSL code (ASL's memory-saving class differentiates it).
-    Differs: log-likelihoods come from logits where there is no margin, so that confident entries keep their digits.
+    Differs: without a margin, log-likelihoods are computed from logits, so that confident entries keep their precision.
     """
     focus = Focus(gamma_pos, gamma_neg, gamma_unknown, clip).checked()
     return sum_of_rows(lambda x, y: focal_losses(x, y, focus), logits, targets)
 
 
 def focal_losses(logits: Tensor, targets: Tensor, focus: Focus, keep: Tensor | None = None) -> Tensor:
-    """(b, C) loss of each entry.
+    """The loss of each entry, (b, C).
 
     Args:
         logits: (b, C) float32 or float64.
         targets: (b, C) int8 in {-1, 0, 1}.
-        focus: checked.
-        keep: (b, C) weight of each entry, a constant of the logits' type; None is 1.
+        focus: checked by the caller.
+        keep: (b, C) weight of each entry, a constant of the logits' type; None: 1.
     """
     # Arithmetic in place of `torch.where`, which is ten times slower on a CPU where labels are mixed.
     code = targets.to(logits.dtype)
@@ -92,7 +92,7 @@ def focal_losses(logits: Tensor, targets: Tensor, focus: Focus, keep: Tensor | N
     gamma.add_(absent, alpha=focus.gamma_neg - focus.gamma_unknown)
     if focus.clip == 0:
         log_likelihood = F.logsigmoid(signed)
-        weight = torch.exp(gamma * F.logsigmoid(-signed.detach()))  # log(1 - l), with all its digits
+        weight = torch.exp(gamma * F.logsigmoid(-signed.detach()))  # log(1 - l), in full precision
         floor = math.log(_SMALLEST_LIKELIHOOD)
         log_likelihood = F.threshold(log_likelihood, floor, floor)
     else:

@@ -1,4 +1,4 @@
-"""Owns the contrastive loss: a class's features in two images are drawn together or apart by what is known of both."""
+"""Owns the contrastive loss: a class's features in two images are pulled together or pushed apart by their labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 
-_EPSILON = 1e-9  # least length that a feature is divided by
+_EPSILON = 1e-9  # lower bound of a feature's length when it is divided by it
 
 
 def contrastive_loss(
@@ -15,25 +15,25 @@ def contrastive_loss(
 ) -> Tensor:
     """Weighted sum, over classes and over pairs of images of a group, of 1 - s (both present) or 1 + s (otherwise).
 
-    s is the cosine of the class's features in the two images; both labels must be known. In a group with a pairs of
-    present labels, the code keeps of the pairs of absent labels 2 a drawn at random and the a of largest loss, and of
-    the mixed pairs as many. Here all pairs share the weight of the drawn ones evenly, which is the draw's expected
+    s is the cosine of the class's features in the two images; both labels must be known. In a group with `a` pairs of
+    present labels, the paper's code keeps 2 a pairs of absent labels drawn at random and the `a` of largest loss, and
+    likewise of the mixed pairs. Here all pairs share the weight of the drawn ones evenly, which is the draw's expected
     value: it needs no random numbers and is less noisy.
 
     Args:
         class_features: (B, C, D), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}; B is a multiple of `group_size`.
-        group_size: consecutive images that meet.
-        keep_negatives_alone: a group without a pair of present labels counts all its other pairs, as in the code, whose
-            loss then jumps; otherwise it counts none.
+        group_size: number of consecutive images that are paired with one another.
+        keep_negatives_alone: True: a group without a pair of present labels counts all its other pairs, as in the
+            paper's code, whose loss then jumps; False: it counts none.
 
     Returns:
-        () non-negative, connected to `class_features` whatever the labels. The loss is this over the
+        () non-negative, connected to `class_features` whatever the labels. The method's loss is this sum divided by the
         `num_contrasted` of the global batch.
 
     Source: SST (Chen et al., AAAI 2022), and its code for the pairs of absent labels and the sampling.
-    Differs: pairs are those of groups of images, not of a rank's batch; the draw's expected value is taken; see
-        `keep_negatives_alone`.
+    Differs: pairs are formed in groups of images, not in a rank's batch; the draw is replaced by its expected value;
+        see `keep_negatives_alone`.
     """
     in_groups = targets.unflatten(0, (-1, group_size))  # (n, g, C)
     present_pairs, other_pairs = _pair_counts(in_groups)  # (n,), (n, 2)
@@ -52,7 +52,7 @@ def contrastive_loss(
 
     total = (1.0 - cosines)[is_present].sum()
     sizes = is_met.sum(dim=1).tolist()  # classes of each group
-    num_present, num_others = present_pairs.tolist(), other_pairs.tolist()  # once: each waits for the device
+    num_present, num_others = present_pairs.tolist(), other_pairs.tolist()  # read once: each read waits for the device
     for kind, is_kind in enumerate((is_mixed, is_absent)):
         parts = zip((1.0 + cosines).split(sizes), is_kind.split(sizes), strict=True)
         for place, (losses, is_own) in enumerate(parts):
@@ -61,11 +61,11 @@ def contrastive_loss(
 
 
 def num_contrasted(targets: Tensor, *, group_size: int, keep_negatives_alone: bool = False) -> Tensor:
-    """Pairs that `contrastive_loss` counts, () int64: of the labels alone.
+    """The number of pairs that `contrastive_loss` counts, () int64; it depends on labels only.
 
     Args:
         targets: (B, C) int8 in {-1, 0, 1}; B is a multiple of `group_size`.
-        group_size, keep_negatives_alone: as there.
+        group_size, keep_negatives_alone: see `contrastive_loss`.
     """
     present_pairs, other_pairs = _pair_counts(targets.unflatten(0, (-1, group_size)))
     a = present_pairs[:, None]
@@ -76,7 +76,7 @@ def num_contrasted(targets: Tensor, *, group_size: int, keep_negatives_alone: bo
 
 
 def _thinned(losses: Tensor, num_present: int, num_losses: int) -> Tensor:
-    """() what pairs of one kind in one group add up to; all of them, where there is no pair of present labels."""
+    """() the weighted sum of the losses of one group's pairs of one kind; the plain sum if no pair is present."""
     if num_losses == 0 or num_present == 0:
         return losses.sum()
     shared = losses.sum() * min(1.0, 2 * num_present / num_losses)
@@ -84,7 +84,7 @@ def _thinned(losses: Tensor, num_present: int, num_losses: int) -> Tensor:
 
 
 def _pair_counts(in_groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Of targets (n, g, C): (n,) pairs of present labels, (n, 2) mixed pairs and pairs of absent labels."""
+    """Count the pairs in targets (n, g, C): (n,) of present labels; (n, 2) mixed ones, and those of absent labels."""
     present, absent = (in_groups == PRESENT).sum(dim=1), (in_groups == ABSENT).sum(dim=1)  # (n, C) images
     mixed = (present * absent).sum(dim=1)
     return (present * (present - 1) // 2).sum(dim=1), torch.stack([mixed, (absent * (absent - 1) // 2).sum(dim=1)], 1)

@@ -1,22 +1,22 @@
-"""Owns the loss of pairs of classes: asymmetric focal cross-entropy on how likely two classes are present together."""
+"""Owns the co-occurrence loss: asymmetric focal cross-entropy on the probability that two classes are both present."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_CLIP = 0.05  # probability margin of pairs that are not together
-_SMALLEST_LIKELIHOOD = 1e-8  # logarithms are taken of nothing smaller; beyond, the gradient is 0
+_CLIP = 0.05  # probability margin of pairs that are not both present
+_SMALLEST_LIKELIHOOD = 1e-8  # lower bound of a logarithm's argument; below, the gradient is 0
 
 
 def cooccurrence_loss(logits: Tensor, is_together: Tensor) -> Tensor:
     """Sum over pairs of -(1 - p) log p where both classes are present, of -(1 - n)^2 log n elsewhere.
 
-    p = sigmoid(logit), n = min(1 - p + 0.05, 1). The focal weights have a gradient too.
+    p = sigmoid(logit), n = min(1 - p + 0.05, 1). The focal weights are differentiated too.
 
     Args:
-        logits: (M,), any floating type; computed in float32, or float64 if given so.
-        is_together: (M,) bool.
+        logits: (M,), one per pair, any floating type; computed in float32, or float64 if given so.
+        is_together: (M,) bool, True where both classes are present.
 
     Returns:
         () non-negative; 0 and connected for M = 0.

@@ -1,12 +1,13 @@
-"""Owns the losses that take suspicious unknown labels for missing positives: LL-R, LL-Ct, LL-Cp, Hill and SPLC.
+"""Owns the losses that treat suspicious unknown labels as missing positives: LL-R, LL-Ct, LL-Cp, Hill and SPLC.
 
-The papers know present and unobserved labels; here the formula for the unobserved is for unknown labels alone and known
-absent ones are never doubted. Losses are sums over images and classes; Large Loss means divide by B * C.
+The papers have present and unobserved labels only; here the formula for unobserved labels applies to unknown ones, and
+known absent ones are never doubted. Losses are sums over images and classes; Large Loss's are means: divide by B * C.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -21,20 +22,59 @@ from dist_mlpl.losses.threshold import Reduce, kth_largest
 Scheme = Literal["reject", "correct"]
 
 
-def large_loss_threshold(logits: Tensor, targets: Tensor, *, fraction: float, reduce: Reduce | None = None) -> Tensor:
-    """The logit of the k-th largest loss among unknown labels taken as absent, k = ceil(B * C * fraction).
+def group_thresholds(
+    logits: Tensor, targets: Tensor, *, num_large: Sequence[int], group_sizes: Sequence[int]
+) -> Tensor:
+    """Logits from which on unknown labels, taken as absent, have the largest losses of their group: exactly k of it.
 
-    That loss grows with the logit, so the logit ranks as well and never saturates.
+    That loss grows with the logit, so ranking by logits is the same, and logits do not saturate. Of equal ones the
+    first are taken, image by image in their order.
 
     Args:
         logits: (B, C), any floating type.
         targets: (B, C) int8 in {-1, 0, 1}.
-        fraction: r of all B * C entries, in [0, 1]. LL-R and LL-Ct: epochs finished times a rate (0.005 and 0.002);
-            LL-Cp: a rate (0.001) in every batch after the first epoch.
-        reduce: sums a tensor over ranks; B is then the images of all.
+        num_large: k of each group, >= 0. All unknown labels where a group has fewer.
+        group_sizes: number of images of each group, in the order of the rows; the sum is B, and 0 is allowed.
 
     Returns:
-        () without gradient; infinite for k = 0, minus infinite when fewer labels are unknown.
+        (B, C) float32, or float64 for such logits, without gradient: where `targets` is unknown and the logit is not
+        below it, the loss is large. The same in a whole group but for equal logits beyond k, which get infinity.
+
+    Source: Kim et al., CVPR 2022, with a batch for a group.
+    Differs: the code takes all equal to the k-th, more than k.
+    """
+    x = logits.detach().to(precise(logits))
+    if max(num_large, default=0) == 0:
+        return x.new_tensor(math.inf).expand_as(x)
+    sizes = torch.tensor(group_sizes)
+    group = torch.arange(len(sizes)).repeat_interleave(sizes)  # (B,)
+    place = torch.arange(x.shape[0]) - (sizes.cumsum(0) - sizes)[group]
+    group, place = group.to(x.device), place.to(x.device)
+    grouped = x.new_full((len(sizes), int(sizes.max()), x.shape[1]), -math.inf)
+    grouped[group, place] = x.masked_fill(targets != UNKNOWN, -math.inf)
+    flat = grouped.flatten(1)  # (groups, largest size * C)
+    k = torch.tensor(num_large, device=x.device)[:, None].clamp(max=flat.shape[1])
+    largest = flat.topk(min(max(num_large), flat.shape[1]), dim=1).values
+    threshold = largest.gather(1, (k - 1).clamp(min=0)).masked_fill(k == 0, math.inf)  # (groups, 1)
+    is_equal, num_left = flat == threshold, k - (flat > threshold).sum(dim=1, keepdim=True)
+    is_late = is_equal & (is_equal.cumsum(dim=1, dtype=torch.int32) > num_left)
+    return torch.where(is_late, math.inf, threshold).view_as(grouped)[group, place]
+
+
+def large_loss_threshold(logits: Tensor, targets: Tensor, *, fraction: float, reduce: Reduce | None = None) -> Tensor:
+    """The logit of the k-th largest loss among unknown labels taken as absent, k = ceil(B * C * fraction).
+
+    That loss grows with the logit, so ranking by logits is the same, and logits do not saturate.
+
+    Args:
+        logits: (B, C), any floating type.
+        targets: (B, C) int8 in {-1, 0, 1}.
+        fraction: share of all B * C entries, in [0, 1]. LL-R and LL-Ct: epochs finished times a rate; LL-Cp: a rate, in
+            every batch after the first epoch. The rates are 0.005, 0.002 and 0.001 in BoostLU (Kim et al., CVPR 2023).
+        reduce: sums a tensor over ranks; B then counts the images of all ranks. None: one rank.
+
+    Returns:
+        () without gradient; infinity for k = 0, minus infinity when fewer than k labels are unknown.
 
     Collective: through `reduce`, on all ranks: one integer, then see `kth_largest`.
 
@@ -49,19 +89,21 @@ def large_loss_threshold(logits: Tensor, targets: Tensor, *, fraction: float, re
 
 
 def large_loss(logits: Tensor, targets: Tensor, threshold: Tensor, *, scheme: Scheme) -> Tensor:
-    """Sum of binary cross-entropies, unknown taken as absent; from the threshold on rejected or taken as present.
+    """Sum of binary cross-entropies; unknown is absent, but at or above the threshold rejected or taken as present.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        threshold: () of `large_loss_threshold`, or an average of earlier ones. Infinite is plain assume-negative.
+        threshold: () from `large_loss_threshold` or (B, C) from `group_thresholds`. Infinity gives plain
+            assume-negative.
         scheme: `reject` (LL-R): no loss, no gradient; `correct` (LL-Ct, LL-Cp): the loss of a present label.
 
     Returns:
-        () non-negative, additive over images for a given threshold; rejected labels count in the mean's B * C.
+        () non-negative, additive over images for a given threshold; for the mean divide by B * C, rejected ones
+        included.
 
     Raises:
-        ConfigError: another scheme.
+        ConfigError: an unknown scheme.
 
     Source: Kim et al., CVPR 2022.
     """
@@ -73,29 +115,30 @@ def large_loss(logits: Tensor, targets: Tensor, threshold: Tensor, *, scheme: Sc
             next_step="set scheme to one of these",
         )
 
-    def losses(x: Tensor, y: Tensor) -> Tensor:
+    def losses(x: Tensor, y: Tensor, threshold: Tensor) -> Tensor:
         is_large = (y == UNKNOWN) & (x.detach() >= threshold)
         if scheme == "reject":
             return -F.logsigmoid(torch.where(y == PRESENT, x, -x)) * ~is_large
         return -F.logsigmoid(torch.where((y == PRESENT) | is_large, x, -x))
 
-    return sum_of_rows(losses, logits, targets)
+    return sum_of_rows(losses, logits, targets, threshold.expand(logits.shape))
 
 
 def permanent_corrections(logits: Tensor, targets: Tensor, threshold: Tensor) -> Tensor:
-    """LL-Cp's flips: unknown labels strictly above the threshold, to be stored as present for good.
+    """LL-Cp's corrections: unknown labels at or above the threshold, to be stored as present for good.
 
     Args:
         logits: (B, C), any floating type.
         targets: (B, C) int8 in {-1, 0, 1}.
-        threshold: () of `large_loss_threshold`.
+        threshold: () from `large_loss_threshold` or (B, C) from `group_thresholds`.
 
     Returns:
         (B, C) bool.
 
-    Source: Kim et al., CVPR 2022; the code stores with > and corrects with >=.
+    Source: Kim et al., CVPR 2022, in BoostLU's code (Kim et al., CVPR 2023).
+    Differs: the first code corrects with >= but stores with >, all but the k-th: nothing at all for k = 1.
     """
-    return (targets == UNKNOWN) & (logits.detach().to(precise(logits)) > threshold)
+    return (targets == UNKNOWN) & (logits.detach().to(precise(logits)) >= threshold)
 
 
 def hill_loss(
@@ -103,14 +146,14 @@ def hill_loss(
 ) -> Tensor:
     """Sum of a focal loss at x - m over present, (limit - p) p^2 over unknown, a focal loss over absent labels.
 
-    At limit 1.5 the slope in p of an unknown label, 3 p (1 - p), dies out at p = 1, where it is likely present.
+    At limit 1.5 the derivative of an unknown label's loss, 3 p (1 - p), vanishes at p = 1, where it is likely present.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
         margin: m, subtracted from the logits of present labels.
         gamma: focusing exponent of known labels, >= 0; differentiated.
-        limit: lambda, >= 1.
+        limit: the paper's lambda, >= 1.
 
     Returns:
         () non-negative, additive over images.
@@ -135,13 +178,13 @@ def splc_loss(
     gamma: float = 2.0,
     threshold: float = 0.6,
 ) -> Tensor:
-    """Sum of focal losses, unknown taken as absent; while correcting, as present where p exceeds the threshold.
+    """Sum of focal losses; unknown is absent, but present where p exceeds the threshold while correcting.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
         is_correcting: False in the first epoch (of 10 to 30), True after.
-        margin: m, subtracted from the logits of labels known to be present.
+        margin: m, subtracted from the logits of known present labels.
         gamma: focusing exponent, >= 0; differentiated.
         threshold: tau on p, in (0, 1); 0.6, or 0.65 where three quarters of the positives are known.
 
@@ -162,5 +205,5 @@ def splc_loss(
 
 
 def _focal(signed: Tensor, gamma: float) -> Tensor:
-    """(b, C) -(1 - l)^gamma log l of the likelihood l = sigmoid(signed); finite with its slope for all logits."""
+    """(b, C) -(1 - l)^gamma log l of the likelihood l = sigmoid(signed); value and gradient are always finite."""
     return torch.exp(gamma * F.logsigmoid(-signed)) * -F.logsigmoid(signed)

@@ -14,7 +14,7 @@ from dist_mlpl.losses.rowwise import precise, row_blocks
 
 Weigh = Callable[[Tensor], Tensor]  # (b,) counts of known labels -> (b,) weights of the images
 
-_FEW = 1 / 10  # on a CPU, gathering the known labels is faster below this share of them
+_FEW = 1 / 10  # below this share of known labels, gathering them is faster on a CPU
 
 
 def partial_bce(
@@ -23,12 +23,13 @@ def partial_bce(
     """Mean over images of g(p_i)/C * sum over known labels of softplus(-y x).
 
     p_i is the share of image i's labels that are known. An image with none counts in the mean and adds exactly 0.
-    With every label known and alpha + beta = 1 this is `F.binary_cross_entropy_with_logits` bit for bit, gradient too.
+    With every label known and alpha + beta = 1 this equals `F.binary_cross_entropy_with_logits` bit for bit, gradient
+    included.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}; a 0 has no part in value or gradient.
-        alpha, beta, gamma: of `normaliser`. (0, 1, any) divides by C; (1, 0, -1) divides by the known count.
+        alpha, beta, gamma: see `normaliser`. (0, 1, any) divides by C; (1, 0, -1) divides by the known count.
 
     Returns:
         () non-negative, connected to `logits` even when nothing is known.
@@ -43,7 +44,7 @@ def partial_bce(
 
 
 def image_mean_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over images of the mean of softplus(-y x) over the image's known labels: images weigh the same.
+    """Mean over images of the mean of softplus(-y x) over the image's known labels: all images weigh the same.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
@@ -70,7 +71,7 @@ def masked_mean_bce(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def normaliser(known_fraction: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """g(p) = alpha * p**gamma + beta, the weight of an image of which the share p of labels is known.
+    """g(p) = alpha * p**gamma + beta, the weight of an image whose share of known labels is p.
 
     Args:
         known_fraction: p, any shape, in [0, 1].
@@ -91,10 +92,10 @@ def solve_normaliser(gamma: float, p0: float, g0: float) -> tuple[float, float]:
     Args:
         gamma: exponent, not 0.
         p0: share of known labels, in (0, 1).
-        g0: weight wanted there.
+        g0: the weight wanted at p0.
 
     Raises:
-        ConfigError: no such normaliser exists.
+        ConfigError: gamma is 0, or p0 outside (0, 1).
 
     Source: Durand et al., CVPR 2019.
     """
@@ -110,7 +111,7 @@ def solve_normaliser(gamma: float, p0: float, g0: float) -> tuple[float, float]:
 
 
 def _mean_over_entries(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
-    """() mean over all B * C entries of the image's weight times softplus(-y x), which is 0 where unknown."""
+    """() mean over all B * C entries of the image's weight times softplus(-y x), or 0 where unknown."""
     if targets.numel() == 0:
         return logits.to(precise(logits)).sum()
     if logits.device.type == "cpu" and int(torch.count_nonzero(targets)) < _FEW * targets.numel():
@@ -120,7 +121,7 @@ def _mean_over_entries(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
 
 
 def _mean_of_few(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
-    """The same, touching known entries only."""
+    """Compute `_mean_over_entries` from the known entries only."""
     index = targets.flatten().nonzero()[:, 0]  # (K,) addresses of the known labels
     rows = index.div(targets.shape[1], rounding_mode="floor")
     num_known = rows.bincount(minlength=targets.shape[0]).to(precise(logits))  # (B,)
@@ -131,10 +132,11 @@ def _mean_of_few(logits: Tensor, targets: Tensor, weigh: Weigh) -> Tensor:
 
 
 class _DenseMean(torch.autograd.Function):
-    """The same over all entries, in blocks; keeps nothing for the backward pass but its arguments.
+    """`_mean_over_entries` over all entries, in blocks; keeps only its arguments for the backward pass.
 
-    Value and slope do what `F.binary_cross_entropy_with_logits` does, on the same numbers in the same order: the bits
-    are equal. Its sigmoid has to run over the whole tensor at once, to be cut among threads in the same places.
+    Value and gradient do what `F.binary_cross_entropy_with_logits` does, on the same numbers in the same order, so the
+    bits are equal. The gradient's sigmoid runs over the whole tensor at once, so that threads split it at the same
+    places.
     """
 
     @staticmethod
@@ -164,7 +166,7 @@ class _DenseMean(torch.autograd.Function):
 
 
 def _coded(targets: Tensor, weigh: Weigh, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(b, C) 1.0 where present; (b, C) the image's weight where known, 0 where unknown."""
+    """(b, C) 1.0 where present, else 0; and (b, C) the image's weight where known, 0 where unknown."""
     code = targets.to(dtype)
     is_known = code.abs()
     return code.clamp(min=0), is_known.mul_(weigh(is_known.sum(dim=1))[:, None])

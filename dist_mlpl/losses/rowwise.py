@@ -1,4 +1,4 @@
-"""Owns how a loss that is a sum over rows is taken: a few rows at a time, value and gradient in one pass."""
+"""Owns how a loss that is a sum over rows is evaluated: a few rows at a time, value and gradient in one pass."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 Losses = Callable[..., Tensor]
 
-# Entries of a block. On a CPU what a formula makes on the way stays in the cache; elsewhere blocks only bound memory.
+# Entries of a block. On a CPU a formula's intermediate results stay in the cache; elsewhere blocks only bound memory.
 _CPU_ENTRIES_PER_THREAD = 2**17
 _DEVICE_ENTRIES = 2**22
-_GROUP = 8  # columns
-# Below every score: never chosen. Taken off rather than filled in, which is slow on a CPU where labels are mixed.
+_GROUP = 8  # columns in a group of `_largest`
+# Below every score: never chosen. Added to scores rather than filled in, which is slow on a CPU where labels are mixed.
 NEVER: Final = -1e30
 
 
 def sum_of_rows(losses: Losses, logits: Tensor, *rows: Tensor) -> Tensor:
     """Sum of `losses(logits, *rows)` over all entries, evaluated block by block of rows.
 
-    Only the gradient, (B, C), is kept for the backward pass; what `losses` makes on the way lives as long as its block.
-    A second derivative evaluates `losses` again on all rows at once.
+    Besides the inputs, only the gradient, (B, C), is kept for the backward pass; intermediate results of `losses` live
+    as long as their block. A second derivative evaluates `losses` again on all rows at once.
 
     Args:
         losses: differentiable torch code that maps (b, C) logits, float32 or float64, and the same b rows of every
-            `rows` to (b, C) losses. A row of the result depends on that row alone.
+            `rows` to (b, C) losses. A row of the result must depend on that row only.
         logits: (B, C), any floating type; B may be 0.
-        rows: tensors of B rows, constants of the loss: none may ask for a gradient.
+        rows: tensors of B rows, constants of the loss: none may require a gradient.
 
     Returns:
         () float32, or float64 for such logits; 0 and connected for B = 0. Its bits do not depend on the blocks.
@@ -50,16 +50,16 @@ def precise(logits: Tensor) -> torch.dtype:
 
 
 def top_of_rows(scores: Tensor, barred: Tensor, k: int, used: Tensor | int = 0) -> Tensor:
-    """The likeliest candidates of each row: k less what is used up already, or all where there are fewer.
+    """Choose the likeliest candidates of each row: k - used of them, or all where there are fewer.
 
     Args:
-        scores: (b, C) float, of a size below 1e29, or NEVER; of equal ones any may come first.
-        barred: (b, C) of the same type, 0 for a candidate, 1 for what is none.
-        k: from 0 on.
-        used: (b, 1) or one number, places that do not count.
+        scores: (b, C) float, of magnitude below 1e29, or NEVER; of equal ones any may come first.
+        barred: (b, C) of the same type, 0 for a candidate, 1 for any other entry.
+        k: places in each row, >= 0.
+        used: (b, 1) or one number, places that are taken already.
 
     Returns:
-        (b, C) of the same type, 1 for the chosen, 0 for the others.
+        (b, C) of the same type, 1 where chosen, 0 elsewhere.
     """
     num_places = min(k, scores.shape[1])
     values, classes = _largest(scores.add(barred, alpha=NEVER), num_places)  # (b, num_places)
@@ -70,7 +70,8 @@ def top_of_rows(scores: Tensor, barred: Tensor, k: int, used: Tensor | int = 0) 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(b, k) the largest values of each row, largest first, and their columns.
 
-    The k largest lie in the k groups of columns with the largest maxima; looking there first takes a third of the time.
+    The k largest lie in the k groups of columns with the largest maxima; searching only there takes a third of the
+    time.
     """
     b, C = values.shape
     num_groups = C // _GROUP
@@ -106,7 +107,7 @@ class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         slope, logits, *rows = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: the slope as a function of the logits
+        if torch.is_grad_enabled():  # a second derivative is wanted: the gradient as a function of the logits
             again = logits.to(slope.dtype)
             (slope,) = torch.autograd.grad(ctx.losses(again, *rows).sum(), again, create_graph=True)
         return None, (slope * grad_outputs[0]).to(logits.dtype), *(None for _ in rows)

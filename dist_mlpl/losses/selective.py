@@ -33,7 +33,7 @@ def selective_loss(
     exclude_prior_ignored: bool = True,
     reduce: Reduce | None = None,
 ) -> Tensor:
-    """Sum over images and classes of the asymmetric loss, without the unknown labels that may well be present.
+    """Sum over images and classes of the asymmetric loss, without the unknown labels that are likely present.
 
     `ignore` leaves out every unknown label, `negative` none. `selective` leaves out the unknown labels of frequent
     classes (`prior`) and the likeliest unknown labels (`top_k`); what remains is a weak negative. Known labels always
@@ -42,16 +42,16 @@ def selective_loss(
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        mode: as above; what follows `clip` speaks to `selective` alone.
+        mode: as above; the arguments after `clip` apply to `selective` only.
         gamma_pos, gamma_neg, gamma_unknown: exponents >= 0; on Open Images 1, 2, 7 (second-hand), on COCO 0, 1, 4.
         clip: probability margin of absent and unknown labels, in [0, 1).
         top_k: K, how many of the likeliest unknown labels to ignore; 5 of COCO's 80 classes, 200 of Open Images' 9,605
-            (second-hand). None is 0.
-        scope: `image`: K of every image; `batch`: the K * B likeliest of the batch of all ranks, and all that equal
-            the last of them.
+            (second-hand). None: 0.
+        scope: `image`: K of every image; `batch`: the K * B likeliest of the batch of all ranks, and all tied with the
+            last of them.
         prior: (C,) estimated frequency of each class, in [0, 1].
         prior_threshold: classes whose prior exceeds it are ignored where unknown; 0.5 on COCO, 0.05 on Open Images
-            (second-hand). The scale is that of the prior's estimate, which runs high.
+            (second-hand). Set it on the scale of the estimated prior, which overestimates frequencies.
         exclude_prior_ignored: False lets labels that the prior ignores use up places of the top K, as the released
             code does.
         reduce: sums a tensor over ranks; needed by scope `batch` on several ranks.
@@ -60,13 +60,14 @@ def selective_loss(
         () non-negative; additive over images except in scope `batch`, where the ranks' shares sum to the batch's loss.
 
     Raises:
-        ConfigError: an unknown mode or scope, half a prior rule, or see `Focus.checked`.
+        ConfigError: an unknown mode or scope; only one of `prior` and `prior_threshold`, or a prior of another shape;
+            see also `Focus.checked`.
 
     Collective: in scope `batch`, through `reduce`: one integer and twice 512 KiB (float32).
 
     Source: Ben-Baruch et al., CVPR 2022; values as in the released code.
-    Differs: the top K is per image, as in the paper (the code's is `batch`); the prior's classes are not candidates;
-        candidates are ranked by logit, which tells apart what a saturated sigmoid cannot.
+    Differs: the top K is per image, as in the paper (the code's is `batch`); classes ignored by the prior are not
+        candidates; candidates are ranked by logit, which does not saturate as the sigmoid does.
     """
     focus = Focus(gamma_pos, gamma_neg, gamma_unknown, clip).checked()
     _check_choices(mode, scope)
@@ -123,7 +124,10 @@ def _frequent_classes(prior: Tensor | None, prior_threshold: float | None, targe
 
 
 def _batch_bound(logits: Tensor, candidates: Tensor, top_k: int, reduce: Reduce | None) -> Tensor:
-    """() the smallest logit among the top_k * B likeliest candidates of the batch of all ranks."""
+    """() the smallest logit among the top_k * B likeliest candidates of the batch of all ranks.
+
+    Collective: through `reduce`, on all ranks; see `selective_loss`.
+    """
     num_images = torch.tensor([logits.shape[0]], device=logits.device)
     num_images = num_images if reduce is None else reduce(num_images)
     likely = logits.detach().masked_select(candidates).to(precise(logits))

@@ -1,8 +1,8 @@
 """Owns the losses made for one known positive per image: AN, AN-LS, WAN, EPR, ROLE, EN, EM and APL.
 
-The papers know present and unobserved labels. Here a known absent one costs -log(1 - p) in every loss, and the formula
-for the unobserved is for unknown labels alone. Losses are sums over images and classes; the papers' are means: divide
-by B * C.
+The papers have present and unobserved labels only. Here a known absent one costs -log(1 - p) in every loss, and the
+formula for unobserved labels applies to unknown ones. Losses are sums over images and classes; the papers' are means:
+divide by B * C.
 
   AN     assume_negative_loss(...)
   AN-LS  assume_negative_loss(..., smoothing=0.1)
@@ -14,7 +14,7 @@ by B * C.
   APL    entropy_loss(..., pseudo_targets=..., soft_targets=..., pseudo_weight=...)
 
 Source: Cole et al., CVPR 2021 (AN to ROLE), Verelst et al., WACV 2023 (EN), Zhou et al., ECCV 2022 (EM, APL); values as
-in their released code, which EN has not. Logarithms are nl(v) = -log(v + 1e-5), in EN exact.
+in their released code; EN has none. Logarithms are nl(v) = -log(v + 1e-5), in EN exact.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def observed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def assume_negative_loss(
     logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, unknown_weight: float = 1.0
 ) -> Tensor:
-    """Sum of nl(p) over present, nl(1 - p) over absent and unknown labels: AN, smoothed AN-LS, weighed WAN.
+    """Sum of nl(p) over present, nl(1 - p) over absent and unknown labels: AN; AN-LS with smoothing; WAN with a weight.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        smoothing: e of AN-LS, in [0, 1): present and unknown labels weigh their own side 1 - e, the other e.
-        unknown_weight: of unknown labels; WAN's is 1 / (C - 1).
+        smoothing: e of AN-LS, in [0, 1): for present and unknown labels their own term weighs 1 - e, the opposite e.
+        unknown_weight: weight of unknown labels; WAN's is 1 / (C - 1).
 
     Returns:
         (), additive over images.
@@ -65,14 +65,14 @@ def assume_negative_loss(
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         is_present, is_unknown = (y == PRESENT).to(x.dtype), (y == UNKNOWN).to(x.dtype)
-        share = (1.0 - smoothing) * is_present + smoothing * is_unknown  # of the present side
+        share = (1.0 - smoothing) * is_present + smoothing * is_unknown  # weight of nl(p)
         return (1.0 + (unknown_weight - 1.0) * is_unknown) * _soft(x, share)
 
     return sum_of_rows(losses, logits, targets)
 
 
 def count_penalty(logits: Tensor, *, expected_positives: float, reduce: Reduce | None = None) -> Tensor:
-    """EPR's R(p): the squared distance of the mean number of positives of an image from k, over C^2.
+    """EPR's R(p): the squared difference of an image's mean predicted number of positives and k, divided by C^2.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
@@ -81,7 +81,7 @@ def count_penalty(logits: Tensor, *, expected_positives: float, reduce: Reduce |
 
     Returns:
         () non-negative: this rank's share. The shares sum to R of the batch of all ranks, their gradients to its
-        gradient; second derivatives leave out those across ranks. 0 when there is no image.
+        gradient; second derivatives across ranks are left out. 0 when this rank has no image.
 
     Collective: through `reduce`, on all ranks, two numbers.
 
@@ -91,7 +91,7 @@ def count_penalty(logits: Tensor, *, expected_positives: float, reduce: Reduce |
     num_images = logits.shape[0]
     whole = torch.stack([count.detach(), count.new_tensor(num_images)])
     whole = whole if reduce is None else reduce(whole)
-    # The value is that of all ranks, the slope this rank's own.
+    # The value is that of all ranks, the gradient this rank's own.
     mean = (whole[0] + (count - count.detach())) / whole[1].clamp(min=1)
     penalty = ((mean - expected_positives) / logits.shape[1]) ** 2
     return penalty - penalty.detach() * (1.0 - num_images / whole[1].clamp(min=1))
@@ -121,22 +121,22 @@ def estimator_loss(logits: Tensor, estimates: Tensor, targets: Tensor) -> Tensor
 
 
 def num_expected_positives(expected_positives: float) -> int:
-    """K of an image as a whole number of labels, halves up."""
+    """Round the expected number of positives of an image to a whole number, halves up."""
     return math.floor(expected_positives + 0.5)
 
 
 def expected_negative_loss(logits: Tensor, targets: Tensor, scores: Tensor, *, expected_positives: float) -> Tensor:
     """Sum of -log p over present and -log(1 - p) over absent and expected absent labels.
 
-    Unknown labels are expected absent but for the likeliest of each image, by `scores`: K, rounded, less its present
-    ones. These have no part in value or gradient.
+    Unknown labels are expected absent except the likeliest of each image by `scores`, as many as K, rounded, less the
+    image's present labels. These have no part in value or gradient.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        scores: (B, C) float, what ranks the unknown labels: predictions averaged over earlier epochs. Of equal scores
-            any may come first.
-        expected_positives: K; the values that Cole et al. use for EPR are a start, the paper's own are not known. 0
+        scores: (B, C) float, by which unknown labels are ranked: predictions averaged over earlier epochs. Of equal
+            scores any may come first.
+        expected_positives: K; the values of Cole et al. for EPR are a starting point, the paper's are not known. 0
             leaves nothing out: AN with exact logarithms, for epochs before there are scores.
 
     Returns:
@@ -163,18 +163,18 @@ def entropy_loss(
     soft_targets: Tensor | None = None,
     pseudo_weight: float = 1.0,
 ) -> Tensor:
-    """Sum of nl over known labels, less the weighed entropy of unknown ones (EM), plus nl to soft pseudo-labels (APL).
+    """Sum of nl over known labels, less the weighted entropy of unknown ones (EM), plus nl to soft pseudo-labels (APL).
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        entropy_weight: a >= 0; VOC 0.2, COCO and NUS-WIDE 0.1, CUB 0.01; to shrink as C grows.
+        entropy_weight: a >= 0; VOC 0.2, COCO and NUS-WIDE 0.1, CUB 0.01; choose it smaller the larger C is.
         pseudo_targets: (B, C) int8; where it is not 0 and the label is unknown, `soft_targets` replaces the entropy.
         soft_targets: (B, C) in [0, 1], the score at which the label was pseudo-labelled.
         pseudo_weight: b >= 0; VOC 0.02, COCO 0.9, NUS-WIDE 0.2, CUB 0.4.
 
     Returns:
-        (), additive over images; may be negative, entropy is maximised.
+        (), additive over images; may be negative, as entropy is maximised.
 
     Raises:
         ConfigError: pseudo-targets without soft targets, or the other way round.
@@ -216,6 +216,6 @@ def _observed(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _soft(logits: Tensor, probs: Tensor) -> Tensor:
-    """(b, C) nl in expectation over labels that are present with these probabilities."""
+    """(b, C) expected nl for labels that are present with probabilities `probs`."""
     present, absent = _negative_logs(logits)
     return probs * present + (1.0 - probs) * absent

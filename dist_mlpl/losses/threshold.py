@@ -1,4 +1,4 @@
-"""Owns the exact k-th largest of numbers spread over ranks: found by counting, the same for any number of ranks."""
+"""Owns the exact k-th largest of values spread over ranks: found by counting, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def kth_largest(values: Tensor, k: int, *, reduce: Reduce | None = None) -> Tensor:
-    """The k-th largest of all ranks' values, equal ones counted each.
+    """Find the k-th largest of all ranks' values; equal ones are counted separately.
 
     Args:
         values: (n,) float32 or float64 without NaN, this rank's; n is free and may be 0.
-        k: from 0 on, the same on every rank.
+        k: >= 0, the same on every rank.
         reduce: sums an integer tensor over ranks; None for one rank.
 
     Returns:
         () of the same type and on the same device: `values >= it` holds for the k largest and for all that equal the
-        k-th. Infinite for k = 0; minus infinite when there are fewer than k.
+        k-th. Infinity for k = 0; minus infinity when there are fewer than k.
 
     Collective: through `reduce`, on all ranks: 512 KiB for each 16 bits of the type; nothing for k = 0.
     """
@@ -46,7 +46,7 @@ def kth_largest(values: Tensor, k: int, *, reduce: Reduce | None = None) -> Tens
 
 
 def _count_digits(values: Tensor, shift: int, found: int, width: int) -> Tensor:
-    """(_NUM_DIGITS,) how often each digit stands at `shift` in the ordered bits that begin with `found`."""
+    """(_NUM_DIGITS,) how often each digit occurs at bit `shift` of the ordered bits that begin with `found`."""
     num_found_bits = width - shift - _DIGIT_BITS
     counts = torch.zeros(_NUM_DIGITS, dtype=torch.int64, device=values.device)
     for chunk in values.split(_CHUNK):
@@ -58,19 +58,19 @@ def _count_digits(values: Tensor, shift: int, found: int, width: int) -> Tensor:
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
-    """(n,) integers that, read as unsigned, stand in the order of the values."""
+    """(n,) integers that, read as unsigned, have the order of the values."""
     bits = (values + 0.0).view(_BITS[values.dtype])  # + 0.0 makes minus zero equal to zero
     return _flip_negative(bits) ^ torch.iinfo(bits.dtype).min
 
 
 def _value_of(unsigned: int, like: Tensor) -> Tensor:
-    """() the value whose ordered bits these are."""
+    """() the value whose ordered bits are `unsigned`, of the type of `like`."""
     dtype = _BITS[like.dtype]
     signed = torch.tensor([unsigned + torch.iinfo(dtype).min], dtype=dtype, device=like.device)
     return _flip_negative(signed).view(like.dtype)[0]
 
 
 def _flip_negative(bits: Tensor) -> Tensor:
-    """Floats' bits as signed integers in the floats' order, and back: below zero all bits but the sign are turned."""
+    """Turn floats' bits into signed integers of the same order, and back: of negatives flip all bits but the sign."""
     limits = torch.iinfo(bits.dtype)
     return bits ^ ((bits >> (limits.bits - 1)) & limits.max)

@@ -1,10 +1,10 @@
-"""Owns the seam between a paper and the loop: what a method answers, and when."""
+"""Owns the interface between a method and the training loop: what a method must provide, and when it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -23,18 +23,28 @@ from dist_mlpl.settings import Location, Settings
 HEATMAPS = "heatmaps"
 
 
+@runtime_checkable
+class KeepsTensors(Protocol):
+    """A part of a method with tensors that are not another run's to set."""
+
+    def kept_at_start(self, found: Collection[str]) -> dict[str, str]:
+        """See `Method.kept_at_start`; names are those inside the part."""
+        ...
+
+
 class MethodSettings(Settings):
-    """What every method can be told; each method's own settings add a literal `name` and its keys.
+    """The settings of every method; each method's own settings add a literal `name` and its keys.
 
     Args:
         name: the method, a row of the method table.
         backbone: its trunk.
-        pooling: of the feature map over its cells, `average` or `max`.
+        pooling: pooling over cells, `average`, `max` or `weldon`; see `PooledHead`.
         dropout: probability of dropping a pooled feature before the classifier, in [0, 1).
-        init_from: URL of a run whose model this one starts from.
+        init_from: URL of a run whose model this one starts from; null: none. What `Method.kept_at_start` names, such as
+            the graph of this run's labels, is not taken over.
     """
 
-    needs_places: ClassVar[bool] = False  # it reads or writes maps through the crop: pixels must stay where they were
+    needs_places: ClassVar[bool] = False  # uses maps through the crop: no RandAugment or cutout
 
     name: str
     backbone: BackboneSettings
@@ -43,16 +53,32 @@ class MethodSettings(Settings):
     init_from: Location | None = None
 
     def build(self, *, num_classes: int, image_size: int) -> Method:
-        """The method, with random weights or the backbone's own; `weights_report` tells which.
+        """Build the method, with random weights or pretrained ones in the backbone; see its `weights_report`.
 
         Args:
             num_classes: C.
             image_size: H = W in pixels.
 
         Raises:
-            ConfigError: see `build_backbone`.
+            ConfigError: see `build_backbone`; settings that do not fit the model.
+            StorageError: see `build_backbone`.
         """
         raise NotImplementedError
+
+    def refuse_idle(self, keys: Sequence[str], because: str) -> None:
+        """Refuse keys that would silently do nothing; at their defaults they are never refused.
+
+        Args:
+            keys: the keys that are not read.
+            because: why not, and what to do, for the message.
+
+        Raises:
+            ValueError: some of them are set.
+        """
+        fields = type(self).model_fields
+        changed = [key for key in keys if getattr(self, key) != fields[key].default]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} set, but {because}")
 
 
 class Method(nn.Module):
@@ -61,17 +87,17 @@ class Method(nn.Module):
     A step is `recall`, then `forward` for each micro-batch, then one `observe` after the update. Under ZeRO only
     `forward` may touch a parameter, and in it the same parameters must receive a gradient on every rank,
     whatever the batch holds: an empty term is a zero that stays connected to the graph, never a skipped branch.
-    No parameter is 0-dimensional.
+    No parameter may be 0-dimensional.
 
     Args:
-        settings: of the method.
+        settings: the method's settings.
         num_classes: C.
         image_size: H = W in pixels.
 
     Attributes:
         backbone: the trunk; every other trainable parameter counts as head.
-        weights_report: what became of the backbone's weights; whoever builds the method prints it.
-        notes: what else a person should read once, when a run begins.
+        weights_report: what was loaded into the backbone; whoever builds the method prints it.
+        notes: messages to show the user once, when a run begins.
     """
 
     def __init__(self, settings: MethodSettings, *, num_classes: int, image_size: int) -> None:
@@ -82,7 +108,7 @@ class Method(nn.Module):
         self._asked: frozenset[str] = frozenset()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trainable parameter once: `backbone`, and `head`, whose learning rate has its own multiplier."""
+        """Group every trainable parameter: `backbone`, and `head`, whose learning rate has its own multiplier."""
         groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -90,92 +116,112 @@ class Method(nn.Module):
         return groups
 
     def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
-        """Learn what the run is made of and make banks, which take memory when they are first used.
+        """Take note of the run's sizes and make banks, whose memory is allocated when they are first used.
 
-        Called once, by the engine, on every rank. Nothing by default.
+        Called once, by the engine, on every rank. Does nothing by default.
 
         Args:
             num_samples: N of the train split; sample indices are below it.
-            epoch_samples: of an epoch, which is not N where sets are mixed with weights.
-            group_size: consecutive images that may interact; every micro-batch holds whole groups.
-            seed: of the run.
+            epoch_samples: samples of an epoch, which differs from N if data sets are mixed with weights.
+            group_size: number of consecutive images that may interact; every micro-batch holds whole groups.
+            seed: the run's seed.
         """
 
     def read_labels(self, labels: Labels) -> None:
-        """Learn what the training labels say as a whole, into buffers: they are saved with the model, so that a resumed
-        run, `evaluate`, `relabel` and a run that starts from this one need no labels. Nothing by default.
+        """Compute statistics of all training labels, and keep them in buffers. Does nothing by default.
 
-        Called once on every rank, when a run begins from nothing, before weights are taken over from `init_from`.
+        Buffers are saved with the model, so that a resumed run, `evaluate`, `relabel` and a run that starts from this
+        one need no labels. Called once on every rank, when a new run begins, before weights are loaded from
+        `init_from`; a part whose statistics that must not replace has a `kept_at_start`.
 
         Args:
-            labels: human labels of the train split, after the view, without beliefs; to be read in blocks.
+            labels: human labels of the train split, after the view, without pseudo-labels; read them in blocks.
 
         Collective: allowed, on all ranks alike.
         """
 
+    def kept_at_start(self, found: Collection[str]) -> dict[str, str]:
+        """The tensors that a run starting from another run's model (`init_from`) keeps as they are, and why.
+
+        Those of the method's parts that have a `kept_at_start` of their own: what this run's labels and files say, and
+        weights whose meaning the other run does not have.
+
+        Args:
+            found: names of the other model's parameters and buffers, without those that have another shape here.
+
+        Returns:
+            For each name a few words that say what the tensor is; names that are not in `found` are allowed.
+        """
+        kept = {}
+        for part, module in self.named_modules():
+            if isinstance(module, KeepsTensors) and module is not self:
+                inside = {name.removeprefix(f"{part}.") for name in found if name.startswith(f"{part}.")}
+                kept |= {f"{part}.{name}": reason for name, reason in module.kept_at_start(inside).items()}
+        return kept
+
     def check_start(self, url: str, taken: Collection[str]) -> None:
-        """Refuse to begin with part of another run's model where that part is not enough. Any part is by default.
+        """Check that enough of another run's model was loaded to start from. By default any part is enough.
 
         Args:
             url: the run, `init_from`.
-            taken: names of the parameters and buffers that were taken over from it.
+            taken: names of the parameters and buffers that were loaded from it.
 
         Raises:
-            CheckpointError: naming what is absent.
+            CheckpointError: tensors that the method needs are missing; the message has the first.
         """
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Prepare an epoch that starts from its beginning; may read and write banks. Nothing by default.
+        """Prepare an epoch; called when it starts from its beginning. May read and write banks. Nothing by default.
 
         Collective: allowed, on all ranks alike.
         """
 
     @torch.no_grad()
     def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Read what the whole step needs, before any graph exists; may read banks, writes none.
+        """Compute what the whole step needs, before any graph exists; may read banks but not write them.
 
         Args:
             batch: this rank's share of the global batch.
             progress: where the run stands before this step.
 
         Returns:
-            Tensors by name, handed whole to `forward` for every micro-batch. Here `num_valid`, the valid images,
-            and `num_known`, the known labels of `training_targets`, both over the global batch: (1,) float32.
+            Tensors by name, passed whole to `forward` for every micro-batch. Here `num_valid`, the number of valid
+            images, and `num_known`, that of known labels in `training_targets`, over the global batch: (1,) float32.
 
-        Collective: all ranks, one all-reduce of 8 bytes. Overriding methods call this one and add to it.
+        Collective: all ranks, one all-reduce of 8 bytes. Overriding methods call this one and add to its result.
         """
         num_known = (training_targets(batch) != UNKNOWN).sum()
         counts = comm.reduce_sum(torch.stack([batch.valid.sum(), num_known]).float())  # (2,)
         return {"num_valid": counts[0:1], "num_known": counts[1:2]}
 
     def forward(self, batch: Batch, recalled: dict[str, Tensor] | None) -> StepOutput:
-        """Run the model on a micro-batch and, when training, weigh its losses. Neither reads nor writes banks.
+        """Run the model on a micro-batch and, when training, compute its losses. Neither reads nor writes banks.
 
         The loss is a share, not a mean: `loss` and each term are this micro-batch's additive part of the global
-        batch's loss. Summed over all micro-batches and ranks they are that loss, however the batch was cut. The engine
-        undoes DeepSpeed's averaging. Rows whose `valid` is False add exactly 0.
+        batch's loss. Summed over all micro-batches and ranks they are that loss, however the batch was split. The
+        engine undoes DeepSpeed's averaging. Rows whose `valid` is False add exactly 0.
 
-        Losses are computed in float32 with autocast off; `logits` are float32 always.
+        Losses are computed in float32 with autocast off; `logits` are always float32.
 
         Args:
             batch: B rows of the step's batch.
-            recalled: what `recall` gave for the step; None means inference, for which `images` alone are read.
+            recalled: what `recall` returned for the step; None: inference, which reads only `images`.
 
         Returns:
-            `loss`, which alone carries a graph; `terms`; `logits`; `extras` with `embedding` (B, D) always and what
-            `asking` asks for. An extra named `METRIC` and more is a () share like a term, and is reported with them.
-            Without `recalled` the loss is 0 and there are no terms and no metrics.
+            `loss`, the only part with a graph; `terms`; `logits`; `extras`, always with `embedding` (B, D), and with
+            the extras requested by `asking`. An extra whose name begins with `METRIC` is a () share like a term, and is
+            reported with them. Without `recalled` the loss is 0 and there are no terms and no metrics.
 
         Collective: at most one reduced, detached statistic.
         """
         raise NotImplementedError
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Learn from a finished step outside the gradient, once after its update; writes banks. Nothing by default.
+        """Write banks after a finished step; called once, after its update. Does nothing by default.
 
         Args:
             batch: this rank's whole share of the step.
-            output: of the whole step.
+            output: the output of the whole step, see `Engine.train_step`.
 
         Collective: allowed, on all ranks alike.
         """
@@ -185,23 +231,23 @@ class Method(nn.Module):
         return {}
 
     def costs(self, scale: Scale) -> list[Cost]:
-        """What banks, and heads that work in training alone, will cost: `dist-mlpl plan` shows it. Asked after
-        `begin_run`; touches no memory.
+        """Estimate the costs of banks, and of heads used only in training, for `dist-mlpl plan`.
 
-        By default every bank's rows, and the traffic of one row read and one written for each image of a step.
+        Called after `begin_run`; allocates no bank. By default every bank's rows, and the traffic of one row read and
+        one written for each image of a step.
 
         Args:
-            scale: of the run that is planned, which may have other ranks than this process.
+            scale: the sizes of the planned run, which may have another number of ranks than this process.
         """
         return [bank_cost(name, bank, scale) for name, bank in self.banks().items()]
 
     def bank_sources(self) -> dict[str, str]:
-        """Banks that a new run takes from another run's newest commit: RUN by the bank's name. None by default."""
+        """The banks that a new run loads from another run's newest commit: that run by bank name. None by default."""
         return {}
 
     @contextmanager
     def asking(self, *extras: str) -> Iterator[None]:
-        """Have `forward` fill costly extras (`heatmaps`) while the block runs."""
+        """Make `forward` also return costly extras (`heatmaps`) inside the block."""
         before, self._asked = self._asked, self._asked | frozenset(extras)
         try:
             yield
@@ -214,7 +260,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """One vector per image, in the mode (training or evaluation) the method is in.
+        """Compute one vector per image, in the mode (training or evaluation) the method is in.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -228,13 +274,13 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> Tensor:
-        """Where each class is seen, in the mode (training or evaluation) the method is in.
+        """Compute heatmaps of each class, in the mode (training or evaluation) the method is in.
 
         Args:
             images: (B, 3, H, W), normalised.
 
         Returns:
-            (B, C, h, w) float32, evidence per cell; larger is more.
+            (B, C, h, w) float32, evidence per cell; a larger value is more evidence.
 
         Collective: under ZeRO-3, all ranks.
         """
@@ -243,24 +289,24 @@ class Method(nn.Module):
 
 
 def training_targets(batch: Batch) -> Tensor:
-    """Human labels where known, this round's beliefs elsewhere, unknown on every row that is not valid.
+    """Combine human labels where known with this round's pseudo-labels elsewhere; invalid rows are all unknown.
 
     Returns:
         (B, C) int8 in {-1, 0, 1}.
     """
     targets = batch.targets
     if batch.pseudo_targets is not None:
-        targets = torch.where(targets != UNKNOWN, targets, batch.pseudo_targets)  # a known label always wins
+        targets = torch.where(targets != UNKNOWN, targets, batch.pseudo_targets)  # a human label has priority
     return torch.where(batch.valid[:, None], targets, UNKNOWN)
 
 
 def known_positives(batch: Batch) -> Tensor:
-    """(B, C) bool: present by human label in a valid image."""
+    """(B, C) bool, True where a human label is present and the image is valid."""
     return (batch.targets == PRESENT) & batch.valid[:, None]
 
 
 def images_alone(images: Tensor, num_classes: int) -> Batch:
-    """Images (B, 3, H, W) as a batch of which nothing else is known, for inference."""
+    """Make a batch for inference from images (B, 3, H, W): all labels unknown, all rows valid, no indices."""
     B, device = images.shape[0], images.device
     return Batch(
         images=images,
@@ -275,7 +321,7 @@ def images_alone(images: Tensor, num_classes: int) -> Batch:
 
 
 def step_output(logits: Tensor, terms: dict[str, Tensor], extras: dict[str, Any]) -> StepOutput:
-    """The result of a forward: the loss is the sum of its terms, and it alone keeps the graph.
+    """Make the result of a forward: the loss is the sum of its terms, and the only part with a graph.
 
     Args:
         logits: (B, C).

@@ -1,4 +1,4 @@
-"""Owns SARB and DSRB: unknown labels completed by mixing in features of images or prototypes known to show them."""
+"""Owns SARB and DSRB: unknown labels are completed by mixing in features of images or prototypes of the class."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ from dist_mlpl.models.semantic import Decoupled, SemanticHead, SemanticSettings
 
 
 class BlendingSettings(MethodSettings):
-    """SARB or DSRB, and its numbers; the defaults are the reference code's.
+    """The settings of SARB and DSRB; the defaults are the reference code's.
 
     Args:
         head: attention and classifier.
-        graph: between the classes.
-        prototypes: of a class: `kmeans`, centres of its known positives' features (SARB); `quadrants`, their means by
-            the quarter of the map in which the class peaks, of which an image is given another than its own (DSRB).
-        num_prototypes: of a class, for kmeans.
+        graph: the graph between classes.
+        prototypes: `kmeans`: a class's prototypes are centres of its known positives' features (SARB); `quadrants`:
+            their means by the quadrant of the map in which the class peaks; an image gets another quadrant's (DSRB).
+        num_prototypes: prototypes per class, for `kmeans`.
         start_epoch: first epoch that blends, counted from 0.
-        renew_every_epochs: between renewals of the prototypes, from `start_epoch` on; before, every epoch renews them.
-        blended_classes: unknown labels of an image that are mixed with prototypes in one step (topK).
-        alpha, beta: share of the image's own feature at the start, in mixtures with partners and with prototypes.
-        instance_weight, prototype_weight: of the losses on the mixtures.
-        contrastive_weight: lambda, which grows linearly from 0 over the first epoch.
-        faithful: take the reference code's numbers where they differ; see `Blending`.
-        bank_folder: local folder for the prototypes' memory-mapped memory; null: host memory.
+        renew_every_epochs: epochs between renewals of the prototypes, from `start_epoch` on; until then every epoch but
+            the first renews them.
+        blended_classes: unknown labels per image that are mixed with prototypes in one step (topK).
+        alpha, beta: initial share of the image's own feature, in mixtures with partners and with prototypes.
+        instance_weight, prototype_weight: weights of the losses on these mixtures.
+        contrastive_weight: lambda; its factor rho grows linearly from 0 to 1 over the first epoch.
+        faithful: True: do as the reference code does where it differs; see `Blending`.
+        bank_folder: local folder for the memory-mapped bank of prototypes; null: host memory.
     """
 
     name: Literal["blending"] = "blending"
@@ -71,52 +72,50 @@ class BlendingSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _refuse_what_the_prototypes_ignore(self) -> BlendingSettings:
-        if self.dropout:
-            raise ValueError("dropout set, but attention and graph have none: leave it out")
-        default = type(self).model_fields["num_prototypes"].default
-        if self.prototypes == "quadrants" and self.num_prototypes != default:
-            raise ValueError("num_prototypes set, but quadrants are always four")
+        self.refuse_idle(("pooling", "dropout"), "attention and graph have none: leave it out")
+        if self.prototypes == "quadrants":
+            self.refuse_idle(("num_prototypes",), "quadrants are always four")
         return self
 
     def build(self, *, num_classes: int, image_size: int) -> Blending:
         return Blending(self, num_classes=num_classes, image_size=image_size)
 
     def is_renewing(self, epoch: int) -> bool:
-        """Whether an epoch begins with new prototypes."""
+        """True if an epoch begins with a renewal of the prototypes."""
         return epoch > 0 and (epoch <= self.start_epoch or (epoch - self.start_epoch) % self.renew_every_epochs == 0)
 
 
 class Blending(Method):
-    """Semantic-aware representation blending: a batch is classified as it is and mixed in two ways.
+    """Semantic-aware representation blending: a batch is classified unchanged and with its features mixed in two ways.
 
         f = decouple(backbone(image));  x, x1, x2 = classify(f), classify(f1), classify(f2)
         f1, y1 = f, y; where y is unknown and the partner's label is known present: alpha f + (1 - alpha) f_partner
         f2, y2 = f, y; at some unknown labels: beta f + (1 - beta) prototype
         L = BCE(x, y) + BCE(x1, y1) + BCE(x2, y2) + rho lambda L_cst(f, y)
 
-    The label of a mixture is the share that it has of its source. Each BCE is a mean over the global batch's known and
-    mixed labels. Mixing begins at `start_epoch`; a class without prototypes is not mixed with any.
+    The label of a mixture is the share of its source in it. Each BCE is a mean over the global batch's known and mixed
+    labels. Mixing begins at `start_epoch`; a class without prototypes is not mixed with prototypes.
 
     Source: SARB (Pu et al., AAAI 2022, arXiv 2203.02172), DSRB (Pu et al., ESWA 2024, arXiv 2205.13092), and their code
         for what the papers leave open.
-    Differs, and `faithful` undoes it:
-        An image without enough unknown labels keeps the known ones (the code overwrites its first classes).
-        alpha and beta keep off 0 and 1 (at 1 the code's soft target is 0, unknown, and nothing can change that).
-        Soft targets are constants (the code moves alpha by moving the label).
-        Every label draws its own of the k-means prototypes (the code: one number for a whole step).
-        A quadrant's mean is that of its features (the code counts a row of zeros with them).
-        A class peaks where its attention is largest (the code: the sum over channels of the attended map).
-        The graph and L_cst as in `Sst`.
+    Differs, unless `faithful`:
+        An image without enough unknown labels keeps its known ones (the code overwrites its first classes).
+        alpha and beta stay strictly between 0 and 1 (at 1 the code's soft target is 0, unknown, and stays so).
+        Soft targets are constants (the code's have a gradient, so alpha can lower the loss by changing the label).
+        Every label draws its own k-means prototype (the code: one number for a whole step).
+        A quadrant's mean is that of its features (the code includes a row of zeros).
+        A class peaks where its attention is largest (the code: where the attended map's sum over channels is).
+        The graph and L_cst are those of `Sst`.
     Differs always:
-        Partners mirror each other in their group of images, not in a rank's batch.
-        Prototypes are made of the training steps of the epoch before (the code: a pass in evaluation mode; DSRB's over
-            the first 100 positives of each class and quadrant only). k-means goes one step a renewal, from the renewal
-            before.
-        DSRB's prototypes are summed over the cells, since a mixture is seen only after that sum.
+        An image's partner is its mirror image in their group of images, not in a rank's batch.
+        Prototypes are made from the training steps of the previous epoch (the code: from a pass in evaluation mode,
+            DSRB's only over the first 100 positives of each class and quadrant). A renewal is one step of k-means that
+            starts from the previous prototypes.
+        DSRB's prototypes are summed over the cells, since mixtures are used only after that sum.
         Draws are keyed by seed, step and sample; prototypes and position are saved.
 
     Args:
-        settings: of the method.
+        settings: the method's settings.
         num_classes: C.
         image_size: H = W in pixels.
     """
@@ -153,7 +152,7 @@ class Blending(Method):
         return {self._prototypes.bank.name: self._prototypes.bank}
 
     def costs(self, scale: Scale) -> list[Cost]:
-        """The prototypes, and the two classifications of mixtures, which training alone makes."""
+        """See `Method.costs`: the prototypes, and the two classifications of mixtures, which only training makes."""
         C, D, graph = self.num_classes, self.head.width, self.head.graph
         width = self.settings.head.head_width or D
         kept = C * ((graph.num_steps + 2) * D + width)  # numbers of one classification of an image
@@ -161,7 +160,7 @@ class Blending(Method):
         classified = C * width * (2 * D + 1)
         return [
             self._prototypes.cost(scale),
-            # Of updates the backward pass makes the forward once more.
+            # The backward pass recomputes the forward of updates.
             Cost("mixtures", kept_bytes=2 * 4.0 * kept, flops=2 * (6.0 * (messages + classified) + 8.0 * updates)),
         ]
 
@@ -176,13 +175,13 @@ class Blending(Method):
 
     @torch.no_grad()
     def recall(self, batch: Batch, progress: Progress) -> Named:
-        """As every method's, and what the whole step shares.
+        """See `Method.recall`; adds what the whole step shares.
 
-        `num_contrasted`, and once blending has begun `num_lent`, `num_drawn` and `num_overwritten`: (1,) float32 over
-        the global batch, what the losses are divided by. `ramp` rho and `is_gathering`, (1,) on the CPU. The draw of
-        `DrawnPrototypes`.
+        `num_contrasted`, and once blending has begun `num_lent`, `num_drawn` and `num_overwritten`: (1,) float32 counts
+        over the global batch, from which the losses' divisors follow. `ramp` rho and `is_gathering`, (1,) on the CPU.
+        Once blending has begun, the result of `DrawnPrototypes.draw`.
 
-        Collective: all ranks, two all-reduces of 8 and 16 bytes.
+        Collective: all ranks, two all-reduces of 8 and 4 bytes; of 8 and 16 once blending has begun.
         """
         settings, device, targets = self.settings, batch.valid.device, training_targets(batch)
         ramp = progress.samples_consumed / self._epoch_samples if progress.epoch == 0 else 1.0
@@ -220,7 +219,7 @@ class Blending(Method):
         quadrants = quadrant_of(found, faithful=self.settings.faithful) if is_located else None
         with torch.autocast(f.device.type, enabled=False):
             blends = self._blends(f, quadrants, batch, recalled)
-        x = self.head.classify(torch.cat([blend.features for blend in blends])).split(len(f))  # one call: one gathering
+        x = self.head.classify(torch.cat([blend.features for blend in blends])).split(len(f))  # one call: gathered once
         with torch.autocast(f.device.type, enabled=False):
             terms = self._losses(x, f, blends, batch, recalled)
         if bool(recalled["is_gathering"]):
@@ -231,7 +230,7 @@ class Blending(Method):
         return step_output(x[0], terms, extras)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Gather the features of known positives, in an epoch after which prototypes are renewed.
+        """Add the features of known positives to the prototypes' sums, if they are renewed after this epoch.
 
         Collective: all ranks, see `Prototypes.add`.
         """
@@ -245,7 +244,7 @@ class Blending(Method):
             )
 
     def _blends(self, f: Tensor, quadrants: Tensor | None, batch: Batch, recalled: Named) -> list[Blend]:
-        """f (B, C, D) as it is and, once blending has begun, mixed with partners and with prototypes."""
+        """Return f (B, C, D) unchanged and, once blending has begun, mixed with partners and with prototypes."""
         faithful, y = self.settings.faithful, training_targets(batch)
         blends = [Blend(f, y, y != UNKNOWN)]
         if "drawn_index" in recalled:
@@ -266,7 +265,7 @@ class Blending(Method):
         return blends
 
     def _losses(self, x: Sequence[Tensor], f: Tensor, blends: list[Blend], batch: Batch, recalled: Named) -> Named:
-        """Shares of the global batch's loss, of logits x (B, C) for each blend."""
+        """Compute shares of the global batch's loss, by term, from logits x (B, C) of each blend."""
         settings, alpha, beta = self.settings, self.alpha(f), self.beta(f)
         bce = [counted_bce(logits, blend.targets, blend.is_counted) for logits, blend in zip(x, blends, strict=True)]
         contrastive = contrastive_loss(
@@ -289,21 +288,21 @@ class Blending(Method):
         }
 
     def _lent(self, batch: Batch) -> Tensor:
-        """(B, C) bool: labels that partners complete."""
+        """(B, C) bool, True for labels that partners complete."""
         is_unknown = (training_targets(batch) == UNKNOWN) & batch.valid[:, None]
         return lendable(is_unknown, known_positives(batch), group_size=self._group_size)
 
     def _num_counted(self, num_known: Tensor, num_mixed: Tensor, share: Tensor) -> Tensor:
-        """() entries that a BCE counts, at least 1; in the code, not those whose target is 0."""
+        """() number of entries that a BCE counts, at least 1; with `faithful` without those whose target is 0."""
         if self.settings.faithful:
             num_mixed = num_mixed * (share.detach() < 1)
         return (num_known + num_mixed).clamp(min=1).squeeze()
 
 
 def quadrant_of(found: Decoupled, *, faithful: bool = False) -> Tensor:
-    """(B, C) int64: the quarter of the map in which each class peaks, by its attention.
+    """(B, C) int64, the quadrant of the map in which each class's attention peaks.
 
-    With `faithful`, as in the code, by sum_d a_cl F_ld: a cell of negative sum counts less the more it is attended to.
+    With `faithful`, as in the code, where sum_d a_cl F_ld peaks: more attention to a cell of negative sum lowers it.
     """
     assert found.attention is not None
     assert found.cell_sums is not None

@@ -1,4 +1,4 @@
-"""Owns how features of unknown classes are mixed with those of known positives: both blends, and their loss."""
+"""Owns the mixing of features of unknown classes with those of known positives: both blends, and their loss."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from dist_mlpl.labels import UNKNOWN
 
 
 class Blend(NamedTuple):
-    """Class features of which some are mixtures, and what they are to be classified as."""
+    """Class features, some of which are mixtures, and their targets."""
 
     features: Tensor  # (B, C, D)
-    targets: Tensor  # (B, C) float: 1 present, -1 absent, 0 unknown, a number in [0, 1] where blended
-    is_counted: Tensor  # (B, C) bool, the entries that a loss is taken over
+    targets: Tensor  # (B, C) float: 1 present, -1 absent, 0 unknown, a probability in [0, 1] where blended
+    is_counted: Tensor  # (B, C) bool, True for entries that the loss counts
 
 
 class Coefficient(nn.Module):
-    """The share that an image keeps of its own feature, one learnable number; a layer, so that ZeRO-3 gathers it.
+    """The learnable share of its own feature that an image keeps in a mixture; a module, so that ZeRO-3 gathers it.
 
     Args:
-        start: in (0, 1).
-        is_clamped: the parameter is the share itself, cut to [0, 1]. Otherwise the share is its sigmoid, which reaches
-            neither end: at 1 nothing would be blended and nothing could change that any more.
+        start: initial share, in (0, 1).
+        is_clamped: True: the parameter is the share itself, clamped to [0, 1]. False: the share is its sigmoid, which
+            reaches neither end: at 1 nothing would be blended, and no gradient could change that.
 
-    Source: SARB's code, whose parameter is clamped in place. Differs: clamped on reading, which passes the gradient on
-        all the same; under ZeRO no parameter may change in a forward.
+    Source: SARB's code, whose parameter is clamped in place.
+    Differs: clamped on reading, with the gradient passed on unchanged; under ZeRO no parameter may change in a forward.
     """
 
     def __init__(self, start: float, *, is_clamped: bool) -> None:
@@ -38,7 +38,7 @@ class Coefficient(nn.Module):
         self.share = nn.Parameter(share if is_clamped else share.logit())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(1,) in the type of `features`."""
+        """Return the share, (1,), in the type of `features`."""
         share = self.share.to(features.dtype)
         if not self.is_clamped:
             return share.sigmoid()
@@ -46,18 +46,18 @@ class Coefficient(nn.Module):
 
 
 def lendable(is_unknown: Tensor, is_source: Tensor, *, group_size: int) -> Tensor:
-    """Which unknown labels an image's partner can complete. Partners mirror each other in their group of images.
+    """Find the unknown labels that an image's partner can complete; partners are first and last of a group and so on.
 
     Args:
-        is_unknown: (B, C) bool, of valid images; B is a multiple of `group_size`.
+        is_unknown: (B, C) bool, unknown labels of valid images; B is a multiple of `group_size`.
         is_source: (B, C) bool, known positives of valid images.
-        group_size: consecutive images that may interact; the middle one of an odd group is its own partner.
+        group_size: number of consecutive images that may interact; the middle one of an odd group is its own partner.
 
     Returns:
         (B, C) bool.
 
-    Source: SARB's code, which mirrors the whole batch. Differs: inside groups, so that neither ranks nor micro-batches
-        change who is whose partner.
+    Source: SARB's code, which mirrors the whole batch.
+    Differs: inside groups, so that partners do not depend on ranks or micro-batches.
     """
     rows = torch.arange(len(is_source), device=is_source.device)
     return is_unknown & is_source[_partner(rows, group_size)]
@@ -82,8 +82,8 @@ def instance_blend(
         group_size: see `lendable`.
         faithful: see `_blended`.
 
-    Source: SARB, section "instance-level representation blending"; IPRB of DSRB is the same, since it mixes maps of
-        which only the sum over cells is used.
+    Source: SARB, section "instance-level representation blending"; IPRB of DSRB is the same, since of the maps it mixes
+        only the sum over cells is used.
     """
     rows, classes = is_blended.nonzero(as_tuple=True)  # (n,) each
     sources = features[_partner(rows, group_size), classes]
@@ -110,13 +110,13 @@ def prototype_blend(
         coefficient: (1,) beta in [0, 1], the share of the image's own feature.
         faithful: see `_blended`.
 
-    Source: SARB, section "prototype-level representation blending"; PPRB of DSRB differs in its prototypes alone.
+    Source: SARB, section "prototype-level representation blending"; PPRB of DSRB differs only in its prototypes.
     """
     return _blended(features, targets, rows, classes, prototypes.to(features), coefficient, faithful=faithful)
 
 
 def _partner(rows: Tensor, group_size: int) -> Tensor:
-    """(n,) rows of the images that mirror those of `rows` in their groups."""
+    """(n,) the rows of the partners of `rows` (n,): their mirror images in their groups."""
     return rows + (group_size - 1 - 2 * (rows % group_size))
 
 
@@ -132,9 +132,9 @@ def _blended(
 ) -> Blend:
     """Put mixtures with sources (n, D) at entries (rows, classes).
 
-    The target of a mixture is the share of its source, a constant: else the coefficient could lower the loss by moving
-    the label in place of the feature. With `faithful`, as in the code, the target has a gradient, and a target of
-    exactly 0 is an unknown label.
+    The target of a mixture is the share of its source, a constant: otherwise the coefficient could lower the loss by
+    changing the label instead of the feature. With `faithful`, as in the code, the target has a gradient, and a target
+    of exactly 0 is an unknown label.
     """
     mixed = coefficient * features[rows, classes] + (1 - coefficient) * sources  # (n, D)
     believed = (1 - coefficient).expand(len(rows))
@@ -152,7 +152,7 @@ def counted_bce(logits: Tensor, targets: Tensor, is_counted: Tensor) -> Tensor:
 
     Args:
         logits: (B, C).
-        targets: (B, C) float; a negative one is absent, one in [0, 1] a probability.
+        targets: (B, C) float; negative: absent; in [0, 1]: a probability.
         is_counted: (B, C) bool.
     """
     x = logits[is_counted]
@@ -160,10 +160,14 @@ def counted_bce(logits: Tensor, targets: Tensor, is_counted: Tensor) -> Tensor:
 
 
 def quadrant(cell: Tensor, *, height: int, width: int) -> Tensor:
-    """Quarter of the map that a cell lies in: 2 * (lower half) + (right half); the upper and left halves are h // 2.
+    """The quadrant of the map that a cell lies in, 2 * (is in the lower half) + (is in the right half), int64.
+
+    The upper half has height // 2 rows, the left half width // 2 columns.
 
     Args:
         cell: any shape, int64, row * width + column.
+        height: rows of the map.
+        width: columns of the map.
     """
     row, column = cell.div(width, rounding_mode="floor"), cell % width
     return 2 * (row >= height // 2).long() + (column >= width // 2).long()

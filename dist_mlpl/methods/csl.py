@@ -1,4 +1,4 @@
-"""Owns the class-aware selective loss as a method (CSL, P-ASL), with the class prior that it estimates."""
+"""Owns the method of the class-aware selective loss (CSL, P-ASL), with the class prior that it estimates."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dist_mlpl.methods.pooled import PooledMethod
 from dist_mlpl.settings import Location
 
 PRIOR = "prior"
-_ONE: Final = (
-    2**32
-)  # probabilities are summed as multiples of 2**-32: whole numbers have one sum on any number of ranks
+# Probabilities are summed as multiples of 2**-32: sums of whole numbers are the same on any number of ranks.
+_ONE: Final = 2**32
 
 
 class CslSettings(MethodSettings):
-    """The selective loss and its plain relatives.
+    """The settings of the selective loss and its simpler variants.
 
     Args:
-        mode: `selective`: unknown labels are weak negatives but for those that may well be present; `negative`: all are
-            (P-ASL; ASL with gamma_neg = gamma_unknown); `ignore`: none is.
+        mode: `selective`: unknown labels are weak negatives except those likely present; `negative`: all are (P-ASL;
+            ASL with gamma_neg = gamma_unknown); `ignore`: none is.
         gamma_pos, gamma_neg, gamma_unknown: focusing exponents of present, absent and unknown labels.
         clip: probability margin of absent and unknown labels, in [0, 1).
-        top_k: of each image, how many of the likeliest unknown labels are left out; selective.
-        prior_threshold: unknown labels of classes whose prior exceeds it are left out; selective, with one of the next.
-        prior_from: RUN of mode `ignore`, whose predictions over its last epoch are the prior.
-        ignore_epochs: so many first epochs train in mode `ignore`, and the last one's predictions are the prior.
+        top_k: how many of the likeliest unknown labels of each image are left out; only in mode `selective`.
+        prior_threshold: unknown labels of classes whose prior exceeds it are left out; only in mode `selective`, and
+            together with one of the next two.
+        prior_from: a run in mode `ignore`, whose predictions over its last epoch give the prior.
+        ignore_epochs: number of first epochs that train in mode `ignore`; the last one's predictions give the prior.
     """
 
     name: Literal["csl"] = "csl"
@@ -52,11 +52,11 @@ class CslSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _check_selection(self) -> CslSettings:
-        fields = type(self).model_fields
-        of_selective = ("top_k", "prior_threshold", "prior_from", "ignore_epochs")
-        changed = [key for key in of_selective if getattr(self, key) != fields[key].default]
-        if changed and self.mode != "selective":
-            raise ValueError(f"{', '.join(changed)} set, but mode {self.mode!r} does not use it")
+        if self.mode != "selective":
+            of_selective = ("top_k", "prior_threshold", "prior_from", "ignore_epochs")
+            self.refuse_idle(of_selective, f"mode {self.mode!r} does not use it")
+        if self.mode == "ignore":
+            self.refuse_idle(("gamma_unknown",), "mode 'ignore' leaves unknown labels out")
         sources = [key for key in ("prior_from", "ignore_epochs") if getattr(self, key)]
         if len(sources) != (self.prior_threshold is not None):
             raise ValueError(
@@ -70,14 +70,14 @@ class CslSettings(MethodSettings):
 
 
 class Csl(PooledMethod):
-    """One asymmetric loss, its unknown labels chosen by likelihood and by class prior.
+    """A pooled linear head with the asymmetric loss, whose unknown labels are chosen by likelihood and class prior.
 
-    The prior lives in the table `prior`: of every class, the sum of predicted probabilities over the valid images that
-    an epoch of mode `ignore` has trained on so far, and their number. It is part of every commit.
+    The prior is stored in the table `prior`: for every class, the sum of predicted probabilities over the valid images
+    that the current or last epoch in mode `ignore` has trained on, and their number. It is part of every commit.
 
     Source: Ben-Baruch et al., CVPR 2022.
     Differs: the loss is the mean over images of the sum over classes (the code's is the sum); the prior is the mean
-        over one epoch of predictions made while training (the paper's a pass of the finished model, the code's a mean
+        over one epoch of predictions made while training (the paper's: over a pass of the trained model; the code's:
         over all epochs).
     """
 
@@ -112,10 +112,10 @@ class Csl(PooledMethod):
         return recalled
 
     def prior(self) -> Tensor:
-        """(C,) float32 estimated frequency of each class, in [0, 1].
+        """The estimated frequency of each class, (C,) float32 in [0, 1].
 
         Raises:
-            BankError: nothing was predicted yet.
+            BankError: there are no predictions yet, or the method keeps no prior.
         """
         table = {} if self._prior is None else self._prior.read_all()
         if not table or int(table["counts"].min()) == 0:
@@ -149,7 +149,7 @@ class Csl(PooledMethod):
             return terms, {}
         sums = (torch.sigmoid(logits.detach()[valid].double()) * _ONE).round().long().sum(dim=0)  # (C,)
         counted = torch.cat([sums, valid.sum()[None]])
-        return terms, {"predicted": counted[None]}  # (1, C + 1) of each micro-batch
+        return terms, {"predicted": counted[None]}  # (1, C + 1) per micro-batch
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         super().observe(batch, output)

@@ -1,4 +1,4 @@
-"""Owns the prototypes that blending mixes in: gathered from known positives, and drawn for unknown labels."""
+"""Owns the prototypes used in blending: gathered from known positives, and drawn for unknown labels."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Kind = Literal["kmeans", "quadrants"]
 
 
 class DrawnPrototypes:
-    """The bank `prototypes`, what enters it, and which of its rows an image is given.
+    """The bank `prototypes`: what is added to it, and which of its prototypes an image is given.
 
     Args:
         kind: `kmeans` or `quadrants`.
         num_classes: C.
-        num_prototypes: P of kmeans.
+        num_prototypes: P, for kmeans only.
         width: D.
-        seed: of the run.
+        seed: the run's seed.
         count: k, labels of an image that are mixed with prototypes in one step.
         faithful: see `Blending`.
-        folder: see `Bank`.
+        folder: see `HeldRows`.
     """
 
     def __init__(
@@ -48,38 +48,38 @@ class DrawnPrototypes:
     ) -> None:
         self._kind, self._num_prototypes, self._width = kind, num_prototypes, width
         self._seed, self._count, self._faithful = seed, count, faithful
-        # The code's quadrant means count a row of zeros that its class means do not: a fifth slot holds the class, so
-        # that a quadrant can be told from one that was filled with the class's mean.
+        # The code's quadrant means include a row of zeros that its class means do not. A fifth slot counts the whole
+        # class, so that a quadrant can be told from an empty one, which is filled with the class's mean.
         num_slots = num_prototypes if kind == "kmeans" else NUM_QUADRANTS + faithful
         self.bank = Prototypes(PROTOTYPES, num_classes, num_slots, width, seed=seed, folder=folder)
 
     def add(self, class_id: Tensor, features: Tensor, quadrants: Tensor | None, index: Tensor) -> None:
-        """Gather known positives of a step.
+        """Add the known positives of a step.
 
         Args:
             class_id: (n,) int64.
             features: (n, D).
-            quadrants: (n,) int64 in [0, 4) where the class peaked; None for kmeans.
-            index: (n,) int64 of the samples.
+            quadrants: (n,) int64 in [0, 4), where the class peaks; None for kmeans.
+            index: (n,) int64, indices of the samples.
 
-        Collective: all ranks, see `Prototypes.add`.
+        Collective: all ranks, see `Prototypes.add`; called twice for quadrants with `faithful`.
         """
         self.bank.add(class_id, features, slot=quadrants, position=index)
         if quadrants is not None and self._faithful:
             self.bank.add(class_id, features, slot=torch.full_like(quadrants, NUM_QUADRANTS), position=index)
 
     def draw(self, index: Tensor, targets: Tensor, step: int) -> Named:
-        """Choose labels of images, and what to mix into each.
+        """Draw labels of images to be mixed, and a prototype for each.
 
         Args:
-            index: (n,) int64 of the samples, ascending; on the CPU, like everything here.
+            index: (n,) int64, indices of the samples, ascending; on the CPU, like all tensors here.
             targets: (n, C) int8 in {-1, 0, 1}.
-            step: of the run.
+            step: number of the step in the run.
 
         Returns:
-            `drawn_index` (n,) as given; `drawn_classes` (n, k) int64, -1 for none; `drawn_prototypes` (n, k, Q, D): the
-            one of k-means, or those of the four quadrants, among which the class's peak and `drawn_turn` (n, k) in
-            {1, 2, 3} choose.
+            `drawn_index` (n,), `index` itself; `drawn_classes` (n, k) int64, -1 for none; `drawn_prototypes`
+            (n, k, Q, D), the one drawn (kmeans, Q = 1) or those of the four quadrants, of which the forward takes the
+            class's own quadrant less `drawn_turn` (n, k) in {1, 2, 3}, modulo 4 (kmeans: 0, not used).
         """
         counts = self.bank.counts()  # (C, P)
         exists = counts.sum(dim=1) > 0
@@ -104,21 +104,21 @@ class DrawnPrototypes:
         return {"drawn_index": index, "drawn_classes": classes, "drawn_prototypes": found, "drawn_turn": turn}
 
     def cost(self, scale: Scale) -> Cost:
-        """Of a step that gathers known positives; what an epoch's renewal sends is left out."""
+        """Estimate the cost of a step that adds known positives, without what a renewal sends once per epoch."""
         num_times = 2 if self._faithful and self._kind == "quadrants" else 1
         num_positives, row_bytes = scale.share_images * scale.num_positives, 24 + 4 * self._width
         sent = exchange_bytes(num_positives, row_bytes, scale.world_size, is_expected=True)
-        sent = num_times * (sent + (scale.world_size - 1) * NUMBER_BYTES)  # which tells how many come next
+        sent = num_times * (sent + (scale.world_size - 1) * NUMBER_BYTES)  # the announced counts
         rows = bank_cost(PROTOTYPES, self.bank, scale, reads=0, writes=0)
         return rows._replace(held_bytes=rows.held_bytes + self.bank.table_bytes, sent_bytes=sent)
 
 
 def quadrant_shrinkage(counts: Tensor) -> Tensor:
-    """What the code's zero row makes of a quadrant's mean: n / (n + 1) of it; a mean of the whole class stays.
+    """The factor by which the code's row of zeros shrinks a quadrant's mean: n / (n + 1); 1 for the class's mean.
 
     Args:
-        counts: (C, 5) int64, of quadrants and, last, of the class. A quadrant of n features counts n, an empty one,
-            which holds the class's mean, counts all five slots.
+        counts: (C, 5) int64, of the quadrants and, last, of the class. A quadrant with n features counts n; an empty
+            one, which holds the class's mean, counts the features of all five slots.
 
     Returns:
         (C, 4) float32.
@@ -128,17 +128,17 @@ def quadrant_shrinkage(counts: Tensor) -> Tensor:
 
 
 def draw_classes(candidates: Tensor, index: Tensor, key: int, *, count: int, fills_up: bool = False) -> Tensor:
-    """Draw classes of each image among its candidates, without putting back.
+    """Draw classes of each image among its candidates, without replacement.
 
     Args:
         candidates: (n, C) bool.
-        index: (n,) int64 of the samples; the draw depends on it and on the key alone.
+        index: (n,) int64, indices of the samples; the draw depends only on it, the key and the candidates.
         key: see `keyed.key`.
         count: k.
-        fills_up: where candidates are fewer, go on with the first classes that are none, as the code does.
+        fills_up: True: if there are fewer candidates, add the first other classes, as the code does.
 
     Returns:
-        (n, min(k, C)) int64, -1 where there are no more candidates.
+        (n, min(k, C)) int64; -1 where there are no more candidates, unless `fills_up`.
     """
     num_classes = candidates.shape[1]
     classes = torch.arange(num_classes)
@@ -148,11 +148,11 @@ def draw_classes(candidates: Tensor, index: Tensor, key: int, *, count: int, fil
 
 
 def draw_numbers(index: Tensor, key: int, *, count: int, num_values: int) -> Tensor:
-    """(n, count) int64, uniform in [0, num_values), that depend on the samples' index (n,) int64 and the key alone."""
+    """Draw (n, count) int64, uniform in [0, num_values), that depend only on sample indices (n,) int64 and the key."""
     return _hashed(key, index[:, None] * count + torch.arange(count)) % num_values
 
 
 def _hashed(key: int, values: Tensor) -> Tensor:
-    """int64 of the same shape, uniform in [0, 2**53)."""
+    """Hash int64 values of any shape to int64, uniform in [0, 2**53)."""
     bits = keyed.hash_integers(key, values.numpy().astype(np.uint64)) >> np.uint64(11)
     return torch.from_numpy(bits.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Owns EN as part of a method: predictions averaged over a sample's earlier visits say which labels to leave out."""
+"""Owns EN as part of a method: predictions averaged over a sample's earlier visits decide which labels are left out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SCORES: Final = "scores"
 
 
 class ExpectedNegative(UnknownLoss):
-    """The likeliest unknown labels of an image, as many as it should have more, are left out; the rest are absent.
+    """EN: an image's likeliest unknown labels, as many as positives are missing, are left out; the others are absent.
 
-    The bank `scores` holds the mean probability (N, C) float16 over a sample's visits; its stamp counts these from 0.
-    In the first epoch nothing is left out; a sample that was not visited in it is ranked by the step's own logits.
+    The bank `scores` holds the mean probability (N, C) float16 over a sample's visits; its stamp is their number less
+    1. In the first epoch nothing is left out; a sample not visited before is ranked by the step's own logits.
 
     Source: Verelst et al., WACV 2023; see `expected_negative_loss` for what is known of it.
 
     Args:
         num_classes: C.
-        expected_positives: K of an image.
-        folder: see `Bank`.
+        expected_positives: K, the expected number of positives of an image.
+        folder: see `HeldRows`.
     """
 
     def __init__(self, *, num_classes: int, expected_positives: float, folder: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Owns the partial-BCE method: trunk, linear head, a graph over the labels if asked for, one loss over known labels."""
+"""Owns the partial-BCE method: trunk, linear head, an optional graph over the labels, one loss over known labels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dist_mlpl.models.graph import LabelGraph, LabelGraphSettings
 
 
 class PartialBceSettings(MethodSettings):
-    """Partial-BCE and the plain losses it is compared with.
+    """The settings of partial-BCE and of the plain losses it is compared with.
 
     Args:
-        graph: a label graph on top of the logits; null for none.
-        normalization: `durand`: mean over images, each weighed by g of its known share; `image_mean`: mean over images
-            of the mean over the image's known labels; `masked_mean`: mean over the known labels of the global batch;
-            `assume_negative`: unknown counts as absent, mean over all labels.
+        graph: a label graph on top of the logits; null: none.
+        normalization: `durand`: mean over images, each weighted by g of its share of known labels; `image_mean`: mean
+            over images of the mean over the image's known labels; `masked_mean`: mean over the known labels of the
+            global batch; `assume_negative`: unknown counts as absent, mean over all labels.
         alpha, beta, gamma: g(p) = alpha * p**gamma + beta of `durand`; alpha + beta is 1, so that images with all
             labels known get plain binary cross-entropy.
         p0, g0: instead of alpha and beta: a share of known labels in (0, 1) and the weight g(p0) wanted there; 0.1 and
             5 give the paper's alpha and beta before rounding.
-        pseudo_weight: w in [0, 1] of pseudo-labels: the loss is w times that with them plus 1 - w times that without.
-            At 1, the paper's way, a pseudo-label counts like a human one, in the loss and in p; at 0 it has no part.
+        pseudo_weight: w in [0, 1]: the loss is w times the loss with pseudo-labels plus 1 - w times that without them.
+            At 1, as in the paper, a pseudo-label counts like a human one, in the loss and in p; at 0 it has no part.
     """
 
     name: Literal["partial_bce"] = "partial_bce"
@@ -45,14 +45,13 @@ class PartialBceSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _check_normaliser(self) -> PartialBceSettings:
-        fields = type(self).model_fields
-        changed = [k for k in ("alpha", "beta", "gamma", "p0", "g0") if getattr(self, k) != fields[k].default]
-        if changed and self.normalization != "durand":
-            raise ValueError(f"{', '.join(changed)} set, but normalization {self.normalization!r} does not use g(p)")
+        if self.normalization != "durand":
+            because = f"normalization {self.normalization!r} does not use g(p)"
+            self.refuse_idle(("alpha", "beta", "gamma", "p0", "g0"), because)
         if (self.p0 is None) != (self.g0 is None):
             raise ValueError("p0 and g0 go together: the share of known labels p0 at which the weight shall be g0")
-        if self.p0 is not None and {"alpha", "beta"} & set(changed):
-            raise ValueError("alpha and beta follow from p0 and g0: set one pair or the other")
+        if self.p0 is not None:
+            self.refuse_idle(("alpha", "beta"), "alpha and beta follow from p0 and g0: set one pair or the other")
         if self.p0 is not None and self.gamma == 0.0:
             raise ValueError("gamma 0 makes g(p) the same for every p; p0 and g0 need another")
         alpha, beta = self.coefficients
@@ -66,7 +65,7 @@ class PartialBceSettings(MethodSettings):
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """(alpha, beta), as given or as p0 and g0 make them."""
+        """(alpha, beta), as given or computed from p0 and g0."""
         if self.p0 is None or self.g0 is None:
             return self.alpha, self.beta
         return solve_normaliser(self.gamma, self.p0, self.g0)
@@ -76,9 +75,9 @@ class PartialBceSettings(MethodSettings):
 
 
 class PartialBce(PooledMethod):
-    """One loss over known labels, human and, from the first round on, believed; no banks.
+    """One loss over known labels, human ones and, from the first relabelling round on, pseudo-labels; no banks.
 
-    With a graph, the loss and the scores are of its corrected logits; heatmaps stay those of the head.
+    With a graph, loss and predictions use its corrected logits; heatmaps are still those of the head.
 
     Source: Durand et al., CVPR 2019.
     """
@@ -90,7 +89,7 @@ class PartialBce(PooledMethod):
 
     @torch.no_grad()
     def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """As every method's, and `num_human`, the known labels without pseudo-labels, where the loss divides by them.
+        """See `Method.recall`; adds `num_human`, the number of known human labels, if the loss divides by it.
 
         Collective: all ranks, one all-reduce of 8 bytes, or two, of 8 and of 4.
         """
@@ -109,7 +108,7 @@ class PartialBce(PooledMethod):
         return {"bce": self._share(logits, batch, recalled)}, {}
 
     def _share(self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
-        """() this micro-batch's part of the global batch's loss."""
+        """() this micro-batch's share of the global batch's loss."""
         weight = self.settings.pseudo_weight
         believed = self._loss(logits, training_targets(batch), batch.valid, recalled, "num_known")
         if weight == 1.0 or batch.pseudo_targets is None:
@@ -120,12 +119,12 @@ class PartialBce(PooledMethod):
     def _loss(
         self, logits: Tensor, targets: Tensor, valid: Tensor, recalled: dict[str, Tensor], num_known: str
     ) -> Tensor:
-        """() the part of the global batch's loss on `targets` (B, C); `num_known` names their count in `recalled`."""
+        """() the share of the global batch's loss on `targets` (B, C); `num_known` names their count in `recalled`."""
         settings = self.settings
         if settings.normalization == "masked_mean":
             own = (targets != UNKNOWN).sum()
             return masked_mean_bce(logits, targets) * (own / recalled[num_known].clamp(min=1)).squeeze()
-        part = (len(valid) / recalled["num_valid"].clamp(min=1)).squeeze()  # the losses divide by padding too
+        part = (len(valid) / recalled["num_valid"].clamp(min=1)).squeeze()  # the losses below divide by padding too
         if settings.normalization == "image_mean":
             return image_mean_bce(logits, targets) * part
         if settings.normalization == "assume_negative":

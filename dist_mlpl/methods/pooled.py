@@ -1,4 +1,4 @@
-"""Owns what methods of one trunk and one pooled linear head share: their forward, up to the losses."""
+"""Owns what methods with one trunk and one pooled linear head share: their forward, up to the losses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dist_mlpl.models.classifier import PooledHead
 
 
 class PooledMethod(Method):
-    """A trunk and a pooled linear head; `losses` says what it learns from, `refine` what corrects its logits.
+    """A trunk and a pooled linear head; subclasses define `losses`, and may correct the logits in `refine`.
 
     Args:
-        settings: of the method.
+        settings: the method's settings.
         num_classes: C.
         image_size: H = W in pixels.
     """
@@ -36,18 +36,18 @@ class PooledMethod(Method):
             return step_output(logits, terms, extras | more)
 
     def refine(self, logits: Tensor) -> Tensor:
-        """The (B, C) logits that are answered and learned from, of the head's own: those, unless a method says more."""
+        """Turn the head's logits into those used for prediction and loss, (B, C). By default unchanged."""
         return logits
 
     def losses(
         self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What a micro-batch costs, and what `observe` will need.
+        """Compute the loss terms of a micro-batch, and the extras that `observe` needs.
 
         Args:
             logits: (B, C) float32, with a graph.
             batch: B rows of the step's batch.
-            recalled: of the whole step.
+            recalled: what `recall` returned for the whole step.
 
         Returns:
             Terms, () shares of the global batch's loss, each connected to `logits` whatever the labels; and extras.

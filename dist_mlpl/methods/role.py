@@ -1,4 +1,4 @@
-"""Owns ROLE: a table of label estimates, a row a sample, that the classifier learns from and that learns from it."""
+"""Owns ROLE: label estimates, one row per sample, that the classifier learns from and that learn from it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ ESTIMATES: Final = "estimates"
 class Role(UnknownLoss):
     """Regularised online label estimation.
 
-    The bank `estimates` holds logits (N, C) float32. A row never written stands at its start: logit(0.995) where the
+    The bank `estimates` holds logits (N, C) float32. A row never written has its initial value: logit(0.995) where the
     label is known present, logit(0.005) where absent, uniform in logit(0.4) to logit(0.6) where unknown, keyed by seed,
     sample and class.
 
     Source: Cole et al., CVPR 2021.
     Differs: a row moves by plain gradient descent whenever its sample is trained on, along the gradient of the sample's
         own loss summed over classes (the code's Adam keeps two more tables and moves rows between visits); the count
-        penalty is of groups of images, see `count_share`.
+        penalty is taken of groups of images, see `count_share`.
 
     Args:
         num_classes: C.
-        expected_positives: k of an image.
-        rate: step of a row.
-        folder: see `Bank`.
+        expected_positives: k, the expected number of positives of an image.
+        rate: step size of a row.
+        folder: see `HeldRows`.
     """
 
     def __init__(self, *, num_classes: int, expected_positives: float, rate: float, folder: str | None) -> None:
@@ -65,7 +65,7 @@ class Role(UnknownLoss):
         present, estimated = (count_share(x, rows, expected_positives=k) for x in (rows.logits, estimates))
         count = 0.5 * (present + estimated)
         (slope,) = torch.autograd.grad(fit + count, estimates, retain_graph=True)
-        slope = slope * (rows.num_valid * self._num_classes)  # of the sample's own sum, whatever the batch
+        slope = slope * (rows.num_valid * self._num_classes)  # gradient of the sample's own sum, whatever the batch
         return {"role": fit, "count": count}, {ESTIMATES: estimates, "estimate_gradient": slope}
 
     def observe(self, index: Tensor, logits: Tensor, targets: Tensor, extras: Named) -> None:
@@ -73,7 +73,7 @@ class Role(UnknownLoss):
         self._estimates.write(index, {"rows": moved, "stamps": torch.ones(len(index), dtype=torch.int32)})
 
     def _start(self, index: Tensor, targets: Tensor) -> Tensor:
-        """(n, C) float32 estimates of samples that were never visited."""
+        """(n, C) float32 initial estimates, for samples that were never visited."""
         classes = np.arange(self._num_classes, dtype=np.uint64)
         cells = index.numpy().astype(np.uint64)[:, None] * np.uint64(self._num_classes) + classes
         bits = keyed.hash_integers(self._key, cells) >> np.uint64(11)

@@ -1,4 +1,4 @@
-"""Owns the losses made for few known positives as one method, chosen by setting: AN to APL, Large Loss, SPLC, Hill."""
+"""Owns the method for few known positives, whose loss is a setting: AN to APL, Large Loss, SPLC or Hill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Loss = Literal[
     "an", "an_ls", "wan", "epr", "role", "en", "em", "apl", "ll_r", "ll_ct", "ll_cp", "splc", "hill"
 ]  # fmt: skip
 
-# The keys that a loss reads; set for another one, they would do nothing, and quietly.
+# The losses that read each key; set for another loss, a key would silently do nothing.
 _READ_BY: Final[dict[str, tuple[Loss, ...]]] = {
     "smoothing": ("an_ls",),
     "unknown_weight": ("wan",),
@@ -42,24 +42,24 @@ _READ_BY: Final[dict[str, tuple[Loss, ...]]] = {
 
 
 class SinglePositiveSettings(MethodSettings):
-    """Which loss, and its numbers; those of other losses are refused.
+    """The loss and its constants; settings of other losses are refused.
 
     Args:
-        loss: `an` assume negative, `an_ls` with label smoothing, `wan` weighed, `epr` expected positives, `role` with
-            estimated labels, `en` expected negatives, `em` entropy maximised, `apl` with soft pseudo-labels of a round,
-            `ll_r`, `ll_ct`, `ll_cp` large losses rejected, corrected, corrected for good, `splc`, `hill`.
-        smoothing: of an_ls, in [0, 1).
-        unknown_weight: of wan; null is 1 / (C - 1).
-        expected_positives: of an image; VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4.
-        estimate_rate: of role, how far a sample's estimates move along their gradient at a visit.
-        entropy_weight: of em and apl; to shrink as C grows.
-        pseudo_weight: of apl; VOC 0.02, COCO 0.9, NUS-WIDE 0.2, CUB 0.4.
-        large_fraction: of all labels, for each epoch finished (ll_r, ll_ct) or from the second on (ll_cp); null is
-            0.005, 0.002 and 0.001.
-        margin, gamma: of splc and hill.
-        limit: lambda of hill.
-        present_threshold: probability above which splc takes an unknown label for present, from the second epoch on.
-        bank_folder: local folder for the memory-mapped memory of role, en and ll_cp; null: host memory.
+        loss: `an` assume negative, `an_ls` with label smoothing, `wan` with a weight, `epr` expected positives, `role`
+            with estimated labels, `en` expected negatives, `em` entropy maximisation, `apl` with a round's soft
+            pseudo-labels, `ll_r`, `ll_ct`, `ll_cp` large losses rejected, corrected, or so for good; `splc`; `hill`.
+        smoothing: an_ls: in [0, 1).
+        unknown_weight: wan: weight of unknown labels; null: 1 / (C - 1).
+        expected_positives: epr, role, en: expected positives of an image; VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4.
+        estimate_rate: role: step size of a sample's estimates along their gradient at a visit.
+        entropy_weight: em, apl: choose it smaller the larger C is.
+        pseudo_weight: apl: VOC 0.02, COCO 0.9, NUS-WIDE 0.2, CUB 0.4.
+        large_fraction: share of all labels, per epoch finished (ll_r, ll_ct) or from the second epoch on (ll_cp); null:
+            0.005, 0.002 and 0.001, as in BoostLU (Kim et al., CVPR 2023).
+        margin, gamma: splc, hill: see `hill_loss`.
+        limit: hill: lambda.
+        present_threshold: splc: probability above which an unknown label is taken as present, from the second epoch on.
+        bank_folder: role, en, ll_cp: local folder for the memory-mapped bank; null: host memory.
     """
 
     name: Literal["single_positive"] = "single_positive"
@@ -79,13 +79,8 @@ class SinglePositiveSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _refuse_what_the_loss_ignores(self) -> SinglePositiveSettings:
-        fields = type(self).model_fields
-        changed = [
-            key for key, losses in _READ_BY.items()
-            if self.loss not in losses and getattr(self, key) != fields[key].default
-        ]  # fmt: skip
-        if changed:
-            raise ValueError(f"{', '.join(changed)} set, but loss {self.loss!r} does not use it")
+        unread = [key for key, losses in _READ_BY.items() if self.loss not in losses]
+        self.refuse_idle(unread, f"loss {self.loss!r} does not use it")
         if self.loss in _READ_BY["expected_positives"] and self.expected_positives is None:
             raise ValueError(f"loss {self.loss!r} needs expected_positives: the positives of an average image")
         if self.loss == "en" and self.expected_positives is not None and self.expected_positives < 0.5:
@@ -96,7 +91,7 @@ class SinglePositiveSettings(MethodSettings):
         return SinglePositive(self, num_classes=num_classes, image_size=image_size)
 
     def build_loss(self, num_classes: int) -> UnknownLoss:
-        """What the method learns from."""
+        """Build the loss of the method."""
         if self.loss == "role":
             assert self.expected_positives is not None
             return Role(
@@ -117,7 +112,7 @@ class SinglePositiveSettings(MethodSettings):
 
 
 class SinglePositive(PooledMethod):
-    """A pooled linear head under one loss of the family. Rows that are not valid have no part in anything.
+    """A pooled linear head with one loss of the family. Invalid rows have no part in losses or banks.
 
     The losses of Cole et al., EN, EM, APL and Large Loss are means over images and classes, SPLC and Hill means over
     images of sums over classes, all over the valid images of the global batch.
@@ -160,10 +155,10 @@ class SinglePositive(PooledMethod):
 
 
 class PlainLoss(UnknownLoss):
-    """A loss of the family that remembers nothing.
+    """A loss of the family that has no bank.
 
     Args:
-        settings: which, and its numbers.
+        settings: the loss and its constants.
     """
 
     def __init__(self, settings: SinglePositiveSettings) -> None:
@@ -194,7 +189,7 @@ class PlainLoss(UnknownLoss):
         return {settings.loss: mean_share(self._mean_loss(rows), rows)}, {}
 
     def _mean_loss(self, rows: ValidRows) -> Tensor:
-        """() sum over rows and classes."""
+        """() the loss summed over rows and classes, for losses whose mean over both is taken."""
         settings, x, y = self._settings, rows.logits, rows.targets
         if settings.loss == "em":
             return entropy_loss(x, y, entropy_weight=settings.entropy_weight)

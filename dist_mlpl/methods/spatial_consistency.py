@@ -1,4 +1,4 @@
-"""Owns EN + CL + SCL: expected negatives, and predictions and class maps held against an image's own earlier ones."""
+"""Owns EN + CL + SCL: expected negatives, and predictions and class maps compared with an image's own earlier ones."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ from dist_mlpl.methods.costs import Cost, Scale
 from dist_mlpl.methods.unknown_loss import pick, valid_index
 from dist_mlpl.models.class_maps import SlotHead
 
-SLOTS: Final = "slots"  # the bank's name, and the prefix of what is recalled of it
+SLOTS: Final = "slots"  # the bank's name, and the prefix of its columns in `recalled` and extras
 EVICTED: Final = f"{METRIC}slots_evicted_fraction"
 HELD: Final = f"{METRIC}present_in_slots_fraction"
 _PADDED = ("resnet", "resnext", "wide_resnet")  # strided layers of odd width, padded on both sides
 
 
 class SpatialConsistencySettings(MethodSettings):
-    """Which of the three terms, and the memory they share.
+    """The weights of the three terms, and the memory they share.
 
     The paper's own numbers are not known; the defaults are starting values. Weights near 1 stop learning while the
-    averages lag behind: for an unlikely class the slope of L1, p (1 - p), all but cancels that of cross-entropy, p.
+    averages lag behind: for an unlikely class the gradient of L1, p (1 - p), nearly cancels that of cross-entropy, p.
 
     Args:
-        expected_positives: K of an image, of EN; VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4. Null: no EN, every unknown
-            label is taken for absent (AN).
-        consistency_weight: gamma of CL; 0 leaves the term out.
-        spatial_weight: beta of SCL; 0 leaves the term and the maps out.
-        warmup_epochs: first epochs of AN alone; the memory is written from the start.
-        ramp_fraction: of the run, from its start, over which the weights of CL and SCL rise from 0; 0 for none. Before
-            the end of `warmup_epochs` they are 0, so that after a long one they begin in the middle of the rise.
+        expected_positives: EN: K, expected positives of an image; VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4. Null: no
+            EN, every unknown label is taken as absent (AN).
+        consistency_weight: gamma, weight of CL; 0: without the term.
+        spatial_weight: beta, weight of SCL; 0: without the term and the maps.
+        warmup_epochs: number of first epochs with AN only; the memory is written from the start.
+        ramp_fraction: share of the run, from its start, over which the weights of CL and SCL rise from 0; 0: no ramp.
+            During `warmup_epochs` they are 0, so that after a long warm-up they start in the middle of the ramp.
         momentum: mu of the running averages of scores and maps.
-        num_slots: M, classes remembered an image; at most C are. Too few where a run reports that present labels
-            have none (`present_in_slots_fraction` below 1) or that classes go on evicting one another.
+        num_slots: M, classes remembered per image; at most C. Too few if a run reports that present labels have no slot
+            (`present_in_slots_fraction` below 1) or that classes go on evicting one another.
         map_size: W, cells along a side of a remembered map of the full image.
-        slot_margin: by how much a class must beat the least likely remembered one to take its slot.
+        slot_margin: by how much a class must exceed the least likely remembered one to take its slot.
         trust_ratio: r_0: an annotated class counts in full while the view shows at least this share of the strongest
-            evidence remembered of it, and in proportion below; from an image's third visit on. 0: always in full.
-        use_centres: let a residual net's cells look where they really do, half a cell to the top left of an even grid.
-        faithful: the re-implementation's form; see `SpatialConsistency`.
+            evidence remembered for it, and in proportion below; from an image's third visit on. 0: always in full.
+        use_centres: True: use the true centres of a residual net's cells, about half a cell to the top left of an even
+            grid's.
+        faithful: True: the re-implementation's form; see `SpatialConsistency`.
         bank_folder: local folder for the memory-mapped bank; null: host memory.
     """
 
@@ -86,9 +87,15 @@ class SpatialConsistencySettings(MethodSettings):
             raise ValueError("no term is left: set expected_positives, consistency_weight or spatial_weight, or take "
                              "method single_positive with loss an")  # fmt: skip
         num_expected = 0 if self.expected_positives is None else num_expected_positives(self.expected_positives)
-        if self.faithful and (self.dropout or self.pooling != "average"):
-            raise ValueError("dropout or pooling set, but with faithful an image's probability is the mean of its "
-                             "cells': leave it out")  # fmt: skip
+        if self.faithful:
+            because = "with faithful an image's probability is the mean of its cells': leave it out"
+            self.refuse_idle(("dropout", "pooling"), because)
+            because = "faithful has slots for all classes, an even grid, and labels that count in full: leave it out"
+            self.refuse_idle(("num_slots", "trust_ratio", "use_centres"), because)
+        if self.spatial_weight == 0.0:
+            self.refuse_idle(("map_size", "trust_ratio", "use_centres"), "without SCL there are no maps: leave it out")
+        if self.consistency_weight == self.spatial_weight == 0.0:
+            self.refuse_idle(("ramp_fraction",), "neither CL nor SCL has a weight that could rise: leave it out")
         if num_expected > self.num_slots and not self.faithful:
             raise ValueError(f"expected_positives {self.expected_positives:g} needs as many num_slots: classes outside "
                              "the slots are taken for absent")  # fmt: skip
@@ -101,18 +108,18 @@ class SpatialConsistencySettings(MethodSettings):
 class SpatialConsistency(Method):
     """EN, CL and SCL on a fully convolutional head; losses are means over the valid images of the global batch.
 
-    The bank `slots` holds, of each image, its annotated classes and its likeliest unknown ones: running score and
-    running map. The same forward reads it before it is written.
+    The bank `slots` holds, for each image, the running score and running map of its classes annotated present and of
+    its likeliest unknown ones. A step reads it before it writes it.
 
     Source: Verelst et al., WACV 2023. No code is known; the rule of the expected negatives, weights and schedule are
         reconstructions.
-    Differs: maps and scores of M classes an image, not of all: classes outside the slots are expected absent, and have
-        no consistency terms. Cells never seen have no part; where a crop hides an annotated class, its label counts
-        less in EN (CL draws it to 1 all the same).
-    Faithful: nearer to a third party's re-implementation: slots for all classes; maps that start at 0, those of
-        annotated classes elsewhere (here at 1), so that SCL pulls unknown classes down until the average has forgotten;
-        an image's probability is the mean of its cells' probabilities; an even grid; labels count in full. Its maps of
-        28 x 28 cells are `map_size: 28`.
+    Differs: maps and scores of M classes per image, not of all: classes outside the slots are expected absent, and have
+        no consistency terms. Cells never seen have no part; if a crop hides an annotated class, its label counts less
+        in EN (CL still pulls it to 1).
+    Faithful: closer to a third party's re-implementation: slots for all classes; maps that start at 0, or at 1
+        for classes annotated present (its own start differs), so that SCL pulls unknown classes down until the average
+        has forgotten the start; an image's probability is the mean of its cells' probabilities; an even grid; labels
+        count in full. Its maps of 28 x 28 cells need `map_size: 28`.
     """
 
     def __init__(self, settings: SpatialConsistencySettings, *, num_classes: int, image_size: int) -> None:
@@ -136,7 +143,7 @@ class SpatialConsistency(Method):
         return {SLOTS: self._bank}
 
     def costs(self, scale: Scale) -> list[Cost]:
-        """As every method's, and the class maps, which training alone makes."""
+        """See `Method.costs`; adds the class maps, which only training computes."""
         if not self._map_size:
             return super().costs(scale)
         M, width, L = self._num_slots, self.backbone.num_features, scale.num_cells
@@ -145,7 +152,7 @@ class SpatialConsistency(Method):
 
     @torch.no_grad()
     def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """As every method's, and the slots of the valid images, K and the ramp in force.
+        """See `Method.recall`; adds the slots of the valid images, and the current K and ramp.
 
         Collective: all ranks, one all-reduce of 8 bytes and a read of the bank.
         """
@@ -166,7 +173,7 @@ class SpatialConsistency(Method):
         feature_map = self.backbone(batch.images)
         is_asked, is_faithful = self.is_asked(HEATMAPS), self.settings.faithful
         head = self.head(feature_map, with_heatmaps=is_asked or is_faithful)
-        logits = pooled_probs(head.heatmaps) if is_faithful and head.heatmaps is not None else head.logits
+        logits = logits_of_mean_probs(head.heatmaps) if is_faithful and head.heatmaps is not None else head.logits
         extras: dict[str, Any] = {"embedding": head.embedding, HEATMAPS: head.heatmaps if is_asked else None}
         if recalled is None:
             return step_output(logits, {}, extras)
@@ -209,7 +216,7 @@ class SpatialConsistency(Method):
         )
 
     def _renewed(self, before: Slots, logits: Tensor, targets: Tensor) -> Slots:
-        """Slots after the newest predictions have moved in."""
+        """Renew the slots by the newest predictions, see `renew_slots`; with `faithful`, fill in initial maps."""
         slots = renew_slots(before, torch.sigmoid(logits), targets, margin=self.settings.slot_margin)
         if not self.settings.faithful:
             return slots
@@ -226,12 +233,14 @@ class SpatialConsistency(Method):
         slots: Slots,
         is_told: Tensor,
     ) -> dict[str, Tensor]:
-        """This micro-batch's shares of the three terms.
+        """Compute this micro-batch's shares of the terms, by name.
 
         Args:
             x: (n, C) logits of the valid rows.
-            map_logits: (n, M, G, G) of the slots.
-            slots: of the valid rows, renewed.
+            map_logits: (n, M, G, G) maps of the slots' classes; None without maps.
+            batch: B rows, n of them valid.
+            recalled: see `recall`.
+            slots: the slots of the valid rows, renewed.
             is_told: (n, M) bool, slots that have a history.
         """
         settings, valid = self.settings, batch.valid
@@ -254,22 +263,22 @@ class SpatialConsistency(Method):
         return {"classification": loss / (num_valid * self.num_classes)} | terms
 
     def _grid(self, num_cells: int) -> CellGrid | None:
-        """Where the trunk's cells look."""
+        """The grid of the trunk's cells, `num_cells` along a side; None for an even grid."""
         if not self.settings.use_centres or self.settings.faithful:
             return None
         return cell_grid(self.settings.backbone.name, self._image_size, num_cells)
 
 
 def slot_shares(before: Slots, slots: Slots, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What tells whether M slots an image are too few.
+    """Compute the metrics that tell whether M slots per image are too few.
 
     Args:
-        before, slots: of n images, as remembered and renewed.
+        before, slots: the slots of n images, as remembered and as renewed.
         targets: (n, C) int8 in {-1, 0, 1}, human labels.
 
     Returns:
-        () each, sums over the images: of the share of slots that a likelier class took from another, and of the share
-        of the present labels that have a slot, 1 where there are none.
+        () each, sums over images: of the share of slots that another class took from one still allowed to hold it, and
+        of the share of present labels that have a slot, 1 for an image without present labels.
     """
     is_held = (before.classes != EMPTY) & (targets.gather(1, before.classes.clamp(min=0)) != ABSENT)
     is_evicted = is_held & (slots.classes != before.classes)
@@ -282,15 +291,15 @@ def slot_shares(before: Slots, slots: Slots, targets: Tensor) -> tuple[Tensor, T
 def classification_loss(
     logits: Tensor, targets: Tensor, slots: Slots, is_told: Tensor, trust: Tensor, num_expected: float
 ) -> Tensor:
-    """EN ranked by the slots' scores; a present label counts by its trust.
+    """Compute EN with unknown labels ranked by the slots' scores and present labels weighted by trust.
 
     Args:
         logits: (n, C).
         targets: (n, C) int8 in {-1, 0, 1}.
-        slots: M of each image.
+        slots: M for each image.
         is_told: (n, M) bool, slots with a history. An image without any is ranked by its own logits.
-        trust: (n, M) in [0, 1], of the slots' classes if present; other present labels count in full.
-        num_expected: K; 0 for AN.
+        trust: (n, M) in [0, 1], weight of a slot's class if it is present; other present labels count in full.
+        num_expected: K; 0: AN.
 
     Returns:
         () sum over images and classes.
@@ -302,24 +311,24 @@ def classification_loss(
     total = expected_negative_loss(logits, targets, ranking, expected_positives=num_expected)
     doubt = 1.0 - trust.masked_fill(slots.classes == EMPTY, 1.0)
     doubts = torch.zeros_like(probs).scatter_reduce(1, held, doubt, "amax")  # (n, C)
-    return total + (doubts * F.logsigmoid(logits) * (targets == PRESENT)).sum()  # off the -log p counted in full
+    return total + (doubts * F.logsigmoid(logits) * (targets == PRESENT)).sum()  # removes the doubted part of -log p
 
 
-def pooled_probs(map_logits: Tensor) -> Tensor:
-    """(B, C) logits of the mean over cells of the probabilities of maps (B, C, h, w)."""
+def logits_of_mean_probs(map_logits: Tensor) -> Tensor:
+    """(B, C) logits of the mean over cells of the maps' probabilities, from map logits (B, C, h, w)."""
     return torch.logit(torch.sigmoid(map_logits).mean(dim=(2, 3)), eps=1e-6)
 
 
 def cell_grid(backbone: str, image_size: int, num_cells: int) -> CellGrid | None:
-    """Where a trunk's cells look; None for an even grid.
+    """The grid of a trunk's cells along a side of the image; None for an even grid.
 
-    In a residual net each strided layer is padded alike on both sides, so that cell a is centred on pixel a * stride,
-    not on the middle of an a-th part of the image: a view and its mirror image disagree by almost a cell.
+    In a residual net each strided layer is padded equally on both sides, so that cell a is centred on pixel a * stride,
+    not on the centre of the a-th of G equal parts: a view and its mirror image disagree by almost a cell.
 
     Args:
-        backbone: its name.
+        backbone: the trunk's name.
         image_size: S, pixels.
-        num_cells: G along a side; the stride is the power of two that gives so many.
+        num_cells: G, cells along a side; the stride is the power of two nearest to S / G on a logarithmic scale.
     """
     if not backbone.startswith(_PADDED):
         return None

@@ -1,4 +1,4 @@
-"""Owns SRN as a method: a plain classifier corrected by what the maps of all classes say of one another, in stages."""
+"""Owns SRN: a plain classifier corrected by the attention maps of all classes, trained in stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_mlpl.models.trunk_layers import map_shape, tapped_maps
 
 Stage = Literal["main", "attention", "branch", "joint"]
 
-_PARTS: Final[dict[str, tuple[str, ...]]] = {  # by the names of their parameters and buffers
+_PARTS: Final[dict[str, tuple[str, ...]]] = {  # prefixes of the names of their parameters and buffers
     "main": ("backbone.", "head."),
     "attention": ("spatial.hidden.", "spatial.maps.attention_", "spatial.maps.confidence_"),
     "branch": ("spatial.maps.mixing_", "spatial.regularization."),
@@ -31,7 +31,7 @@ _TRAINED: Final[dict[Stage, tuple[str, ...]]] = {
     "branch": ("branch",),
     "joint": ("main", "attention", "branch"),
 }
-# What a stage that starts from another run has to find in it, and the stage of that run.
+# The parts that a stage must find in the run it starts from, and the stage of that run.
 _TAKEN_OVER: Final[dict[Stage, tuple[str, ...]]] = {
     "main": (),
     "attention": ("main",),
@@ -42,16 +42,16 @@ _BEFORE: Final[dict[Stage, Stage]] = {"attention": "main", "branch": "attention"
 
 
 class SrnSettings(MethodSettings):
-    """Which stage, and the branch's sizes. Pooling and dropout are those of the main classifier.
+    """The stage, and the branch's sizes. Pooling and dropout are those of the main classifier.
 
     Args:
         stage: what is trained, all else being frozen: `main`, trunk and plain classifier; `attention`, attention and
-            confidence maps; `branch`, what regularises; `joint`, everything. Stages are runs of their own, chained by
-            init_from in this order; `joint` without init_from trains everything at once from the start.
-        spatial: of the branch; not read in stage main, so that one section serves the chain.
-        alpha: share of the main classifier in the final logits, in [0, 1].
-        faithful: as published, where that is known and makes other numbers: the loss is the sum over known labels
-            divided by the number of images, and weighted attention is mixed without scaling it up first.
+            confidence maps; `branch`, the regularising part; `joint`, everything. Each stage is a run of its own,
+            chained by init_from in this order; `joint` without init_from trains everything at once from the start.
+        spatial: sizes of the branch; not used in stage main, so that one section serves the whole chain.
+        alpha: weight of the main classifier in the final logits, in [0, 1].
+        faithful: True: as published, where that is known and differs: the loss is the sum over known labels divided by
+            the number of images, and weighted attention is mixed without scaling it up first.
     """
 
     name: Literal["srn"] = "srn"
@@ -67,6 +67,8 @@ class SrnSettings(MethodSettings):
                 f"stage {self.stage!r} needs init_from, a run of stage {_BEFORE[self.stage]!r}: "
                 f"its {' and '.join(_TAKEN_OVER[self.stage])} part stays as it was trained there"
             )
+        if self.stage == "main":
+            self.refuse_idle(("alpha",), "stage 'main' has one classifier only: set it in the stages that average two")
         return self
 
     def build(self, *, num_classes: int, image_size: int) -> Srn:
@@ -74,26 +76,26 @@ class SrnSettings(MethodSettings):
 
 
 class Srn(Method):
-    """Main classifier y_cls, attention classifier y_att, and y_sr of all classes' weighted attention maps.
+    """Main classifier y_cls, attention classifier y_att, and y_sr, computed from all classes' weighted attention maps.
 
         stage       trained                      loss                   logits
         main        trunk, head                  F(y_cls)               y_cls
         attention   attention, confidence        F(y_att)               alpha y_cls + (1 - alpha) y_att
-        branch      what regularises             F(y_sr)                y_hat = alpha y_cls + (1 - alpha) y_sr
+        branch      regularising part            F(y_sr)                y_hat = alpha y_cls + (1 - alpha) y_sr
         joint       everything                   F(y_hat) + F(y_att)    y_hat
 
-    F is binary cross-entropy over the known labels, human and believed: the mean over those of the global batch. A
-    stage builds no part that a later stage brings in; frozen parts keep their BatchNorm statistics and have no dropout.
-    Stage main is what `partial_bce` with `masked_mean` is, and a run of any method with the same trunk and pooled head
-    can be what stage attention starts from. Heatmaps are confidence-weighted attention, in stage main class activation
-    maps.
+    F is binary cross-entropy, a mean over the known labels of the global batch, pseudo-labels included. A stage does
+    not build parts that a later stage adds; frozen parts keep their BatchNorm statistics and have no dropout. Stage
+    main equals `partial_bce` with `masked_mean`, and stage attention can start from a run of any method with the same
+    trunk and pooled head. Heatmaps are confidence-weighted attention; in stage main, class activation maps.
 
     Source: Zhu et al., CVPR 2017. Its code (github.com/zhufengx/SRN_multilabel) holds the data and loss layers and the
         evaluation, not the network.
     Differs: unknown labels have no part in any F. Unless `faithful`: F is a mean, not a sum over classes divided by
         images (the learning rates of the paper go with its sum); weighted attention is scaled by its number of cells
-        before it is mixed. BatchNorm in what regularises is a setting (`spatial.norm`), for the paper does not say.
-        Logits of stage attention are the paper's ResNet-SRN-att, whose weights are not published: alpha's here.
+        before it is mixed. BatchNorm in the regularising part is a setting (`spatial.norm`), as the paper does not
+        say. Logits of stage attention are the paper's ResNet-SRN-att, whose weighting is not published; here it is
+        alpha.
     """
 
     def __init__(self, settings: SrnSettings, *, num_classes: int, image_size: int) -> None:
@@ -118,7 +120,7 @@ class Srn(Method):
         self.train()
 
     def train(self, mode: bool = True) -> Srn:
-        """As ever, but a frozen main part stays in eval mode: BatchNorm, dropout. Other frozen parts have neither."""
+        """Set the mode, except that a frozen main part stays in eval mode (it has BatchNorm and dropout)."""
         super().train(mode)
         if "main" not in _TRAINED[self.settings.stage]:
             self.backbone.eval()
@@ -164,16 +166,16 @@ class Srn(Method):
             return step_output(final, terms, extras)
 
     def _averaged(self, main: Tensor, second: Tensor) -> Tensor:
-        """(B, C) logits, before the sigmoid."""
+        """Average two sets of logits (B, C), weighted by alpha."""
         return self.settings.alpha * main + (1.0 - self.settings.alpha) * second
 
     def _share(self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
-        """() this micro-batch's part of F over the global batch."""
+        """() this micro-batch's share of F over the global batch."""
         targets = training_targets(batch)
         total = masked_mean_bce(logits, targets) * (targets != UNKNOWN).sum()  # over these rows' known labels
         return total / recalled["num_valid" if self.settings.faithful else "num_known"].clamp(min=1).squeeze()
 
 
 def _prefixes(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """What the names of these parts' tensors begin with."""
+    """The prefixes of the names of these parts' tensors."""
     return tuple(prefix for part in parts for prefix in _PARTS[part])

@@ -27,7 +27,7 @@ from dist_mlpl.models.label_counts import count_cooccurrence
 from dist_mlpl.models.semantic import SemanticHead, SemanticSettings
 
 RING: Final = "positives"
-_EPSILON: Final = 1e-9  # least length that a feature is divided by
+_EPSILON: Final = 1e-9  # lower bound of a feature's length when it is divided by it
 
 
 class SstSettings(MethodSettings):
@@ -35,20 +35,21 @@ class SstSettings(MethodSettings):
 
     Args:
         head: attention and classifier.
-        graph: between the classes.
-        pairs: the head that says which classes are in an image together.
-        ring_capacity: K, features kept of each class.
-        start_epoch: the first one with transferred labels.
-        threshold: theta, the score from which an unknown label is taken for present, at `start_epoch`.
+        graph: the graph between classes.
+        pairs: the head that predicts which classes are present together.
+        ring_capacity: K, features kept per class.
+        start_epoch: first epoch with transferred labels, counted from 0.
+        threshold: theta at `start_epoch`, the score from which an unknown label is taken as present.
         threshold_step: by how much theta falls with each further epoch.
-        threshold_floor: below which it does not fall.
-        intra_weight, inter_weight: w1 and w2, of the labels transferred inside an image and from other images.
-        pair_loss_weight: lambda 1, of the pair head's loss.
-        contrastive_weight: lambda 2.
-        normalization: of BCE: `image_mean`, over images of means over their labels; `masked_mean`, the sum over labels
-            divided by how many are known in the global batch.
-        faithful: take the reference code's numbers where they differ; see `Sst`.
-        bank_folder: local folder for the ring's memory-mapped memory; null: host memory.
+        threshold_floor: the lowest value of theta.
+        intra_weight, inter_weight: w1 and w2, weights of the losses on labels transferred inside an image and from
+            other images.
+        pair_loss_weight: lambda1, weight of the pair head's loss.
+        contrastive_weight: lambda2, weight of the contrastive loss.
+        normalization: of BCE: `image_mean`, the mean over images of the mean over their labels; `masked_mean`, the sum
+            over labels divided by the number of known ones in the global batch.
+        faithful: True: do as the reference code does where it differs; see `Sst`.
+        bank_folder: local folder for the memory-mapped ring; null: host memory.
     """
 
     name: Literal["sst"] = "sst"
@@ -70,17 +71,19 @@ class SstSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _refuse_what_the_code_ignores(self) -> SstSettings:
-        if self.dropout:
-            raise ValueError("dropout set, but attention and graph have none: leave it out")
-        if self.faithful and self.normalization != "image_mean":
-            raise ValueError("normalization set, but with faithful it is the code's: leave one of them out")
+        self.refuse_idle(("pooling", "dropout"), "attention and graph have none: leave it out")
+        if self.faithful:
+            self.refuse_idle(("normalization",), "with faithful it is the code's: leave one of them out")
+        if self.threshold < self.threshold_floor:
+            raise ValueError(f"threshold {self.threshold:g} is below threshold_floor {self.threshold_floor:g}, which "
+                             "theta never passes: lower the floor too")  # fmt: skip
         return self
 
     def build(self, *, num_classes: int, image_size: int) -> Sst:
         return Sst(self, num_classes=num_classes, image_size=image_size)
 
     def threshold_at(self, epoch: int) -> float:
-        """theta in the given epoch; infinite before the first with transferred labels."""
+        """theta in the given epoch; infinity before `start_epoch`."""
         if epoch < self.start_epoch:
             return math.inf
         return max(self.threshold_floor, self.threshold - self.threshold_step * (epoch - self.start_epoch))
@@ -92,23 +95,24 @@ class Sst(Method):
         x = classify(f);  f = decouple(backbone(image))
         L = BCE(x, y) + w1 BCE(x, yI) + w2 BCE(x, yC) + rho (lambda1 L_ist + lambda2 L_cst)
 
-    yI and yC are y where it is known, and present where a score reaches theta: of yI how likely the class is beside
-    those known present in the image, of yC how like the image's feature is to the class's known positives in the ring.
+    yI and yC are y where it is known, and present where a score of an unknown label reaches theta: for yI the
+    probability of the class given those known present in the image, for yC the similarity of the image's feature to the
+    class's known positives in the ring. rho grows linearly from 0 to 1 over the first epoch.
 
     Source: Chen et al., AAAI 2022 (arXiv 2112.10941), and its code for what the paper leaves open.
-    Differs, and `faithful` undoes it:
-        A_ij counts only images where j is known (the code's is r times too small at a share r of known labels).
-        L_ist is over pairs of which both labels are known (the code takes a pair with an unknown label as apart).
-        The mean similarity is over the ring's filled entries (the code divides by K always).
+    Differs, unless `faithful`:
+        A_ij counts only images where j is known (the code's is too small by a factor r at a share r of known labels).
+        L_ist is over pairs with both labels known (the code counts a pair with an unknown label as not together).
+        The mean similarity is over the ring's filled entries (the code always divides by K).
         A group of images without a pair of positives has no part in L_cst (the code counts all its other pairs).
         BCE is the paper's as we recall it, a mean over images of means over their labels (the code's is one mean over
-            all labels; its count of transferred labels is that of a micro-batch on all ranks). `normalization:
-            masked_mean` is near the code's: transferred labels add to the sum, not to the count.
+            all labels; with `faithful` transferred labels are counted over a micro-batch on all ranks).
+            `normalization: masked_mean` is close to the code's: transferred labels add to the sum, not to the count.
     Differs always:
         Classes never seen have rows of the identity in A (NaN in the code).
         The ring is read before the step and written after it, and its means are one step late (the code writes first).
-        L_cst is over groups of images, and its random draw is replaced by the expected value.
-        Thresholds and ramp are functions of the position, the ring is saved: a resumed run goes on as it was.
+        L_cst is over groups of images, and its random draw is replaced by its expected value.
+        Thresholds and ramp are functions of the position, and the ring is saved: a resumed run continues unchanged.
     """
 
     def __init__(self, settings: SstSettings, *, num_classes: int, image_size: int) -> None:
@@ -137,7 +141,7 @@ class Sst(Method):
         return {RING: self._ring}
 
     def costs(self, scale: Scale) -> list[Cost]:
-        """The ring with its means on every rank, and the pair head, which works in training alone."""
+        """See `Method.costs`: the ring with its means on every rank, and the pair head, which only training uses."""
         C, D, R, pairs = self.num_classes, self.head.width, scale.world_size, self.settings.pairs
         ring = bank_cost(RING, self._ring, scale, reads=0, writes=0)
         num_rows = scale.share_images * scale.num_positives + scale.num_touched_classes  # R times a share of 1 / R
@@ -155,10 +159,10 @@ class Sst(Method):
 
     @torch.no_grad()
     def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """As every method's, and what the whole step shares.
+        """See `Method.recall`; adds what the whole step shares.
 
-        `num_pairs`, `num_contrasted` (1,) over the global batch; `ring_means` (C, D), `ring_counts` (C,); `threshold`
-        theta and `ramp` rho, (1,) on the CPU.
+        `num_pairs` and `num_contrasted`, (1,) int64 over the global batch; `ring_means` (C, D) and `ring_counts` (C,);
+        `threshold` theta and `ramp` rho, (1,) on the CPU.
 
         Collective: all ranks; all-reduces of 8 and 16 bytes, and `Ring.means`.
         """
@@ -210,7 +214,7 @@ class Sst(Method):
         return step_output(x, terms, extras | positives)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Put the features of known positives into the ring, those of a higher index later.
+        """Push the features of known positives into the ring, in the order of sample indices.
 
         Collective: all ranks, see `Ring.push`: nothing moves.
         """
@@ -223,27 +227,28 @@ class Sst(Method):
         return self.pair_head.pairs(is_in, is_in)
 
     def _pair_loss(self, logits: Tensor, pairs: Pairs, y: Tensor, recalled: dict[str, Tensor]) -> Tensor:
-        """() this micro-batch's part of L_ist, a mean over the pairs of the global batch."""
+        """() this micro-batch's share of L_ist, a mean over the pairs of the global batch."""
         is_together = (y[pairs.image, pairs.first] == PRESENT) & (y[pairs.image, pairs.second] == PRESENT)
         return cooccurrence_loss(logits, is_together) / recalled["num_pairs"].clamp(min=1).squeeze()
 
     def _contrastive_loss(self, f: Tensor, y: Tensor, recalled: dict[str, Tensor]) -> Tensor:
-        """() this micro-batch's part of L_cst, a mean over the contrasted pairs of the global batch."""
+        """() this micro-batch's share of L_cst, a mean over the contrasted pairs of the global batch."""
         faithful = self.settings.faithful
         total = contrastive_loss(f, y, group_size=self._group_size, keep_negatives_alone=faithful)
         return total / recalled["num_contrasted"].clamp(min=1).squeeze()
 
     def _similarity(self, f: Tensor, recalled: dict[str, Tensor]) -> Tensor:
-        """(B, C) mean cosine of each feature with the ring's of its class; 0 where there are none."""
+        """(B, C) mean cosine of each feature with those of its class in the ring; 0 where there are none."""
         similarity = mean_similarity(f.detach(), recalled["ring_means"])
         if self.settings.faithful:
             similarity = similarity * (recalled["ring_counts"] / self.settings.ring_capacity)
         return similarity
 
     def _bce(self, x: Tensor, targets: list[Tensor], batch: Batch, recalled: dict[str, Tensor]) -> list[Tensor]:
-        """() each, this micro-batch's parts of the global batch's BCE on y (B, C), yI and yC.
+        """() each, this micro-batch's shares of the global batch's BCE on y, yI and yC, (B, C) each.
 
-        Collective: with `faithful`, one all-reduce of 16 bytes: how many labels were transferred is not known before.
+        Collective: with `faithful`, one all-reduce of 16 bytes, as the number of transferred labels is not known
+        before.
         """
         num_valid, num_known = (recalled[name].clamp(min=1).squeeze() for name in ("num_valid", "num_known"))
         if not self.settings.faithful and self.settings.normalization == "image_mean":
@@ -257,12 +262,12 @@ class Sst(Method):
 
 
 def likely_beside(logits: Tensor, pairs: Pairs, targets: Tensor) -> Tensor:
-    """How likely each class is in an image beside those known present there: r of IST.
+    """The probability of each class given the classes known present in its image: r of IST.
 
     Args:
-        logits: (M,) of the pair head, for pairs of a class known present and another; a pair that is not given counts
-            as probability 0.
-        pairs: they, in any order.
+        logits: (M,) from the pair head, for pairs of a class known present and another; a missing pair counts as
+            probability 0.
+        pairs: the pairs of `logits`; the present class may be first or second.
         targets: (B, C) int8 in {-1, 0, 1}.
 
     Returns:
@@ -277,7 +282,7 @@ def likely_beside(logits: Tensor, pairs: Pairs, targets: Tensor) -> Tensor:
 
 
 def mean_similarity(class_features: Tensor, means: Tensor) -> Tensor:
-    """Mean cosine of a feature with all of its class in the ring: the product with the mean of their unit vectors.
+    """The mean cosine of a feature with those of its class in the ring: its unit vector times the mean of theirs.
 
     Args:
         class_features: (B, C, D).
@@ -286,7 +291,7 @@ def mean_similarity(class_features: Tensor, means: Tensor) -> Tensor:
     Returns:
         (B, C) in [-1, 1].
 
-    Source: SST's CST; exact to rounding.
+    Source: SST's CST; equal to rounding.
     """
     lengths = torch.linalg.vector_norm(class_features, dim=-1).clamp(min=_EPSILON)
     return torch.einsum("bcd,cd->bc", class_features, means.to(class_features.dtype)) / lengths

@@ -1,4 +1,4 @@
-"""Owns the registry: which methods there are. A new method is one row here."""
+"""Owns the registry of methods. A new method is one row here."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ METHODS: dict[str, type[MethodSettings]] = {
 
 if TYPE_CHECKING:
     AnyMethodSettings = MethodSettings
-else:  # the settings of one row, chosen by their `name`; built from the rows, so that a row is all it takes
+else:  # the settings of the row that `name` selects; built from the rows, so that a new method needs only a row
     AnyMethodSettings = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]

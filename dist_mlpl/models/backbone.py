@@ -1,4 +1,4 @@
-"""Owns the trunk: images to a feature map, for torchvision's families and two small residual nets of our own."""
+"""Owns the trunk, which maps images to a feature map: torchvision's families and two small residual nets of our own."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ OUR_NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class BackboneSettings(Settings):
-    """Which trunk, where its weights come from, and which of them stay as they are.
+    """The trunk, the source of its weights, and which of them are frozen.
 
     Args:
         name: a torchvision name (resnet*, resnext*, wide_resnet*, convnext_*, vit_*, swin_*), or `resnet_small`
             (0.7 M weights, made for images of 48 to 64 pixels), or `resnet_small_gn` (the same with GroupNorm).
-        weights: None for random ones; `torchvision` for its default ones; a name of its table such as
+        weights: None for random ones; `torchvision` for its default ones; a name in torchvision's table such as
             `IMAGENET1K_V2`; or a local path or URL ending in .pt, .pth or .safetensors.
         freeze: prefixes of parameter names up to a dot (`layer1`, `features.0`), or `all`. A frozen BatchNorm
             also keeps its running statistics.
         drop: largest probability of skipping a residual branch (convnext, swin; grows linearly with depth), or of
-            dropping a feature inside a block (vit); in [0, 1). The residual nets have no such place.
+            dropping a feature inside a block (vit); in [0, 1). The residual nets have neither: 0 only.
     """
 
     name: str
@@ -52,14 +52,14 @@ class BackboneSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What became of every tensor when weights were loaded; the caller prints it.
+    """What happened to every tensor when weights were loaded; the caller prints it.
 
     Args:
         source: the settings' `weights`; None when all are random.
         loaded: names taken from the source.
-        resized: those of them whose positional embedding was interpolated to another image size.
-        missing: names the trunk has and the source has not.
-        unexpected: names the source has and the trunk has not, a classifier usually.
+        resized: those of them that are positional embeddings, interpolated to another image size.
+        missing: names in the trunk but not in the source.
+        unexpected: names in the source but not in the trunk, usually a classifier.
         other_shape: names present in both with different shapes, not loaded.
     """
 
@@ -83,7 +83,7 @@ class LoadReport:
 
 
 class Backbone(nn.Module):
-    """Images to a feature map: the given layers, one after another, under the names torchvision gives them.
+    """A trunk that applies the given layers one after another, under the names torchvision gives them.
 
     Args:
         layers: in order of use.
@@ -101,14 +101,14 @@ class Backbone(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised, to (B, F, h, w)."""
-        feature_map = images.contiguous(memory_format=torch.channels_last)  # convolutions run 10 to 30 % faster so
+        """Map images (B, 3, H, W), normalised, to a feature map (B, F, h, w)."""
+        feature_map = images.contiguous(memory_format=torch.channels_last)  # makes convolutions 10 to 30 % faster
         for layer in self.children():
             feature_map = layer(feature_map)
         return feature_map
 
     def train(self, mode: bool = True) -> Backbone:
-        """As ever, but a BatchNorm whose weights are frozen stays in eval mode."""
+        """Set the mode as `nn.Module.train` does, except that a BatchNorm with frozen weights stays in eval mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
@@ -117,10 +117,10 @@ class Backbone(nn.Module):
 
 
 class ViTBackbone(Backbone):
-    """Vision transformer: patch tokens become cells; the class token is computed along and left out.
+    """A vision transformer: patch tokens become cells; the class token is computed but not returned.
 
     Args:
-        model: torchvision's, built for the image size in use.
+        model: torchvision's model, built for the image size in use.
     """
 
     conv_proj: nn.Module
@@ -131,7 +131,7 @@ class ViTBackbone(Backbone):
         self.class_token = model.class_token  # (1, 1, F)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), H and W being the image size given at build, to (B, F, h, w)."""
+        """Map images (B, 3, H, W), H and W being the image size given at build, to a feature map (B, F, h, w)."""
         patches = self.conv_proj(images)  # (B, F, h, w)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, L, F)
         class_token = self.class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)  # (B, 1, F)
@@ -140,14 +140,18 @@ class ViTBackbone(Backbone):
 
 
 def build_backbone(settings: BackboneSettings, *, image_size: int) -> tuple[Backbone, LoadReport]:
-    """Build a trunk, load its weights, freeze what is to be frozen.
+    """Build a trunk, load its weights and freeze the parameters that the settings name; it is in training mode.
 
     Args:
+        settings: which trunk.
         image_size: H = W in pixels; a vision transformer works at this size only.
 
+    Returns:
+        The trunk, and a report of what was loaded.
+
     Raises:
-        ConfigError: unknown name, weights or prefix; weights of which no tensor fits; an image size or a `drop`
-            this trunk cannot have.
+        ConfigError: unknown name, weights or prefix; weights of which no tensor fits; an image size or a `drop` that
+            the trunk does not support.
         StorageError: the weights cannot be read.
     """
     backbone = _build(settings, image_size)
@@ -157,7 +161,7 @@ def build_backbone(settings: BackboneSettings, *, image_size: int) -> tuple[Back
 
 
 def backbone_names() -> list[str]:
-    """Every name `BackboneSettings` takes, sorted."""
+    """Every name that `BackboneSettings` accepts, sorted."""
     theirs = torchvision.models.list_models(module=torchvision.models)
     return sorted([*OUR_NORMS, *(name for name in theirs if name.startswith(FAMILIES))])
 
@@ -203,7 +207,7 @@ def _build(settings: BackboneSettings, image_size: int) -> Backbone:
 
 
 def _with_stochastic_depth(layers: dict[str, nn.Module], drop: float) -> dict[str, nn.Module]:
-    """Set the rates that torchvision's builders fix: 0 at the first block, `drop` at the last."""
+    """Replace the rates that torchvision's builders fix: linearly from 0 at the first block to `drop` at the last."""
     places = [m for m in layers["features"].modules() if isinstance(m, StochasticDepth)]
     for depth, place in enumerate(places):
         place.p = drop * depth / max(1, len(places) - 1)
@@ -211,7 +215,7 @@ def _with_stochastic_depth(layers: dict[str, nn.Module], drop: float) -> dict[st
 
 
 def _resnet_small(norm: Callable[[int], nn.Module]) -> Backbone:
-    """Three stages of two basic blocks, 32, 64 and 128 channels; 64 pixels give 8 x 8 cells."""
+    """Build three stages of two basic blocks each, with 32, 64 and 128 channels; 64 pixels give 8 x 8 cells."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(3, 32, kernel_size=3, stride=2, padding=1, bias=False), bn1=norm(32), relu=nn.ReLU(inplace=True)
     )
@@ -226,12 +230,17 @@ def _resnet_small(norm: Callable[[int], nn.Module]) -> Backbone:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, BasicBlock):
-            nn.init.zeros_(module.bn2.weight)  # each block starts as its shortcut, which steadies the first steps
+            nn.init.zeros_(module.bn2.weight)  # each block starts as its shortcut, which stabilises the first steps
     return backbone
 
 
 def _load(backbone: Backbone, settings: BackboneSettings) -> LoadReport:
-    """Copy every tensor that fits by name and shape, and say what became of the others."""
+    """Copy every tensor that fits by name and shape, and report on the others.
+
+    Raises:
+        ConfigError: no tensor fits, or see `_read_weights`.
+        StorageError: the weights cannot be read.
+    """
     own = backbone.state_dict()
     found = _without_prefix(_read_weights(settings), own)
     resized = tuple(key for key in ("encoder.pos_embedding",) if _is_other_grid(own.get(key), found.get(key)))
@@ -258,7 +267,7 @@ def _load(backbone: Backbone, settings: BackboneSettings) -> LoadReport:
 
 
 def _is_other_grid(own: Tensor | None, found: Tensor | None) -> bool:
-    """True for two positional embeddings (1, 1 + side * side, F) that differ in their side alone."""
+    """True for two positional embeddings (1, 1 + side * side, F) that differ only in `side`."""
     if own is None or found is None or own.shape == found.shape or found.dim() != 3 or own.shape[2] != found.shape[2]:
         return False
     num_cells = found.shape[1] - 1
@@ -266,7 +275,7 @@ def _is_other_grid(own: Tensor | None, found: Tensor | None) -> bool:
 
 
 def _without_prefix(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the trunk has them: files of whole models carry a prefix such as `backbone.` or `module.`."""
+    """Remove the prefix, such as `backbone.` or `module.`, that files of whole models put before the trunk's names."""
     matches = Counter(key[: -len(name)] for key in found for name in own if key.endswith(name))
     prefixes = [prefix for prefix in matches if prefix == "" or prefix.endswith(".")]
     best = max(prefixes, key=lambda prefix: (matches[prefix], -len(prefix)), default="")
@@ -274,7 +283,12 @@ def _without_prefix(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict
 
 
 def _read_weights(settings: BackboneSettings) -> dict[str, Tensor]:
-    """Tensors by name from a file, or from torchvision's table through its own download folder."""
+    """Read tensors by name from a file, or from torchvision's table through its own download folder.
+
+    Raises:
+        ConfigError: unknown weights, or a file that does not hold tensors.
+        StorageError: they cannot be read or downloaded.
+    """
     weights = str(settings.weights)
     if weights.endswith((".pt", ".pth", ".safetensors")):
         return _read_file(weights)

@@ -17,25 +17,25 @@ from dist_mlpl.errors import ConfigError
 
 
 class ClassEmbeddings(NamedTuple):
-    """What a file of class vectors holds."""
+    """The content of a file of class vectors."""
 
     vectors: Tensor  # (C, W) float32
-    classes: tuple[str, ...] | None  # ids of the classes in the order of the rows, where the file tells
+    classes: tuple[str, ...] | None  # class ids in the order of the rows; None if the file does not name them
 
 
 def read_embeddings(url: str, *, num_classes: int, width: int | None) -> ClassEmbeddings:
-    """Class vectors from a file.
+    """Read class vectors from a file.
 
     Args:
-        url: of a .npy file with one (C, W) array, or a .safetensors file with one such tensor. Either may name the
-            classes, by id in the order of the rows: a line each in NAME.classes.txt beside NAME.npy; a JSON list,
-            `classes`, in the metadata of the other.
+        url: a .npy file with one (C, W) array, or a .safetensors file with one such tensor. Either may name the
+            classes, by id in the order of the rows: a .npy file in NAME.classes.txt beside it, one per line; a
+            .safetensors file in its metadata, as a JSON list under `classes`.
         num_classes: C.
-        width: W, or None for whatever the file has.
+        width: W that the file must have; None: any.
 
     Raises:
-        StorageError: it cannot be read.
-        ConfigError: it holds something else, another number of rows, another width, or numbers that are not finite.
+        StorageError: the file cannot be read.
+        ConfigError: another content, number of rows, width or number of class ids, or numbers that are not finite.
     """
     try:
         content = storage.read_bytes(url)
@@ -59,7 +59,7 @@ def read_embeddings(url: str, *, num_classes: int, width: int | None) -> ClassEm
 
 
 def check_order(url: str, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Hold the classes that a file names against those of the data.
+    """Check that the classes a file names, `found`, are those of the data, `expected`, in the same order.
 
     Raises:
         ConfigError: another order, or other classes.
@@ -75,7 +75,7 @@ def check_order(url: str, found: Sequence[str], expected: Sequence[str]) -> None
 
 
 def unchecked_order(url: str) -> str:
-    """What a person should know whose file names no classes."""
+    """Make the note for the user of a file that names no classes."""
     remedy = "put the class ids into its metadata as `classes`"
     if url.endswith(".npy"):
         remedy = f"list the class ids in {storage.shown(_list_url(url))}, one a line"
@@ -86,7 +86,7 @@ def unchecked_order(url: str) -> str:
 
 
 def _list_url(url: str) -> str:
-    """Where a .npy file's rows are named."""
+    """The URL of the list of class ids for a .npy file."""
     return url.removesuffix(".npy") + ".classes.txt"
 
 

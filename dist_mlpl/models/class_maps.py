@@ -1,4 +1,4 @@
-"""Owns the fully convolutional form of the plain head: maps of a few classes an image, without those of all classes."""
+"""Owns the fully convolutional form of the plain head: maps of a few classes per image, without those of the others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dist_mlpl.models.classifier import PooledHead, Pooling
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that can also apply some of its rows alone, other ones for each image."""
+    """A linear layer that can also apply only some of its rows, different ones for each image."""
 
     def forward(self, input: Tensor, classes: Tensor | None = None) -> Tensor:
-        """All rows: (..., F) to (..., C). The rows `classes` (n, M): (n, L, F) to (n, L, M)."""
+        """Apply all rows, (..., F) to (..., C), or the rows `classes` (n, M) of each image, (n, L, F) to (n, L, M)."""
         if classes is None:
             return super().forward(input)
         weight = F.embedding(classes, self.weight)  # (n, M, F); its backward adds in a fixed order, indexing's does not
@@ -22,10 +22,10 @@ class RowLinear(nn.Linear):
 
 
 class SlotHead(PooledHead):
-    """The plain head, which also scores every cell for chosen classes.
+    """The plain head, which can also score every cell for chosen classes.
 
     With average pooling and no dropout an image's logit is the mean of its map. The maps of 32 of 9,605 classes take
-    1/300 of the memory and time of all.
+    1/300 of the memory and time that all maps take.
 
     Args:
         num_features, num_classes, dropout, pooling: see `PooledHead`.
@@ -39,7 +39,7 @@ class SlotHead(PooledHead):
         nn.init.zeros_(self.linear.bias)
 
     def class_maps(self, feature_map: Tensor, classes: Tensor) -> Tensor:
-        """Evidence of some classes in each cell, as logits.
+        """Compute the evidence of chosen classes in each cell, as logits.
 
         Args:
             feature_map: (n, F, h, w), any floating type.

@@ -1,4 +1,4 @@
-"""Owns the plain head: one linear classifier of a feature map, pooled over its cells before it or after."""
+"""Owns the plain head: one linear classifier of a feature map, with pooling over cells before or after it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dist_mlpl.settings import Settings
 
 
 class WeldonSettings(Settings):
-    """Which cells count: those that speak most for a class and those that speak most against it.
+    """WELDON pooling: the cells that count are those with the highest and those with the lowest scores of a class.
 
     Args:
-        num_top: cells with the highest scores, k+.
-        num_bottom: cells with the lowest scores, k-; 0 leaves their part out.
+        num_top: number of highest scores, k+.
+        num_bottom: number of lowest scores, k-; 0: none.
 
     Source: Durand, Thome, Cord, CVPR 2016. The k's used with partial labels are not published; 1 and 1 are the defaults
         of the first author's code (github.com/durandtibo/weldon.resnet.pytorch).
@@ -32,7 +32,7 @@ def _kind(pooling: object) -> str:
     return "name" if isinstance(pooling, str) else "weldon"
 
 
-# A name; WELDON also with its numbers: `pooling: {name: weldon, num_top: 3, num_bottom: 3}`.
+# A name, or WELDON with its numbers: `pooling: {name: weldon, num_top: 3, num_bottom: 3}`.
 Pooling = Annotated[
     Annotated[Literal["average", "max", "weldon"], Tag("name")] | Annotated[WeldonSettings, Tag("weldon")],
     Discriminator(_kind),
@@ -40,21 +40,21 @@ Pooling = Annotated[
 
 
 class HeadOutput(NamedTuple):
-    """What a head makes of a feature map; float32 (float64 in a float64 model)."""
+    """The output of a head; float32 (float64 in a float64 model)."""
 
     logits: Tensor  # (B, C)
     embedding: Tensor  # (B, F), pooled features before dropout
-    heatmaps: Tensor | None  # (B, C, h, w), evidence of each class in each cell, in logits; when asked for
+    heatmaps: Tensor | None  # (B, C, h, w), evidence of each class in each cell, in logits; None unless asked for
 
 
 class PooledHead(nn.Module):
-    """Pool over the cells, dropout, one linear layer; with WELDON the layer scores the cells and its scores are pooled.
+    """Pooling over cells, dropout, one linear layer; with WELDON the layer scores every cell and scores are pooled.
 
     Args:
         num_features: F, channels of the feature map.
         num_classes: C.
         dropout: probability of dropping a feature of an image, in all its cells alike, in [0, 1).
-        pooling: `average` over cells, or `max`, which lets an object of few cells count in full: of the features.
+        pooling: of features over cells, the `average`, or the `max`, with which an object of few cells counts in full.
             `weldon`: of each class's scores, the mean of the highest plus the mean of the lowest; its scores are
             (B, h * w, C), 480 MB for 64 images of 14 x 14 cells and 9,605 classes, and rounded to autocast's type.
     """
@@ -69,15 +69,15 @@ class PooledHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, feature_map: Tensor, *, with_heatmaps: bool = False) -> HeadOutput:
-        """Classify.
+        """Classify a feature map.
 
         Args:
             feature_map: (B, F, h, w), any floating type.
-            with_heatmaps: also compute class activation maps; without dropout `logits` are their mean over cells with
-                average pooling, and WELDON's pooling of them with WELDON.
+            with_heatmaps: also compute class activation maps, without dropout. If there is no dropout, `logits` are
+                their mean over cells with average pooling, and WELDON's pooling of them with WELDON.
 
         Raises:
-            ConfigError: WELDON is to choose more cells than there are.
+            ConfigError: WELDON asks for more cells than there are.
 
         Source: class activation maps: Zhou et al., CVPR 2016, section 2.
         """
@@ -89,22 +89,23 @@ class PooledHead(nn.Module):
         if isinstance(self.pooling, WeldonSettings):
             logits = pool_regions(self._scores(self._dropped(feature_map)), self.pooling)
         else:
-            with torch.autocast(feature_map.device.type, enabled=False):  # else a few hundred values, and AP has ties
+            with torch.autocast(feature_map.device.type, enabled=False):  # in bf16 few values: ties in AP
                 logits = self.linear(self.dropout(embedding).to(self.linear.weight.dtype)).to(precise)
         heatmaps = self._scores(feature_map).permute(0, 3, 1, 2).to(precise) if with_heatmaps else None
         return HeadOutput(logits, embedding, heatmaps)
 
     def _scores(self, feature_map: Tensor) -> Tensor:
-        """(B, F, h, w) to (B, h, w, C): the layer itself, since under ZeRO-3 its weight exists only inside its call.
+        """Score cells, (B, F, h, w) to (B, h, w, C), by calling the layer: under ZeRO-3 its weight exists only there.
 
-        Its linear rounds the bias of more than two dimensions by itself: given two, all engines agree in bf16 too.
+        ZeRO-3's linear rounds before it adds the bias if inputs have more than two dimensions; given two, all engines
+        agree in bf16 too.
         """
         cells = feature_map.permute(0, 2, 3, 1)
         scores: Tensor = self.linear(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
         return scores
 
     def _dropped(self, feature_map: Tensor) -> Tensor:
-        """The feature map (B, F, h, w) with one draw of dropout for all cells of an image."""
+        """Apply dropout to the feature map (B, F, h, w), with one draw for all cells of an image."""
         if self.dropout.p == 0.0:
             return feature_map
         ones = torch.ones(feature_map.shape[:2], dtype=feature_map.dtype, device=feature_map.device)
@@ -112,10 +113,11 @@ class PooledHead(nn.Module):
 
 
 def pool_regions(scores: Tensor, settings: WeldonSettings) -> Tensor:
-    """The mean of the highest scores plus the mean of the lowest ones, class by class.
+    """Add the mean of the highest scores and the mean of the lowest ones, class by class.
 
     Args:
         scores: (B, h, w, C), any floating type.
+        settings: how many of each.
 
     Returns:
         (B, C) float32, or float64 for such scores.
@@ -123,7 +125,7 @@ def pool_regions(scores: Tensor, settings: WeldonSettings) -> Tensor:
     Raises:
         ConfigError: more scores are asked for than there are cells.
 
-    Source: Durand, Thome, Cord, CVPR 2016. The first author's later code halves the sum; it is whole here.
+    Source: Durand, Thome, Cord, CVPR 2016. The first author's later code halves the sum; here it is not halved.
     """
     scores = scores.flatten(1, 2)  # (B, L, C)
     num_cells = scores.shape[1]

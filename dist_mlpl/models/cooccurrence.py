@@ -1,7 +1,8 @@
-"""Owns the pair head: from the features of two classes of an image, how likely both are present in it."""
+"""Owns the pair head: from the features of two classes of an image, the logit that both are present in it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from dist_mlpl.models.label_counts import LabelCounts
 from dist_mlpl.models.recompute import blocks, linear
 from dist_mlpl.settings import Settings
 
-_MOST_DENSE = 256  # classes, where the number of neighbours is left open: 32,640 pairs, 134 MB at hidden width 1,024
+# Up to so many classes all pairs have weights by default: 32,640 pairs, 134 MB at `pair_width` 1,024.
+_MOST_DENSE = 256
 _NEIGHBOURS = 32
 
 
@@ -21,10 +23,10 @@ class PairSettings(Settings):
     """The sizes of the pair head, and which pairs have weights.
 
     Args:
-        class_width: of a class's own layer.
-        pair_width: of the layer where two classes meet.
-        num_neighbours: E, classes that a class makes pairs with: those most often seen with it; null: all of up to 256
-            classes, 32 above.
+        class_width: outputs of the layer applied to each class's feature.
+        pair_width: outputs of the layer that joins two classes.
+        num_neighbours: E, the number of classes that a class forms pairs with: those most often seen with it; null: all
+            if there are at most 256 classes, else 32.
     """
 
     class_width: int = Field(512, ge=1)
@@ -33,24 +35,26 @@ class PairSettings(Settings):
 
 
 class Pairs(NamedTuple):
-    """Pairs of classes of an image, M of them."""
+    """M pairs of classes in images."""
 
-    image: Tensor  # (M,) int64, row of the batch
+    image: Tensor  # (M,) int64, row in the batch
     first: Tensor  # (M,) int64, class i
     second: Tensor  # (M,) int64, class j
     slot: Tensor  # (M,) int64, row of the pair's weights
 
     def joined(self, other: Pairs) -> Pairs:
-        """These, then those."""
+        """Concatenate these pairs and others."""
         return Pairs(*(torch.cat(columns) for columns in zip(self, other, strict=True)))
 
 
 class PairHead(nn.Module):
-    """q_c = Wa f_c;  t_ij = relu(Wb [q_i; q_j]);  logit_ij = <w_ij, t_ij> + b_ij, for the pairs asked for alone.
+    """Logits of pairs of classes, computed only for the pairs asked for.
 
-    Up to a few hundred classes every pair i < j has weights w_ij (C (C - 1) / 2 rows). Above, a class has E rows, for
-    its pairs with the E classes most often seen with it: the pair (i, j) is then the one that i has with j, and a pair
-    without weights does not exist. Wb [q_i; q_j] = Wb1 q_i + Wb2 q_j is made once a class, not once a pair.
+        q_c = Wa f_c;  t_ij = relu(Wb [q_i; q_j]);  logit_ij = <w_ij, t_ij> + b_ij
+
+    If `num_neighbours` allows all pairs, every pair i < j has weights w_ij (C (C - 1) / 2 rows). Otherwise a class has
+    E rows, for its pairs with the E classes most often seen with it: (i, j) are then the weights that i has for j, and
+    a pair without weights has no logit. Wb [q_i; q_j] = Wb1 q_i + Wb2 q_j is computed once per class, not per pair.
 
     Args:
         settings: sizes.
@@ -58,7 +62,8 @@ class PairHead(nn.Module):
         num_classes: C.
 
     Source: SST (Chen et al., AAAI 2022), with its code.
-    Differs: the code's next layer, Wc before w_ij, has nothing between: w_ij is their product, drawn with its spread.
+    Differs: the code applies a linear layer Wc before w_ij, with no activation between; here w_ij stands for their
+        product, and starts with its variance.
     """
 
     neighbours: Tensor
@@ -85,25 +90,38 @@ class PairHead(nn.Module):
             (self.pair_bias, H**-0.5),
         ):
             nn.init.uniform_(parameter, -bound, bound)
-        if self.num_neighbours is not None:  # (C, E) int64; a class beside itself is no pair
+        if self.num_neighbours is not None:  # (C, E) int64; a class with itself is no pair
             self.register_buffer("neighbours", torch.arange(C)[:, None].repeat(1, self.num_neighbours))
 
     def set_cooccurrence(self, counts: LabelCounts) -> None:
-        """Choose every class's E neighbours, where not all pairs have weights. Before training: weights belong to them.
+        """Choose every class's E neighbours; no effect if all pairs have weights.
+
+        Call it before training: weights belong to the neighbours chosen.
 
         Args:
-            counts: of the training labels, the same on every rank.
+            counts: those of the training labels, the same on every rank.
         """
         if self.num_neighbours is not None:
             self.neighbours.copy_(counts.neighbours(self.num_neighbours, with_self=False)[0])
 
+    def kept_at_start(self, found: Collection[str]) -> dict[str, str]:
+        """See `Method.kept_at_start`: row w_ij belongs to the neighbours it was trained with, taken over with it.
+
+        Otherwise rows and neighbours stay this run's: neither means anything beside the other's counterpart.
+        """
+        own = {"pair_weight", "pair_bias"} | ({"neighbours"} if self.num_neighbours is not None else set())
+        if own == {"pair_weight", "pair_bias", "neighbours"}.intersection(found):
+            return {}
+        return dict.fromkeys(sorted(own), "weights of other pairs than there")
+
     def pairs(self, is_first: Tensor, is_second: Tensor) -> Pairs:
-        """The pairs that have weights and join a class of the one kind to a class of the other. Reads no parameter.
+        """Find the pairs of a class in `is_first` and a class in `is_second` that have weights. Reads no parameter.
 
         Args:
-            is_first, is_second: (B, C) bool. Without neighbours an unordered pair is given once, even where it fits
-                both ways, and its `first` is the lower of the two classes. With neighbours `first` is of the first
-                kind, and two classes that are each other's neighbours are given both ways, with weights of their own.
+            is_first, is_second: (B, C) bool. If all pairs have weights, an unordered pair is returned once, even if it
+                fits both ways, and its `first` is the lower of the two classes. With neighbours `first` is a class in
+                `is_first`, and if two classes are each other's neighbours and fit both ways, both pairs are returned,
+                each with its own weights.
         """
         images, classes = is_first.nonzero(as_tuple=True)  # (n,) each
         if self.num_neighbours is not None:
@@ -120,9 +138,9 @@ class PairHead(nn.Module):
         slot = first * (2 * self.num_classes - first - 1) // 2 + second - first - 1
         return Pairs(image, first, second, slot)
 
-    @torch.compiler.disable  # M is another at each step: every one would be compiled anew, block by block
+    @torch.compiler.disable  # M differs at each step, and each would be compiled anew
     def forward(self, class_features: Tensor, pairs: Pairs) -> Tensor:
-        """Logits (M,), in the features' type, of pairs of (B, C, D) class features."""
+        """Compute the logits (M,) of pairs from class features (B, C, D), in the features' type."""
         flat = class_features.flatten(0, 1)  # (B * C, D)
         first, of_first = (pairs.image * self.num_classes + pairs.first).unique(return_inverse=True)
         second, of_second = (pairs.image * self.num_classes + pairs.second).unique(return_inverse=True)
@@ -133,7 +151,7 @@ class PairHead(nn.Module):
 
 
 class _PairScores(torch.autograd.Function):
-    """<w_slot, relu(u_i + v_j)> of M pairs, block by block; the backward pass makes each block again."""
+    """<w_slot, relu(u_i + v_j)> of M pairs, block by block; the backward pass recomputes each block."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, w: Tensor, i: Tensor, j: Tensor, slot: Tensor) -> Tensor:
@@ -159,8 +177,8 @@ class _PairScores(torch.autograd.Function):
 
 
 def _add_rows(totals: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows (m, H) to those at index (m,), some of which are the same, in an order that no two runs differ in."""
-    if totals.is_cuda:  # where `index_add_` is atomic; this one sorts
+    """Add rows (m, H) to those at index (m,), which may repeat, in an order that is the same in every run."""
+    if totals.is_cuda:  # where `index_add_` uses atomics; `index_put_` sorts
         totals.index_put_((index,), rows, accumulate=True)
     else:
         totals.index_add_(0, index, rows)

@@ -1,8 +1,8 @@
-"""Owns the gated graph: class features are passed along a graph of which classes are seen together."""
+"""Owns the gated graph: class features propagate along a graph of classes that are seen together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +15,17 @@ from dist_mlpl.models.label_counts import LabelCounts
 from dist_mlpl.models.recompute import add, blocks, linear, pull_back
 from dist_mlpl.settings import Settings
 
-_MOST_DENSE = 512  # classes, where the number of neighbours is left open
+_MOST_DENSE = 512  # up to so many classes the graph is complete by default
 _NEIGHBOURS = 32
 
 
 class GatedGraphSettings(Settings):
-    """How far features travel, and along how many edges.
+    """The number of steps and edges of the gated graph.
 
     Args:
         num_steps: T, rounds of messages.
-        num_neighbours: E, classes that a class hears from, itself among them: those most often seen with it; null: all
-            of up to 512 classes, 32 above.
+        num_neighbours: E, the number of classes that a class receives from, itself included: those most often seen with
+            it; null: all if there are at most 512 classes, else 32.
     """
 
     num_steps: int = Field(3, ge=1)
@@ -33,14 +33,14 @@ class GatedGraphSettings(Settings):
 
 
 class Edges(NamedTuple):
-    """The sums of one direction: of all classes by a table, or of a list of neighbours."""
+    """The edges of one direction: a table over all classes, or a list of neighbours."""
 
     weights: Tensor  # (C, C), or (C * E,)
-    classes: Tensor | None = None  # (C * E,) int64, those that are summed, class by class
-    starts: Tensor | None = None  # (C + 1,) int64, first of each class in `classes`, and the end
+    classes: Tensor | None = None  # (C * E,) int64, the neighbours, class by class
+    starts: Tensor | None = None  # (C + 1,) int64, where each class begins in `classes`, and the end
 
     def sums(self, states: Tensor) -> Tensor:
-        """(C, B, D) to (C, B, D): for each class the weighted sum over its neighbours."""
+        """Sum the states (C, B, D) of each class's neighbours, weighted; (C, B, D)."""
         flat = states.flatten(1)
         weights = self.weights.to(states.dtype)
         if self.classes is None:
@@ -52,24 +52,24 @@ class Edges(NamedTuple):
 
 
 class GatedGraph(nn.Module):
-    """T steps of a gated graph network between the classes of an image, all nodes with the same weights.
+    """T steps of a gated graph network between the classes of an image; all nodes share the weights.
 
         m = [A h; A' h];  z = sigmoid(Wz m + Uz h);  r = sigmoid(Wr m + Ur h);  h~ = tanh(Wh m + Uh (r * h))
         h <- (1 - z) * h + z * h~
 
-    A_ij is how likely class j is where i is; A' is A transposed. The graph is set by `set_cooccurrence`; until then,
-    and for classes never seen, every class hears itself alone. It is part of the model's state.
+    A_ij is the probability of class j given class i; A' is A transposed. The graph is set by `set_cooccurrence`; until
+    then, and for classes never seen, a class receives only from itself. The graph is part of the model's state.
 
-    Nodes are worked on in blocks, computed again in the backward pass: T tensors of (C, B, D) are kept.
+    Nodes are processed in blocks that the backward pass recomputes: T tensors (C, B, D) are kept.
 
     Args:
-        settings: of the graph.
+        settings: steps and edges.
         width: D.
         num_classes: C.
 
     Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022), with its code.
-    Differs: rows of classes never seen are those of the identity (0/0 in the code); A is over images where j is known
-        (see `LabelCounts.conditional`); above 512 classes edges to all but E neighbours are left out.
+    Differs: rows of classes never seen are those of the identity (0/0 in the code); A is estimated over images where j
+        is known (see `LabelCounts.conditional`); by default, above 512 classes only edges to E neighbours are kept.
     """
 
     neighbours: Tensor
@@ -102,20 +102,20 @@ class GatedGraph(nn.Module):
             return
         self.register_buffer("neighbours", torch.arange(C)[:, None].repeat(1, E))  # (C, E) int64
         self.register_buffer("weights", torch.eye(1, E).repeat(C, 1))  # (C, E)
-        self.register_buffer("senders", torch.arange(C).repeat_interleave(E))  # (C * E,) int64, who hears each class
+        self.register_buffer("senders", torch.arange(C).repeat_interleave(E))  # (C * E,) int64, receivers of each class
         self.register_buffer("sender_weights", self.weights.flatten().clone())  # (C * E,)
         self.register_buffer("sender_starts", torch.arange(C + 1) * E)  # (C + 1,) int64
 
     @property
     def is_dense(self) -> bool:
-        """Whether every class hears every other."""
+        """True if the graph is complete: every class receives from every other."""
         return self.num_neighbours == self.num_classes
 
     def set_cooccurrence(self, counts: LabelCounts, *, is_biased: bool = False) -> None:
-        """Make the graph that the training labels speak of.
+        """Set the graph from the training labels.
 
         Args:
-            counts: of the training labels, the same on every rank.
+            counts: those of the training labels, the same on every rank.
             is_biased: see `LabelCounts.conditional`.
         """
         if self.is_dense:
@@ -125,21 +125,25 @@ class GatedGraph(nn.Module):
             self.adjacency.copy_(table)
             return
         neighbours, weights = counts.neighbours(self.num_neighbours, with_self=True, is_biased=is_biased)
-        heard, order = neighbours.flatten().sort(stable=True)  # (C * E,) edges by the class that is heard
+        heard, order = neighbours.flatten().sort(stable=True)  # (C * E,) edges sorted by sender
         self.neighbours.copy_(neighbours)
         self.weights.copy_(weights)
         self.senders.copy_(order // self.num_neighbours)
         self.sender_weights.copy_(weights.flatten()[order])
         self.sender_starts.copy_(torch.searchsorted(heard, torch.arange(self.num_classes + 1)))
 
+    def kept_at_start(self, found: Collection[str]) -> dict[str, str]:
+        """See `Method.kept_at_start`: the graph is that of this run's labels; the weights do not depend on it."""
+        return dict.fromkeys((name for name, _ in self.named_buffers()), "the graph of this run's labels")
+
     def forward(self, class_features: Tensor) -> Tensor:
-        """Propagate.
+        """Propagate class features over the graph.
 
         Args:
             class_features: (B, C, D), float32, or float64 for a module of that type.
 
         Returns:
-            (B, C, D), same type. Images do not see one another.
+            (B, C, D), same type. Images are independent of one another.
         """
         states = class_features.transpose(0, 1).contiguous()  # (C, B, D)
         last: Tensor = _Propagation.apply(
@@ -150,7 +154,7 @@ class GatedGraph(nn.Module):
         return last.transpose(0, 1)
 
     def _edges(self) -> tuple[Edges, Edges]:
-        """A and A transposed."""
+        """The edges of A and of A transposed."""
         if self.is_dense:
             return Edges(self.adjacency), Edges(self.adjacency.T)
         starts = torch.arange(self.num_classes + 1, device=self.neighbours.device) * self.num_neighbours
@@ -161,7 +165,7 @@ class GatedGraph(nn.Module):
 
 
 class _Propagation(torch.autograd.Function):
-    """T steps over all nodes, block by block; the backward pass computes each block again."""
+    """T steps over all nodes, block by block; the backward pass recomputes each block."""
 
     @staticmethod
     def forward(
@@ -186,10 +190,10 @@ class _Propagation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         weights, kept = ctx.saved_tensors[: ctx.num_weights], ctx.saved_tensors[ctx.num_weights :]
-        slope = grad_outputs[0].contiguous()  # (C, B, D), by the states after a step, the last one first
+        slope = grad_outputs[0].contiguous()  # (C, B, D), gradient by the states after a step, from the last back
         weight_slopes = [torch.zeros_like(weight) for weight in weights]
         kind, dtype, is_enabled = ctx.autocast
-        # Uncached: the weights are leaves anew in each block, and casts of all blocks would be kept to the end.
+        # Uncached: each block has new leaves for the weights, and the casts of all blocks would be kept to the end.
         with torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=False):
             for states in reversed(kept):
                 messages = _messages(ctx.edges, states)
@@ -205,13 +209,13 @@ class _Propagation(torch.autograd.Function):
 
 
 def _messages(edges: tuple[Edges, Edges], states: Tensor) -> tuple[Tensor, Tensor]:
-    """A h and A' h, (C, B, D) each, in the states' own type under autocast too."""
+    """Compute A h and A' h, (C, B, D) each, in the states' own type under autocast too."""
     with torch.autocast(states.device.type, enabled=False):
         return edges[0].sums(states), edges[1].sums(states)
 
 
 def _update(states: Tensor, into: Tensor, back: Tensor, *weights: Tensor) -> Tensor:
-    """The next states of a block of nodes, (c, B, D) like the states and the two halves of their messages."""
+    """Compute the next states of a block of nodes; states, both halves of their messages and result are (c, B, D)."""
     message_weight, message_bias, gate_weight, gate_bias, candidate_weight, candidate_bias = weights
     of_into, of_back = message_weight.split(states.shape[-1], dim=1)  # (3 D, D) each
     heard = linear(into, of_into, message_bias) + linear(back, of_back)  # (c, B, 3 D)

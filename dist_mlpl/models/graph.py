@@ -1,4 +1,4 @@
-"""Owns the label graph: the classes pass messages about their logits and correct them by what the others say."""
+"""Owns the label graph: classes exchange messages about their logits and correct them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from dist_mlpl.errors import ConfigError
 from dist_mlpl.models.recompute import add, linear, pull_back
 from dist_mlpl.settings import Settings
 
-# Entries of a block of nodes, in one tensor of its width; working on a block takes some fifteen of these.
+# Entries of a block of nodes in its widest tensor; computing a block takes the memory of some fifteen such tensors.
 _CPU_ENTRIES = 2**18
 _DEVICE_ENTRIES = 2**22
-_MOST_ONE_HOT = 1000  # classes, where `identity` is left open
+_MOST_ONE_HOT = 1000  # up to so many classes `identity` is `one_hot` by default
 
 
 class LabelGraphSettings(Settings):
-    """The graph's sizes and forms; where the paper's own are not known to us, a key with a default.
+    """The graph's sizes and forms; choices that the paper leaves open are keys with a default.
 
     Args:
         num_steps: T, rounds of messages.
-        width: H of a node's state; null: C with identity `one_hot`, 128 otherwise.
-        message_width: M of a message; null: H.
-        messages: `sender`: a message is made from the state of who sends it, and time and memory grow with C; `pair`:
-            from the states of both ends, and time grows with the square of C: for some hundred classes.
-        identity: how a state tells whose it is. `one_hot`: the logit stands in a place of its own for each class, which
-            takes H >= C; `learned`: a vector of H - 1 numbers a class beside the logit; `none`: the logit stands in the
-            middle, and classes with equal logits are treated alike. null: `one_hot` up to 1,000 classes (and up to
-            `width`, if given), `learned` above.
-        readout: the corrected logit. `both`: linear in the first and the last state; `last`: in the last alone;
-            `averaged`: the mean of that and the logit that came in.
+        width: H, the width of a node's state; null: C with identity `one_hot`, else 128.
+        message_width: M, the width of a message; null: H.
+        messages: `sender`: a message is computed from the sender's state, and time and memory grow with C; `pair`: from
+            both states, and time grows with the square of C: for a few hundred classes.
+        identity: how a node's first state shows its class. `one_hot`: the logit is in a place of its own for each
+            class, so H >= C; `learned`: a learned vector of H - 1 numbers per class beside the logit; `none`: the logit
+            is in the middle, and classes with equal logits are treated alike. null: `one_hot` up to 1,000 classes (and
+            up to `width`, if given), `learned` above.
+        readout: the corrected logit. `both`: linear in the first and the last state; `last`: linear in the last only;
+            `averaged`: the mean of `last` and the input logit.
         dropout: probability of dropping an entry of the last states before the readout, in [0, 1).
     """
 
@@ -50,28 +50,28 @@ class LabelGraphSettings(Settings):
 
 
 class LabelGraph(nn.Module):
-    """Gated graph network over a full graph of C nodes, one a class, on top of the logits.
+    """A gated graph network over a complete graph of C nodes, one per class, on top of the logits.
 
-    A node's state starts as its logit in a vector of zeros. T times every node takes the mean over all other nodes of
-    relu(linear(state)) and updates its state by a GRU; all nodes share the weights. The readout gives the new logit.
+    A node's state starts as its logit in a vector of zeros (or see `identity`). T times every node takes the mean over
+    all other nodes of relu(linear(state)) and updates its state by a GRU; all nodes share the weights. The readout
+    gives the new logit.
 
-    The mean over the others is the sum over all less the own message, over C - 1. Nodes are worked on in blocks, whose
-    activations are computed again in the backward pass: T + 1 tensors of (C, B, H) are kept, 39 MB each for 9,605
-    classes, width 128 and 8 images. States, sums and readout are float32 under autocast too; the products run in its
-    type.
+    The mean over the others is (the sum over all - the own message) / (C - 1). Nodes are processed in blocks, whose
+    activations the backward pass recomputes: T + 1 tensors (C, B, H) are kept, 39 MB each for 9,605 classes, width 128
+    and 8 images. States, sums and readout are float32 under autocast too; the products run in its type.
 
     Args:
-        settings: of the graph.
+        settings: sizes and forms.
         num_classes: C.
 
     Raises:
         ConfigError: identity `one_hot` with a width below C.
 
-    Source: Durand et al., CVPR 2019; the sum less the own message is the masked mean, exact to rounding.
-    Differs: sizes, number of steps, identity, readout and what a message sees are choices of ours (see
+    Source: Durand et al., CVPR 2019; the mean over the others equals the masked mean, to rounding.
+    Differs: sizes, number of steps, identity, readout and the input of a message are choices of ours (see
         `LabelGraphSettings`). With readout `both` a new graph changes no logit, so that one may be put on top of a
         trained model. All parameters belong to this module itself: blocks and recomputation stay within its call, as
-        ZeRO-3 wants it.
+        ZeRO-3 requires.
     """
 
     def __init__(self, settings: LabelGraphSettings, num_classes: int) -> None:
@@ -83,7 +83,7 @@ class LabelGraph(nn.Module):
         self._logit_places = slice(first, first + (num_classes if self.identity == "one_hot" else 1))
         self.message_weight = nn.Parameter(torch.empty(M, 2 * H if settings.messages == "pair" else H))
         self.message_bias = nn.Parameter(torch.empty(M))
-        self.input_weight = nn.Parameter(torch.empty(3 * H, M))  # reset gate, update gate, candidate: as nn.GRUCell
+        self.input_weight = nn.Parameter(torch.empty(3 * H, M))  # reset gate, update gate, candidate, like nn.GRUCell
         self.input_bias = nn.Parameter(torch.empty(3 * H))
         self.state_weight = nn.Parameter(torch.empty(3 * H, H))
         self.state_bias = nn.Parameter(torch.empty(3 * H))
@@ -104,7 +104,7 @@ class LabelGraph(nn.Module):
             logits: (B, C), float32, or float64 for a module of that type.
 
         Returns:
-            (B, C), same type. Images do not see one another.
+            (B, C), same type. Images are independent of one another.
         """
         first = self._first_states(logits)  # (C, B, H)
         last: Tensor = _Propagation.apply(self.num_steps, torch.is_grad_enabled(), first, *self._step_weights())
@@ -117,7 +117,7 @@ class LabelGraph(nn.Module):
         return (logits + new) / 2 if self.readout == "averaged" else new
 
     def _first_states(self, logits: Tensor) -> Tensor:
-        """(B, C) to (C, B, H): each logit among zeros, or beside its class's vector."""
+        """Make the first states (C, B, H) from logits (B, C): each logit among zeros, or beside its class's vector."""
         column = logits.T.unsqueeze(-1)  # (C, B, 1)
         if self.class_vectors is not None:
             return torch.cat([column, self.class_vectors.unsqueeze(1).expand(-1, logits.shape[0], -1)], dim=-1)
@@ -136,7 +136,11 @@ class LabelGraph(nn.Module):
 
 
 def _identity_and_width(settings: LabelGraphSettings, num_classes: int) -> tuple[str, int]:
-    """What the open settings come to for C classes."""
+    """Resolve null settings: the identity and width for C classes.
+
+    Raises:
+        ConfigError: identity `one_hot` with a width below C.
+    """
     identity, width = settings.identity, settings.width
     if identity is None:
         fits = num_classes <= min(_MOST_ONE_HOT, width or _MOST_ONE_HOT)
@@ -152,7 +156,7 @@ def _identity_and_width(settings: LabelGraphSettings, num_classes: int) -> tuple
 
 
 class _Propagation(torch.autograd.Function):
-    """T steps over all nodes, block by block; the backward pass computes each block again."""
+    """T steps over all nodes, block by block; the backward pass recomputes each block."""
 
     @staticmethod
     def forward(ctx: Any, num_steps: int, is_kept: bool, states: Tensor, *weights: Tensor) -> Tensor:
@@ -176,10 +180,10 @@ class _Propagation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         weights, kept = ctx.saved_tensors[: ctx.num_weights], ctx.saved_tensors[ctx.num_weights :]
-        (slope,) = grad_outputs  # (C, B, H), by the states after a step, the last one first
+        (slope,) = grad_outputs  # (C, B, H), gradient by the states after a step, from the last back
         weight_slopes = [torch.zeros_like(weight) for weight in weights]
         kind, dtype, is_enabled = ctx.autocast
-        # Uncached: the weights are leaves anew in each block, and casts of all blocks would be kept to the end.
+        # Uncached: each block has new leaves for the weights, and the casts of all blocks would be kept to the end.
         with torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=False):
             for states, offer in zip(kept[-2::-2], kept[::-2], strict=True):
                 earlier, offer_slope = torch.empty_like(states), torch.zeros_like(offer)
@@ -196,10 +200,11 @@ class _Propagation(torch.autograd.Function):
 
 
 def _offer(states: Tensor, *weights: Tensor) -> Tensor:
-    """What a block of nodes gives to all others.
+    """Compute what a block of nodes sends to all nodes.
 
     Args:
         states: (c, B, H).
+        weights: see `LabelGraph._step_weights`.
 
     Returns:
         `sender`: (B, M), the sum of the block's messages. `pair`: (c, B, M), the senders' part of each message.
@@ -211,12 +216,13 @@ def _offer(states: Tensor, *weights: Tensor) -> Tensor:
 
 
 def _update(num_classes: int, states: Tensor, offer: Tensor, *weights: Tensor) -> Tensor:
-    """The next states of a block of nodes.
+    """Compute the next states of a block of nodes.
 
     Args:
         num_classes: C.
         states: (c, B, H).
-        offer: what all nodes give; `sender`: (B, M), `pair`: (C, B, M).
+        offer: what all nodes send, see `_offer`; `sender`: (B, M), summed; `pair`: (C, B, M).
+        weights: see `LabelGraph._step_weights`.
 
     Returns:
         (c, B, H).
@@ -225,7 +231,7 @@ def _update(num_classes: int, states: Tensor, offer: Tensor, *weights: Tensor) -
     if _is_pairwise(weights):
         senders, receivers = message_weight.split(states.shape[-1], dim=1)
         seen = linear(states, receivers, message_bias)  # (c, B, M)
-        total = (offer + seen.unsqueeze(1)).relu().sum(dim=1)  # of (c, C, B, M)
+        total = (offer + seen.unsqueeze(1)).relu().sum(dim=1)  # summed from (c, C, B, M)
         own = (linear(states, senders) + seen).relu()
     else:
         total, own = offer, linear(states, message_weight, message_bias).relu()
@@ -240,13 +246,13 @@ def _update(num_classes: int, states: Tensor, offer: Tensor, *weights: Tensor) -
 
 
 def _is_pairwise(weights: tuple[Tensor, ...]) -> bool:
-    """True when a message is made from both ends' states."""
+    """True if a message is computed from both nodes' states."""
     message_weight, *_, state_weight, _ = weights
     return message_weight.shape[1] == 2 * state_weight.shape[1]
 
 
 def _blocks(states: Tensor, weights: tuple[Tensor, ...]) -> Iterator[slice]:
-    """Cut the nodes of (C, B, H) states into blocks that bound the memory of a step."""
+    """Cut the nodes of states (C, B, H) into blocks that bound the memory of a step."""
     C, B, H = states.shape
     M = weights[0].shape[0]
     entries = _CPU_ENTRIES if states.device.type == "cpu" else _DEVICE_ENTRIES

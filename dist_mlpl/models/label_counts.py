@@ -1,4 +1,4 @@
-"""Owns how often classes are known to be present together: counted over all labels by all ranks, and what follows."""
+"""Owns the counts of classes known to be present together, taken over all labels by all ranks, and their statistics."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.labels import PRESENT, UNKNOWN
 
-_MOST_DENSE = 1024  # classes; up to here a whole (C, C) table is counted and reduced
+_MOST_DENSE = 1024  # up to so many classes a whole (C, C) table is counted and reduced
 _BLOCK_SAMPLES = 2048
-_PENDING = 1 << 22  # counted pairs that are merged at a time
+_PENDING = 1 << 22  # rows of pair counts that may wait before they are merged
 
 Counts = npt.NDArray[np.int64]
 
 
 class ReadsTargets(Protocol):
-    """Labels by sample index, as `data.label_store.Labels` has them."""
+    """A reader of labels by sample index, such as `data.label_store.Labels`."""
 
     def targets(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-        """(n, C) int8 in {-1, 0, 1} of samples (n,)."""
+        """Return the targets (n, C) int8 in {-1, 0, 1} of samples (n,)."""
         ...
 
 
 class LabelCounts(NamedTuple):
-    """Pairs of classes that some image is known to show both of, sorted by first, then second; i = j among them."""
+    """Pairs of classes known to be present together in some image, sorted by first, then second; includes i = j."""
 
     num_classes: int
     first: Counts  # (Z,) i
     second: Counts  # (Z,) j
-    together: Counts  # (Z,) images with i and j known present, 1 or more; of i = j, images with i
-    known: Counts  # (Z,) images with i known present and j known either way
+    together: Counts  # (Z,) images with i and j known present, >= 1; for i = j, images with i
+    known: Counts  # (Z,) images with i known present and j known, present or absent
 
     def conditional(self, *, is_biased: bool = False) -> npt.NDArray[np.float64]:
-        """How likely j is where i is, (Z,) in (0, 1]; 1 for i = j.
+        """Estimate the probability of j given i, (Z,) in (0, 1]; 1 for i = j.
 
         Args:
-            is_biased: over all images with i, those where j is unknown among them, as the reference code has it: with a
-                share r of labels known this is r times too small for i != j.
+            is_biased: True: over all images with i, including those where j is unknown, as in the reference code; with
+                a share r of labels known this is too small by a factor r for i != j.
         """
         if not is_biased:
             return self.together / self.known
@@ -50,23 +50,24 @@ class LabelCounts(NamedTuple):
         return self.together / present[self.first]
 
     def neighbours(self, num_neighbours: int, *, with_self: bool, is_biased: bool = False) -> tuple[Tensor, Tensor]:
-        """The classes most often seen with each class, and how likely they are where it is.
+        """Find the classes most often seen with each class, and their probabilities given that class.
 
-        Those with most images in common come first: of the likeliest, most would rest on a single image.
+        Those with most images in common come first: the highest probabilities mostly rest on a single image.
 
         Args:
             num_neighbours: E.
-            with_self: a class is its own first neighbour, with weight 1, whether it was ever seen or not.
+            with_self: True: a class is its own first neighbour, with weight 1, whether it was ever seen or not.
             is_biased: see `conditional`.
 
         Returns:
-            (C, E) int64 and (C, E) float32; a class with fewer neighbours is followed by itself with weight 0.
+            (C, E) int64 classes and (C, E) float32 probabilities; missing neighbours are the class itself with weight
+            0.
         """
         weights = self.conditional(is_biased=is_biased)
         kept = np.flatnonzero(self.first != self.second)
         order = kept[np.lexsort((self.second[kept], -weights[kept], -self.together[kept], self.first[kept]))]
         rows = self.first[order]
-        place = np.arange(len(order)) - np.searchsorted(rows, rows) + with_self  # rank among the class's own
+        place = np.arange(len(order)) - np.searchsorted(rows, rows) + with_self  # place among the class's neighbours
         order, rows, place = (column[place < num_neighbours] for column in (order, rows, place))
         classes = np.repeat(np.arange(self.num_classes)[:, None], num_neighbours, axis=1)
         likely = np.zeros((self.num_classes, num_neighbours), dtype=np.float32)
@@ -76,21 +77,21 @@ class LabelCounts(NamedTuple):
 
 
 def count_cooccurrence(labels: ReadsTargets, num_samples: int, num_classes: int) -> LabelCounts:
-    """Count pairs of classes over all samples of a split; each rank counts its part of them.
+    """Count pairs of classes over all samples of a split; each rank counts a part of the samples.
 
-    Up to 1,024 classes a whole table is counted; above, lists, whose time and memory grow with the pairs of a present
-    and a known label that there are.
+    Up to 1,024 classes a whole table is counted; above, lists, whose time and memory grow with the number of pairs of
+    a present and a known label.
 
     Args:
-        labels: of the split.
+        labels: the labels of the split.
         num_samples: N.
         num_classes: C.
 
     Returns:
         The counts of all samples, on every rank.
 
-    Collective: all ranks; one all-reduce of 16 C^2 bytes, or each rank's list to the owners of its classes and the
-        merged lists to all, 24 to 32 bytes a pair.
+    Collective: all ranks; one all-reduce of 16 C^2 bytes; above 1,024 classes, each rank's list to the owners of its
+        classes and the merged lists to all ranks, 24 bytes per pair each time, the latter padded to the longest.
     """
     rank, size = comm.rank(), comm.world_size()
     first, stop = rank * num_samples // size, (rank + 1) * num_samples // size
@@ -99,7 +100,7 @@ def count_cooccurrence(labels: ReadsTargets, num_samples: int, num_classes: int)
     if num_classes <= _MOST_DENSE:
         table = np.zeros((2, num_classes, num_classes), dtype=np.int64)
         for block in blocks:
-            present = (block == PRESENT).astype(np.float32)  # a product of 2,048 ones at most is exact
+            present = (block == PRESENT).astype(np.float32)  # exact: sums of at most 2,048 ones
             table[0] += (present.T @ present).astype(np.int64)
             table[1] += (present.T @ (block != UNKNOWN).astype(np.float32)).astype(np.int64)
         table = comm.reduce_sum(torch.from_numpy(table)).numpy()
@@ -120,10 +121,10 @@ def count_cooccurrence(labels: ReadsTargets, num_samples: int, num_classes: int)
 
 
 def _pairs(block: npt.NDArray[np.int8]) -> Counts:
-    """(n, 3) i * C + j, images with both present, images with i present and j known: of a block (b, C) of targets."""
+    """Count pairs in a block of targets (b, C): (n, 3) of i * C + j, images with both, images with i and j known."""
     num_classes = block.shape[1]
     known_rows, known_classes = np.nonzero(block)
-    starts = np.searchsorted(known_rows, np.arange(len(block) + 1))  # of each image's known labels
+    starts = np.searchsorted(known_rows, np.arange(len(block) + 1))  # where each image's known labels begin
     rows, classes = np.nonzero(block == PRESENT)
     num_known = np.diff(starts)[rows]
     i = np.repeat(classes, num_known)
@@ -135,7 +136,7 @@ def _pairs(block: npt.NDArray[np.int8]) -> Counts:
 
 
 def _merged(parts: list[Counts]) -> Counts:
-    """Counts (n, 3) under one code added up, sorted by code."""
+    """Concatenate counts (n, 3), add up those with the same code, and sort by code."""
     rows = np.concatenate(parts)
     if len(rows) == 0:
         return rows

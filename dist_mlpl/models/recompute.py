@@ -1,4 +1,4 @@
-"""Owns how a layer works block by block: products that all engines round alike, and blocks computed again backward."""
+"""Owns tools for layers that work in blocks: products that all engines round alike, and recomputation in backward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Entries of a block, in one tensor of its width; working on a block takes some fifteen of these.
+# Entries of a block in its widest tensor; computing a block takes the memory of some fifteen such tensors.
 _CPU_ENTRIES = 2**18
 _DEVICE_ENTRIES = 2**22
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product in autocast's type, given back in the inputs' own.
+    """Apply a linear layer in autocast's type and return the result in the inputs' own.
 
-    ZeRO-3's linear rounds the bias of more than two dimensions by itself: given two, all engines agree in bf16 too.
+    ZeRO-3's linear rounds before it adds the bias if inputs have more than two dimensions; given two, all engines agree
+    in bf16 too.
 
     Args:
         inputs: (..., n), at least two dimensions.
@@ -30,9 +31,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def inner_products(rows: Tensor, weight: Tensor) -> Tensor:
-    """A product of each class's row with its own weights, in float32 or wider under autocast too.
+    """Compute the inner product of each class's row with its own weights, in float32 or wider under autocast too.
 
-    Logits on bfloat16's grid have a few hundred values for any number of images: ties, which count against AP.
+    Logits rounded to bfloat16 take only a few hundred values for any number of images: ties, which lower AP.
 
     Args:
         rows: (B, C, n), any floating type.
@@ -42,17 +43,21 @@ def inner_products(rows: Tensor, weight: Tensor) -> Tensor:
         (B, C), in the wider of both types.
     """
     first = next(blocks(rows.shape[1], rows.shape[0] * rows.shape[2], rows.device))
-    # Split, not sliced: the slope of a slice is as large as the whole.
+    # Split, not sliced: the gradient of a slice is as large as the whole.
     parts = zip(rows.split(first.stop, dim=1), weight.split(first.stop), strict=True)
     return torch.cat([(row * own).sum(dim=2) for row, own in parts], dim=1)
 
 
 def pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Compute a block again and take a slope by its result back to its inputs; 0 for those it does not use.
+    """Recompute a block and back-propagate a gradient from its result to its inputs.
 
     Args:
-        function: of the inputs, differentiable.
-        slope: by its result, same shape.
+        function: differentiable; maps `inputs` to the block's result.
+        slope: the gradient with respect to the result, same shape.
+        inputs: tensors of floating type.
+
+    Returns:
+        The gradient with respect to each input; zeros for one that is not used.
     """
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -60,7 +65,7 @@ def pull_back(function: Callable[..., Tensor], slope: Tensor, *inputs: Tensor) -
 
 
 def add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Add in place, tensor by tensor."""
+    """Add `parts` to `totals` in place, tensor by tensor."""
     for total, part in zip(totals, parts, strict=True):
         total += part
 
@@ -69,9 +74,9 @@ def blocks(num_rows: int, row_entries: int, device: torch.device) -> Iterator[sl
     """Cut rows into blocks that bound the memory of a step.
 
     Args:
-        num_rows: to cut.
+        num_rows: number of rows to cut.
         row_entries: numbers in a row of the widest tensor.
-        device: whose memory it is.
+        device: the device of the tensors; blocks are smaller on a CPU.
     """
     entries = _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
     step = max(1, entries // max(1, row_entries))

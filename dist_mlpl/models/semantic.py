@@ -1,7 +1,8 @@
-"""Owns the semantic head: one feature a class by attention over the cells, a graph between classes, one logit each."""
+"""Owns the semantic head: one feature per class by attention over cells, a graph between classes, a logit for each."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dist_mlpl import storage
 from dist_mlpl.kernels.semantic_attention import semantic_attention
 from dist_mlpl.models.class_embeddings import check_order, read_embeddings, unchecked_order
 from dist_mlpl.models.gated_graph import GatedGraph, GatedGraphSettings
@@ -21,16 +23,16 @@ class SemanticSettings(Settings):
     """The sizes of decoupling and classifier.
 
     Args:
-        embeddings: URL of class vectors (C, W) in the order of the classes, .npy or .safetensors, which stay as they
-            are; null: learned ones. The order is checked where the file names the classes: see `read_embeddings`.
-        embedding_width: W of learned vectors, and of those in the file where it is given; null: 300, or the file's.
-        attention_width: k, of the layer in which cells and classes meet.
-        feature_width: D, to which a 1x1 convolution and a BatchNorm bring the trunk's channels; null: neither, D = F.
-        head_width: of the layer before the logits; null: D.
-        pool: average 2 x 2 cells first.
-        shortcut: a plain classifier within the head, past attention and graph, for trunks that start from random
-            weights: to every class's feature the `average` or the largest (`max`) of each channel over the cells is
-            added, and to its logit a linear function of that feature, 0 at first. null: neither, as published.
+        embeddings: URL of class vectors (C, W) in the order of the classes, .npy or .safetensors, which are not
+            trained; null: learned ones. The order is checked if the file names the classes: see `read_embeddings`.
+        embedding_width: W; null: 300 for learned vectors, any width for a file.
+        attention_width: k, width of the layer that joins cells and classes.
+        feature_width: D, to which a 1x1 convolution and a BatchNorm reduce the trunk's channels; null: neither, D = F.
+        head_width: width of the layer before the logits; null: D.
+        pool: True: average 2 x 2 cells first.
+        shortcut: a plain classifier within the head that bypasses attention and graph, for trunks that start from
+            random weights: the `average` or maximum (`max`) of each channel over the cells is added to every class's
+            feature, and a linear function of that feature, 0 at first, to its logit. null: neither, as published.
     """
 
     embeddings: Location | None = None
@@ -43,21 +45,21 @@ class SemanticSettings(Settings):
 
 
 class Decoupled(NamedTuple):
-    """One feature a class, and where it was seen when asked for."""
+    """One feature per class and, if asked for, the attention behind it."""
 
     class_features: Tensor  # (B, C, D) float32 (float64 in a float64 model)
     attention: Tensor | None  # (B, C, h, w) in [0, 1], sums to 1 over the cells; detached
-    cell_sums: Tensor | None  # (B, h, w), sum over the D channels of a cell, of either sign; detached
+    cell_sums: Tensor | None  # (B, h, w), sum over the D channels of a cell, which may be negative; detached
 
 
 class SemanticDecoupling(nn.Module):
-    """Every class looks at the cells with its own attention and takes their weighted mean.
+    """The attention of each class over the cells; a class's feature is its weighted mean of the cells.
 
         u_l = W1 cell_l;  t_c = W2 e_c;  s_lc = w4 . (W3 tanh(u_l * t_c));  a = softmax over l;  f_c = sum_l a_lc cell_l
 
-    W3 and w4 have nothing between them: their product, a vector of k numbers, meets the tangents. They stay two
-    parameters, so that training takes the reference's path. Neither the weighted map (B, h, w, C, D) nor the tangents
-    (B, L, C, k) are ever whole in memory.
+    No activation lies between W3 and w4: the tangents are multiplied by their product, a vector of k numbers. They stay
+    two parameters, so that training takes the reference's path. Neither the weighted map (B, h, w, C, D) nor the
+    tangents (B, L, C, k) are ever whole in memory.
 
     Args:
         settings: sizes.
@@ -68,12 +70,12 @@ class SemanticDecoupling(nn.Module):
         width: D.
 
     Raises:
-        ConfigError: a file of class vectors that does not fit.
-        StorageError: one that cannot be read.
+        ConfigError: the file of class vectors does not fit: see `read_embeddings`.
+        StorageError: it cannot be read.
 
     Source: SSGRL (Chen et al., ICCV 2019) and SST (Chen et al., AAAI 2022) with its code.
-    Differs: the biases of W3 and w4 are left out: they cancel in the softmax. Exact otherwise, to rounding. With
-        `shortcut`, f_c also has the cells' mean or maximum, the same for all classes.
+    Differs: the biases of W3 and w4 are left out: they cancel in the softmax. Otherwise equal, to rounding. With
+        `shortcut`, the cells' mean or maximum, the same for all classes, is added to f_c.
     """
 
     def __init__(self, settings: SemanticSettings, num_features: int, num_classes: int) -> None:
@@ -99,11 +101,12 @@ class SemanticDecoupling(nn.Module):
             nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)  # as nn.Linear
 
     def forward(self, feature_map: Tensor, *, with_attention: bool = False) -> Decoupled:
-        """Take one feature a class from a feature map.
+        """Compute one feature per class from a feature map.
 
         Args:
             feature_map: (B, F, h, w), any floating type.
-            with_attention: also give attention, L = h * w numbers for each class of an image, and the cells' sums.
+            with_attention: also return the attention, L = h * w numbers for each class of an image, and the cells'
+                sums.
         """
         pooled = F.avg_pool2d(feature_map, 2) if self._pool else feature_map
         reduced: Tensor = self.reduce(pooled)  # (B, D, h, w)
@@ -120,14 +123,18 @@ class SemanticDecoupling(nn.Module):
         attention = found.attention.unflatten(2, reduced.shape[2:])
         return Decoupled(features, attention, reduced.detach().sum(dim=1, dtype=attention.dtype))
 
+    def kept_at_start(self, found: Collection[str]) -> dict[str, str]:
+        """See `Method.kept_at_start`: class vectors stay those of the file; learned ones are taken over."""
+        return {} if self._url is None else {"embeddings": f"the vectors in {storage.shown(self._url)}"}
+
     def check_classes(self, class_ids: tuple[str, ...]) -> list[str]:
-        """Hold the order of the file's rows against the data's classes.
+        """Check that the rows of the file of class vectors are in the order of the data's classes.
 
         Returns:
-            What a person should read: that the file does not name them.
+            Notes for the user: one if the file does not name its classes, else none.
 
         Raises:
-            ConfigError: they differ.
+            ConfigError: the file names other classes, or another order.
         """
         if self._url is None:
             return []
@@ -138,13 +145,13 @@ class SemanticDecoupling(nn.Module):
 
 
 class ClassClassifier(nn.Module):
-    """o_c = tanh(Wo [h_c; f_c] + bo), shared by the classes; x_c = <w_c, o_c> + b_c, and <v_c, f_c> with a shortcut.
+    """o_c = tanh(Wo [h_c; f_c] + bo), Wo shared by classes; x_c = <w_c, o_c> + b_c, plus <v_c, f_c> with a shortcut.
 
     Args:
-        width: D of h and f.
-        head_width: of o.
+        width: D, width of h and f.
+        head_width: width of o.
         num_classes: C.
-        has_shortcut: whether there is v, (C, D), which starts at 0.
+        has_shortcut: True: there is v, (C, D), which starts at 0.
 
     Source: SSGRL and SST, with their code; the shortcut is ours.
     """
@@ -165,8 +172,8 @@ class ClassClassifier(nn.Module):
             nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
     def forward(self, propagated: Tensor, class_features: Tensor) -> Tensor:
-        """Logits (B, C), float32 or wider, of h and f (B, C, D)."""
-        of_graph, of_image = self.joint_weight.split(class_features.shape[-1], dim=1)  # (o, D) each: no [h; f] is made
+        """Compute logits (B, C), float32 or wider, from h and f (B, C, D)."""
+        of_graph, of_image = self.joint_weight.split(class_features.shape[-1], dim=1)  # (o, D) each: no [h; f] is built
         joint = (linear(propagated, of_graph) + linear(class_features, of_image, self.joint_bias)).tanh()  # (B, C, o)
         scores = inner_products(joint, self.class_weight)
         if self.shortcut_weight is not None:
@@ -175,11 +182,11 @@ class ClassClassifier(nn.Module):
 
 
 class SemanticHead(nn.Module):
-    """Decoupling, graph and classifier. Its two calls belong inside a method's forward.
+    """Decoupling, graph and classifier. Call `decouple` and `classify` only inside a method's forward.
 
     Args:
-        settings: of decoupling and classifier.
-        graph: of the graph.
+        settings: settings of decoupling and classifier.
+        graph: settings of the graph.
         num_features: F of the trunk.
         num_classes: C.
 
@@ -203,7 +210,7 @@ class SemanticHead(nn.Module):
         return self.decoupling(feature_map, with_attention=with_attention)
 
     def classify(self, class_features: Tensor) -> Tensor:
-        """Logits (B, C) of class features (B, C, D): propagated over the graph, joined with themselves, classified."""
+        """Compute logits (B, C) from class features (B, C, D) and the same features propagated over the graph."""
         return self.classifier(self.graph(class_features), class_features)
 
     def check_classes(self, class_ids: tuple[str, ...]) -> list[str]:
@@ -216,5 +223,5 @@ class SemanticHead(nn.Module):
 
 
 def _reduction(num_features: int, width: int) -> nn.Sequential:
-    """(B, F, h, w) to (B, D, h, w); features may be negative."""
+    """The layers that reduce (B, F, h, w) to (B, D, h, w); without a ReLU, so features may be negative."""
     return nn.Sequential(nn.Conv2d(num_features, width, kernel_size=1, bias=False), nn.BatchNorm2d(width))

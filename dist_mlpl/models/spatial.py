@@ -1,4 +1,4 @@
-"""Owns the spatial regularisation branch (SRN): maps of where each class is looked for, and what they say together."""
+"""Owns the spatial regularisation branch (SRN): attention maps of each class, and logits from all maps together."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from dist_mlpl.errors import ConfigError
 from dist_mlpl.models.trunk_layers import MapShape
 from dist_mlpl.settings import Settings
 
-_MAP_ENTRIES: Final = 2**22  # of the classes whose maps exist at a time: 16 MB a map in float32
-_FEWEST_CLASSES: Final = 64  # at a time; fewer would make narrow products
+_MAP_ENTRIES: Final = 2**22  # entries of the maps that exist at a time: 16 MB in float32 for each kind of map
+_FEWEST_CLASSES: Final = 64  # least number of classes at a time; fewer would make products too narrow
 
 
 class SpatialSettings(Settings):
     """Sizes of the branch.
 
     Args:
-        layer: of a residual trunk, whose output the maps are made of; null: the last of any trunk.
+        layer: the layer of a residual trunk from whose output the maps are computed; null: the last of any trunk.
         attention_width: channels of the two convolutions before the attention maps.
-        mixed_width: maps that the maps of all classes are mixed into; each is then looked at by itself.
+        mixed_width: number of maps into which the maps of all classes are mixed; each is then filtered by itself.
         kernels: filters of a mixed map, each as large as the map.
-        grid: cells a side of the mixed maps; larger maps are summed down to it, which keeps the attention's mass. Null:
-            as the trunk gives them.
-        norm: in the part that regularises: `none`, or `batch`, with which results depend on micro-batches and ranks.
-            The maps that it normalises are nearly alike at first, so over few images it magnifies rounding by orders.
-        chunk: classes whose maps exist at a time; null: as many as take 16 MB a map.
+        grid: cells along a side of the mixed maps; larger maps are summed down to it, which keeps the attention's
+            total. Null: the trunk's own.
+        norm: in the regularising part: `none`, or `batch`, with which results depend on micro-batches and ranks. The
+            maps that it normalises are nearly equal at first, so with few images it magnifies rounding by orders of
+            magnitude.
+        chunk: classes whose maps exist at a time; null: as many as take 16 MB for each kind of map, at least 64.
 
-    Source: Zhu et al., CVPR 2017, of ResNet-101, as we recall it: layer3, 512, 512, 4, 14. Whether they normalise is
+    Source: Zhu et al., CVPR 2017, for ResNet-101, as we recall it: layer3, 512, 512, 4, 14. Whether they normalise is
         not known; re-implementations differ.
     """
 
@@ -45,36 +46,36 @@ class SpatialSettings(Settings):
 
 
 class SpatialOutput(NamedTuple):
-    """What the branch makes of a feature map; float32 (float64 in a float64 model)."""
+    """The output of the branch; float32 (float64 in a float64 model)."""
 
     attended: Tensor  # (B, C) logits y_att: confidences averaged over the cells by attention
-    regularised: Tensor | None  # (B, C) logits y_sr; None without the part that regularises
-    heatmaps: Tensor | None  # (B, C, h, w) in [0, L]: confidence-weighted attention times L; when asked for
+    regularised: Tensor | None  # (B, C) logits y_sr; None without the regularising part
+    heatmaps: Tensor | None  # (B, C, h, w) in [0, L]: confidence-weighted attention times L; None unless asked for
 
 
 class SpatialBranch(nn.Module):
-    """From a feature map X to y_att and, with the part that regularises, y_sr.
+    """The logits y_att of a feature map X and, with the regularising part, y_sr.
 
-    X goes through two convolutions to H. For every class l and cell i:
+    Two convolutions map X to H. For every class l and cell i:
 
-        A[l, i] = softmax over i of a_l . H[i]    where the class is looked for; its sum over the cells is 1
-        S[l, i] = w_l . X[i] + b_l                how sure the cell is
+        A[l, i] = softmax over i of a_l . H[i]    attention; its sum over the cells is 1
+        S[l, i] = w_l . X[i] + b_l                confidence
         y_att[l] = sum_i A[l, i] S[l, i]
         U[l, i] = sigmoid(S[l, i]) A[l, i]        mixed over classes, then filtered over cells: y_sr
 
     Args:
         settings: sizes.
-        shape: of the feature map.
+        shape: the shape of the feature map.
         num_classes: C.
-        is_regularising: has the part that makes y_sr.
-        use_scale: multiply U by its number of cells. Its values are of the order 1 / L; without it the part that makes
-            y_sr learns extremely slowly, and BatchNorm's epsilon drowns it.
+        is_regularising: True: there is the part that computes y_sr.
+        use_scale: True: multiply U by the number of cells of the grid. Its values are of the order 1 / L; unscaled, the
+            part that computes y_sr learns extremely slowly, and BatchNorm's epsilon exceeds their variance.
 
     Raises:
         ConfigError: a grid that does not divide the map.
 
     Source: Zhu et al., CVPR 2017.
-    Differs: the bias of a_l is left out: it cancels in the softmax. Exact otherwise, to rounding, but for `use_scale`.
+    Differs: the bias of a_l is left out: it cancels in the softmax. Otherwise equal, to rounding, except `use_scale`.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class SpatialBranch(nn.Module):
         self.regularization = RegularizationNet(settings, grid, num_classes) if is_regularising else None
 
     def forward(self, feature_map: Tensor, *, with_heatmaps: bool = False) -> SpatialOutput:
-        """(B, F, h, w), any floating type, of the shape given at build.
+        """Compute the branch's output for a feature map (B, F, h, w), any floating type, of the shape given at build.
 
         Raises:
-            ConfigError: one image alone, in training with norm `batch`.
+            ConfigError: a single image in training with norm `batch`.
         """
         hidden = self.hidden(feature_map)  # (B, W, h, w)
         maps: PartOutput = self.maps(_cells(feature_map), _cells(hidden), with_heatmaps=with_heatmaps)
@@ -106,7 +107,7 @@ class SpatialBranch(nn.Module):
 
 
 class PartWeights(NamedTuple):
-    """Of c classes."""
+    """The weights of c classes, W being `attention_width`."""
 
     attention: Tensor  # (c, W)
     confidence: Tensor  # (c, F)
@@ -115,32 +116,33 @@ class PartWeights(NamedTuple):
 
 
 class PartOutput(NamedTuple):
-    """Of c classes; float32 (float64 in a float64 model)."""
+    """The results of c classes; float32 (float64 in a float64 model)."""
 
     attended: Tensor  # (B, c) logits y_att
-    mixed: Tensor | None  # (B, cells of the grid, mixed_width), these classes' part of the mixed maps
-    weighted: Tensor | None  # (B, L, c), U times L, when asked for
+    mixed: Tensor | None  # (B, cells of the grid, mixed_width), these classes' addend to the mixed maps
+    weighted: Tensor | None  # (B, L, c), U times L; None unless asked for
 
 
 class ClassMaps(nn.Module):
-    """Everything that has a map for each class: attention, confidence, their product, and its mixing.
+    """The maps of each class: attention, confidence, their product, and its mixing.
 
-    Four maps (A, S, sigmoid(S), U) of an image are kept for the backward pass: at L = 14 * 14 in float32, 0.25 MB for
-    C = 80, 1.9 MB for 601, 30 MB for 9,605, which is 2.9 GB for 96 images, and their gradients as much again. Here they
-    exist for `chunk` classes at a time, 64 MB by default whatever B and C: parts add to the mixed maps, and the
-    backward pass makes each part's maps again. The same numbers to rounding; one forward of the maps more in time.
-    When all classes fit at once nothing is made twice. Forward and backward of 32 images (F = 256, widths 128) took,
-    besides weights and their gradients, 114 MB for 601 classes and 160 MB for 9,605; those at once, 1.4 GB.
+    Plainly, four maps (A, S, sigmoid(S), U) of an image are kept for the backward pass: at L = 14 * 14 in float32,
+    0.25 MB for C = 80, 1.9 MB for 601, 30 MB for 9,605, which is 2.9 GB for 96 images, and as much again for their
+    gradients. Here they exist for `chunk` classes at a time, by default 64 MB whatever B and C (more where 64 classes
+    take more): the mixed maps are summed over parts, and the backward pass recomputes each part's maps. The numbers are
+    the same to rounding; it takes one more forward of the maps. If all classes fit at once nothing is recomputed.
+    Forward and backward of 32 images (F = 256, widths 128) took, besides weights and their gradients, 114 MB for 601
+    classes and 160 MB for 9,605; these at once, 1.4 GB.
 
-    The weights are this module's own and not layers', for they are used a part at a time, and under ZeRO-3 a weight
-    exists only inside the call of the module that owns it.
+    The weights are this module's own parameters, not those of layers: they are used a part at a time, and under ZeRO-3
+    a weight exists only inside the call of the module that owns it.
 
     Args:
         settings: sizes.
-        shape: of the feature map.
+        shape: the shape of the feature map.
         num_classes: C.
-        grid: cells of the mixed maps, high and wide.
-        is_mixing: mixes the maps of all classes.
+        grid: cells of the mixed maps, (height, width).
+        is_mixing: True: mix the maps of all classes.
         use_scale: see `SpatialBranch`.
     """
 
@@ -168,7 +170,7 @@ class ClassMaps(nn.Module):
                 self.mixing_bias = nn.Parameter(torch.zeros(settings.mixed_width))
 
     def forward(self, cells: Tensor, hidden: Tensor, *, with_heatmaps: bool = False) -> PartOutput:
-        """Of all classes, part by part.
+        """Compute the results of all classes, part by part.
 
         Args:
             cells: X (B, L, F).
@@ -194,7 +196,7 @@ class ClassMaps(nn.Module):
         return PartOutput(torch.cat(attended, dim=1), total, torch.cat(weighted, dim=2) if with_heatmaps else None)
 
     def _parts(self, *, num_cells: int) -> list[PartWeights]:
-        """The weights of a few classes at a time; `num_cells` of all images."""
+        """Split the weights into parts of a few classes; `num_cells` counts the cells of all images."""
         size = self._chunk or max(_FEWEST_CLASSES, _MAP_ENTRIES // max(1, num_cells))
         attention, confidence = self.attention_weight.split(size), self.confidence_weight.split(size)
         bias = self.confidence_bias.split(size)
@@ -202,7 +204,7 @@ class ClassMaps(nn.Module):
         return list(map(PartWeights, attention, confidence, bias, mixing))
 
     def _part(self, cells: Tensor, hidden: Tensor, weights: PartWeights, with_heatmaps: bool) -> PartOutput:
-        """Of c classes."""
+        """Compute the results of c classes."""
         B, L, _ = cells.shape
         precise = torch.promote_types(cells.dtype, torch.float32)
         attention = _scores(hidden, weights.attention).to(precise).softmax(dim=1)  # (B, L, c)
@@ -218,7 +220,7 @@ class ClassMaps(nn.Module):
         return PartOutput(attended, mixed, weighted * L if with_heatmaps else None)
 
     def _on_grid(self, maps: Tensor) -> Tensor:
-        """(B, L, c) summed down to the cells of the grid."""
+        """Sum maps (B, L, c) down to the cells of the grid."""
         (_, height, width), (high, wide) = self._shape, self._grid
         if (height, width) == (high, wide):
             return maps
@@ -226,14 +228,11 @@ class ClassMaps(nn.Module):
 
 
 class RegularizationNet(nn.Module):
-    """From mixed maps to logits y_sr: mixed once more, each map filtered over its whole extent, classified.
-
-    Filters lie as a grouped convolution has them, (mixed_width * kernels, 1, high, wide); being as large as their map
-    they are one batched product.
+    """The logits y_sr of mixed maps: they are mixed once more, each is filtered over its whole extent, then classified.
 
     Args:
         settings: sizes.
-        grid: cells of the maps, high and wide.
+        grid: cells of the maps, (height, width).
         num_classes: C.
     """
 
@@ -254,10 +253,10 @@ class RegularizationNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, mixed: Tensor) -> Tensor:
-        """(B, cells, mixed_width) to (B, C) logits.
+        """Compute logits (B, C) from mixed maps (B, cells, mixed_width).
 
         Raises:
-            ConfigError: one image alone, in training with norm `batch`.
+            ConfigError: a single image in training with norm `batch`.
         """
         B = mixed.shape[0]
         if B == 1 and isinstance(self.norm3, nn.BatchNorm1d) and self.norm3.training:
@@ -270,19 +269,22 @@ class RegularizationNet(nn.Module):
         rows = self.norm1(mixed.flatten(0, 1)).relu()  # (B * cells, mixed_width)
         rows = self.norm2(self.mixing(rows)).relu()
         filtered = self.norm3(self.filters(rows.unflatten(0, (B, -1)))).relu()  # (B, mixed_width * kernels)
-        with torch.autocast(filtered.device.type, enabled=False):  # as in `PooledHead`
+        with torch.autocast(filtered.device.type, enabled=False):  # see `PooledHead.forward`
             logits: Tensor = self.linear(filtered.to(self.linear.weight.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class MapFilters(nn.Module):
-    """Filters as large as the map, some for each map; equal to a convolution with a group for each map.
+    """Filters as large as the map, K for each map; equal to a grouped convolution with one group per map.
+
+    The weight has the shape of a grouped convolution's, (M * K, 1, height, width); as filters are as large as the map,
+    they are applied in one batched product.
 
     Args:
         num_maps: M.
-        kernels: K filters of each.
-        grid: cells, high and wide.
-        has_bias: adds one number to each result.
+        kernels: K.
+        grid: cells, (height, width).
+        has_bias: True: add one number to each result.
     """
 
     def __init__(self, num_maps: int, kernels: int, grid: tuple[int, int], *, has_bias: bool) -> None:
@@ -292,7 +294,7 @@ class MapFilters(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_maps * kernels)) if has_bias else None
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, cells, M) to (B, M * K), the filters of a map side by side."""
+        """Filter maps (B, cells, M); (B, M * K), the results of a map side by side."""
         filtered = torch.einsum("blm,mkl->bmk", maps, self.weight.view(self._shape)).flatten(1)
         return filtered if self.bias is None else filtered + self.bias
 
@@ -311,14 +313,14 @@ def _checked_grid(grid: int | None, shape: MapShape) -> tuple[int, int]:
 
 
 def _scores(cells: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, L, n) to (B, L, c), in two dimensions: given three, the bias is rounded by itself in bfloat16."""
+    """Apply weights (c, n) to cells (B, L, n), (B, L, c); in two dimensions, or bf16 would round before the bias."""
     rows = cells.flatten(0, 1)
     scores = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
     return scores.unflatten(0, cells.shape[:2])
 
 
 def _cells(feature_map: Tensor) -> Tensor:
-    """(B, n, h, w) to (B, L, n)."""
+    """Reshape (B, n, h, w) to (B, L, n)."""
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Owns layers inside a trunk: what they are called, the shape of what they give, and their output beside the last."""
+"""Owns access to layers inside a trunk: their names, the shapes of their outputs, and an inner layer's output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_mlpl.models.backbone import Backbone
 
 
 class MapShape(NamedTuple):
-    """Of the feature map of one image."""
+    """The shape of the feature map of one image."""
 
     num_features: int  # F
     height: int  # h
@@ -21,15 +21,15 @@ class MapShape(NamedTuple):
 
 
 def tapped_maps(backbone: Backbone, images: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
-    """The output of one layer of a trunk, and of its last.
+    """Compute the outputs of one layer of a trunk and of its last.
 
     Args:
         backbone: the trunk.
         images: (B, 3, H, W), normalised.
-        layer: its name, one of `layer_names`; None for the last, which then is both.
+        layer: its name, one of `layer_names`; None: the last, which then is returned twice.
 
     Returns:
-        Two feature maps (B, F, h, w), of different shapes.
+        Two feature maps (B, F, h, w), whose F, h and w may differ.
     """
     if layer is None:
         feature_map = backbone(images)
@@ -44,7 +44,7 @@ def tapped_maps(backbone: Backbone, images: Tensor, layer: str | None) -> tuple[
 
 
 def map_shape(backbone: Backbone, layer: str | None, *, image_size: int) -> MapShape:
-    """Shape of what `tapped_maps` gives for one layer; nothing is computed.
+    """The shape of the layer's output in `tapped_maps`, found without computing it.
 
     Args:
         backbone: the trunk.
@@ -52,7 +52,7 @@ def map_shape(backbone: Backbone, layer: str | None, *, image_size: int) -> MapS
         image_size: H = W in pixels.
 
     Raises:
-        ConfigError: no such layer, or a trunk whose layers are not to be had one by one.
+        ConfigError: no such layer, or a trunk whose layers are not run one after another.
     """
     part: nn.Module = backbone
     if layer is not None:
@@ -73,5 +73,5 @@ def map_shape(backbone: Backbone, layer: str | None, *, image_size: int) -> MapS
 
 
 def layer_names(backbone: Backbone) -> list[str]:
-    """Layers whose output is a feature map and which are run one after another: the stages of residual nets."""
+    """Names of the layers whose output is a feature map and which run one after another: stages of residual nets."""
     return [name for name, _ in backbone.named_children() if name.startswith("layer")]

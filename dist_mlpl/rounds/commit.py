@@ -1,4 +1,4 @@
-"""Owns the end of a relabelling round: from the parts of all shards to overlays, and the commit that makes it exist."""
+"""Owns the end of a relabelling round: it turns the parts of all shards into overlays, then commits the round."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ Array = TypeVar("Array", bound=np.ndarray)
 
 
 def deal(things: Sequence[T], sizes: Sequence[int], *, world_size: int) -> list[list[T]]:
-    """Cut a list into a run for each rank, of nearly equal sizes.
+    """Cut a list into one consecutive run per rank, with nearly equal numbers of samples.
 
     Args:
-        things: to deal, in order.
-        sizes: samples of each.
+        things: what to deal, in order.
+        sizes: number of samples in each thing.
         world_size: R.
 
     Returns:
-        R lists, some perhaps empty.
+        R lists, some possibly empty.
     """
     weights = np.array(sizes, dtype=np.int64)
     middles = np.cumsum(weights) - weights / 2
@@ -76,7 +76,7 @@ def own_shards(index: SplitIndex) -> list[int]:
 
 
 class Piece(NamedTuple):
-    """A stretch of a shard that one rank scores and writes at once."""
+    """Rows [first, stop) of a shard, which one rank scores and writes as one file."""
 
     shard: int
     first: int  # row of the shard
@@ -84,12 +84,12 @@ class Piece(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.stop - self.first
 
 
 def pieces_of(index: SplitIndex) -> list[Piece]:
-    """A split cut into about a thousand pieces of whole blocks, whatever the number of ranks."""
+    """Cut a split into about a thousand pieces of whole blocks, independently of the number of ranks."""
     length = piece_samples(index.num_samples)
     return [
         Piece(shard, first, min(first + length, size))
@@ -99,27 +99,27 @@ def pieces_of(index: SplitIndex) -> list[Piece]:
 
 
 def piece_samples(num_samples: int) -> int:
-    """Samples of a piece, of a split of N: few enough to share the work, many enough to make few files."""
+    """Most samples in a piece of a split of N: few enough to share the work, many enough to make few files."""
     blocks = -(-num_samples // (1024 * EVALUATION_BLOCK))
     return EVALUATION_BLOCK * min(128, max(8, blocks))
 
 
 def part_url(run: str, number: int, origin: str, piece: Piece) -> str:
-    """Where the scores of a piece wait for the round's end.
+    """URL at which the scores of a piece are kept until the round's end.
 
     Args:
-        run: RUN.
-        number: of the round.
-        origin: digest of its plan.
-        piece: of the split.
+        run: URL of the run folder, RUN.
+        number: number of the round.
+        origin: hexadecimal digest of its plan.
+        piece: the piece.
     """
     return round_url(run, number, "parts", origin[:16], f"{piece.shard:06d}-{piece.first:06d}.safetensors")
 
 
 class _Found(NamedTuple):
-    """What the parts of all shards say together, the same on every rank."""
+    """Totals over the parts of all shards, the same on every rank."""
 
-    num_known: npt.NDArray[np.int64]  # (C, 2) absent, present
+    num_known: npt.NDArray[np.int64]  # (C, 2) known labels that are absent, present
     num_samples: int
     num_undecodable: int
     cut: Cut | None
@@ -128,12 +128,12 @@ class _Found(NamedTuple):
 
     @property
     def num_unknown(self) -> npt.NDArray[np.int64]:
-        """(C,) labels that nobody told."""
+        """(C,) int64, number of unknown labels per class."""
         return self.num_samples - self.num_known.sum(axis=1)
 
     @property
     def decided(self) -> dict[str, float]:
-        """Numbers that the data decided."""
+        """Numbers computed from the data, for the commit: a threshold, or how many classes have one."""
         if self.cut is not None:
             return {"threshold": value_of(min(self.cut.key, NUM_KEYS - 1))}
         if self.class_cuts is not None:
@@ -147,21 +147,21 @@ class _Found(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """What becomes of one shard, before caps."""
+    """The decisions about one shard, before caps on classes."""
 
-    proposed: Candidates  # by this round, in order; kept beliefs are not among them
-    accepted: npt.NDArray[np.bool_]  # (k,) which of these are believed
-    kept: Overlay  # beliefs of the round before that stay
+    proposed: Candidates  # proposed by this round, in order, without places of kept beliefs
+    accepted: npt.NDArray[np.bool_]  # (k,) which of the proposed are believed
+    kept: Overlay  # beliefs of the previous round that stay
 
 
 class RoundCommitter:
-    """Turns the parts of a round into its files and its commit; every rank does some of the shards.
+    """Turns the parts of a round into its files and its commit; the ranks share the shards.
 
     Args:
-        run: RUN.
-        plan: of the round.
-        origin: digest of the plan, which its parts carry.
-        settings: of the curriculum.
+        run: URL of the run folder, RUN.
+        plan: the round's plan.
+        origin: hexadecimal digest of the plan, which its parts carry.
+        settings: the curriculum's settings.
         index: the split.
     """
 
@@ -178,14 +178,16 @@ class RoundCommitter:
         self._earlier = round_chain(run, plan.parent)[:wanted] if wanted else []
 
     def commit(self) -> RoundCommit:
-        """Decide, write, commit.
+        """Decide which labels are believed, write the overlays, and commit the round.
 
         Raises:
             ConfigError: the strategy cannot work on these labels.
-            CheckpointError: a part or an earlier round is missing or damaged.
-            OvertakenError: the round was dropped, or made otherwise, meanwhile.
+            CheckpointError: a part or an earlier round is damaged, or an overlay with other beliefs exists.
+            ShardError: a part does not cover its piece.
+            OvertakenError: the round was dropped, or committed differently, meanwhile.
 
-        Collective: all ranks; a few sums, of 76 MB at most with caps and 9,605 classes, then names of files.
+        Collective: all ranks; a few sums, at most 76 MB each with caps and 9,605 classes, then one gather of file names
+        and counts.
         """
         found = self._find()
         least = self._caps(found) if self._settings.has_class_caps else None
@@ -223,7 +225,7 @@ class RoundCommitter:
         return _Found(num_known, int(numbers[0]), int(numbers[1]), cut, num_at_cut, cuts)
 
     def _caps(self, found: _Found) -> npt.NDArray[np.int64]:
-        """The strength from which on each class's beliefs stay, (C, 2)."""
+        """The least strength at which a belief of each class and sign stays, (C, 2)."""
         coarse = np.zeros((self._num_classes, 2, caps.NUM_BINS), dtype=np.int32)
         num_kept = np.zeros((self._num_classes, 2), dtype=np.int64)
         with comm.shared_errors():
@@ -295,7 +297,7 @@ class RoundCommitter:
     def _write(
         self, shard: int, state: _Shard, least: npt.NDArray[np.int64] | None
     ) -> tuple[int, OverlayFile, dict[str, int]]:
-        """Write the overlay of a shard, unless an earlier attempt has."""
+        """Write the overlay of a shard, unless an earlier attempt has written the same."""
         accepted = state.accepted if least is None else state.accepted & caps.within_caps(state.proposed, least)
         overlay = self._overlay_of(state, accepted)
         content = encode_overlay(overlay)
@@ -324,7 +326,7 @@ class RoundCommitter:
         return shard, file, about
 
     def _overlay_of(self, state: _Shard, accepted: npt.NDArray[np.bool_]) -> Overlay:
-        """Kept beliefs, new ones and, where rounds must agree, what is only proposed; in row-major order."""
+        """Kept beliefs, new beliefs and, where rounds must agree, mere proposals; in row-major order."""
         proposed, kept = state.proposed, state.kept
         values = np.where(accepted, proposed.signs, np.int8(UNKNOWN))
         sources = np.full(len(values), PREDICTED, dtype=np.uint8)
@@ -341,7 +343,7 @@ class RoundCommitter:
     # The commit
 
     def _publish(self, found: _Found, written: list[tuple[int, OverlayFile, dict[str, int]]]) -> RoundCommit:
-        """Create the record. Rank 0 only."""
+        """Create the round's commit. Rank 0 only."""
         files = [file for _, file, _ in sorted(written, key=lambda one: one[0])]
         counts = {
             "num_samples": found.num_samples,
@@ -371,7 +373,7 @@ class RoundCommitter:
 
 
 def dropped(run: str, number: int) -> OvertakenError:
-    """What to raise when files of a round are gone while it is being made."""
+    """The error for a round whose files disappear or change while it is being made; the caller raises it."""
     return OvertakenError(
         f"round {number} is no longer the one that was being made",
         expected="its plan and its parts, until it is committed",
@@ -381,7 +383,7 @@ def dropped(run: str, number: int) -> OvertakenError:
 
 
 def _kept(overlay: Overlay) -> Overlay:
-    """The beliefs of a round that stay in the next."""
+    """The beliefs of a round that stay in the next one, marked as kept."""
     believed = overlay.believed
     soft = _probabilities(believed.scores) if believed.soft is None else believed.soft
     return believed._replace(sources=np.full(len(believed.rows), KEPT, dtype=np.uint8), soft=soft)
@@ -392,6 +394,6 @@ def _probabilities(scores: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
 
 
 def _sum(counts: Array) -> Array:
-    """Over ranks, in place."""
+    """Sum an array over ranks, in place."""
     comm.reduce_sum(torch.from_numpy(counts))
     return counts

@@ -1,4 +1,4 @@
-"""Owns which models score a round: the present one, earlier commits of its run, newest commits of other runs."""
+"""Owns which models score a round: the present one, earlier commits of its run, and commits of other runs."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from dist_mlpl.engine import Engine
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.methods.base import Method
 
-Predict = Callable[[Batch], Tensor]  # logits (B, C) of a block, no gradient; embeddings (B, D) where images vote
+Predict = Callable[[Batch], Tensor]  # a block's logits (B, C) without gradient; embeddings (B, D) under neighbours
 
 
 class Model(NamedTuple):
-    """One of the models that score."""
+    """One of the models that score a round."""
 
     record: RoundModel
     predict: Predict
 
 
 def model_record(commit: Commit) -> RoundModel:
-    """A commit's model as a round's plan names it."""
+    """A commit's model as a round's plan lists it."""
     sha256 = next(file.sha256 for file in commit.files if file.path.endswith("/model.safetensors"))
     return RoundModel(step=commit.step, sha256=sha256)
 
 
 def is_made(run: str, settings: CurriculumSettings, models: Sequence[RoundModel], *, scored_with: str) -> int:
-    """The newest round if these settings made it from these models, else 0: a round need not be made twice.
+    """Number of the newest round if it was made with these settings and models, else 0: no round is made twice.
 
     Args:
-        run: RUN.
-        settings: of the curriculum.
-        models: that would score, the present one first.
-        scored_with: digest of what else scores depend on.
+        run: URL of the run folder, RUN.
+        settings: the curriculum's settings.
+        models: the models that would score, the present one first.
+        scored_with: `Config.scoring_digest`.
     """
     number = newest_round(run)
     if number == 0:
@@ -51,16 +51,20 @@ def is_made(run: str, settings: CurriculumSettings, models: Sequence[RoundModel]
 
 
 def find_members(run: str, head: Commit, settings: CurriculumSettings) -> list[tuple[str, Commit]]:
-    """Where the models of a round lie, the present one first; one list for all ranks, for a member may still train.
+    """Find the models of a round, the present one first.
+
+    Rank 0 looks for all, since other runs may still be training and write commits.
 
     Args:
-        run: RUN.
+        run: URL of the run folder, RUN.
         head: the commit whose model the engine holds.
-        settings: of the curriculum; an ensemble takes `checkpoints` commits of the run, or as many as there are, and
-            the `runs`.
+        settings: the curriculum's settings; an ensemble takes up to `checkpoints` commits of the run, and the `runs`.
+
+    Returns:
+        (RUN, commit) of each model.
 
     Raises:
-        CheckpointError: a member is missing, or of other classes; an ensemble of one.
+        CheckpointError: a member is missing or has other classes, or the ensemble has one member.
 
     Collective: all ranks, one broadcast of commits.
     """
@@ -92,16 +96,16 @@ def _members(run: str, head: Commit, settings: CurriculumSettings) -> list[tuple
 def load_models(
     members: Sequence[tuple[str, Commit]], settings: CurriculumSettings, engine: Engine, build: Callable[[], Method]
 ) -> list[Model]:
-    """The models of a round, the present one first.
+    """Load the models of a round, the present one first.
 
     Args:
         members: from `find_members`.
-        settings: of the curriculum.
+        settings: the curriculum's settings.
         engine: holds the present model.
-        build: makes an empty method like the engine's.
+        build: makes a new method like the engine's, whose tensors will be overwritten.
 
     Raises:
-        CheckpointError: a member is pruned or damaged, or of another model.
+        CheckpointError: a member was pruned or is damaged, or its tensors differ from this method's.
     """
 
     def predict(batch: Batch) -> Tensor:
@@ -114,7 +118,7 @@ def load_models(
 
 
 def _member(text: str) -> tuple[str, Commit]:
-    """`RUN` or `RUN@STEP`."""
+    """Read the member that `RUN` or `RUN@STEP` names: (RUN, commit)."""
     url, separator, step = text.rpartition("@")
     commit = read_commit(url, int(step)) if separator and step.isdecimal() else read_head(text)
     if commit is None:

@@ -1,4 +1,4 @@
-"""Owns the votes of a round under `neighbours`: from the embeddings of all images to parts, on any number of ranks."""
+"""Owns the votes of a round under `neighbours`: it turns all images' embeddings into parts, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_mlpl.errors import MlplError
 from dist_mlpl.rounds.commit import Piece, deal, dropped, pieces_of
 from dist_mlpl.rounds.parts import Place, missing
 
-_DENSE_ENTRIES = 4_000_000  # of scores at once
+_DENSE_ENTRIES = 4_000_000  # dense scores in memory at once
 
 
 def vote(
@@ -35,18 +35,18 @@ def vote(
     device: torch.device,
     is_asked: Callable[[], bool],
 ) -> bool:
-    """Make the parts of a round that are missing, from the embeddings of all its pieces.
+    """Make the missing parts of a round from the embeddings of all its pieces.
 
     Args:
-        place: of the round's files.
-        settings: of the curriculum.
-        labels: of the train split as the run sees them, without beliefs.
+        place: where the round's files lie.
+        settings: the curriculum's settings.
+        labels: labels of the train split as the run sees them, without beliefs.
         index: the split.
-        device: that multiplies embeddings.
+        device: where embeddings are multiplied.
         is_asked: whether this rank was asked to stop.
 
     Returns:
-        False when a rank was asked to stop; what is written by then need not be made again.
+        False when a rank was asked to stop; parts written by then are kept.
 
     Raises:
         MlplError: embeddings are missing or damaged, or a part cannot be written; on all ranks.
@@ -75,18 +75,18 @@ def vote(
 
 
 class Ballot(NamedTuple):
-    """Who votes about n consecutive images."""
+    """The voters of n consecutive images."""
 
-    indices: npt.NDArray[np.int64]  # (n,)
+    indices: npt.NDArray[np.int64]  # (n,) sample indices
     valid: npt.NDArray[np.bool_]  # (n,) False for images that could not be decoded
-    voters: npt.NDArray[np.int64]  # (n, k) sample indices, nearest first; NOBODY where there are fewer
+    voters: npt.NDArray[np.int64]  # (n, k) sample indices, nearest first; NOBODY where there are fewer than k
 
 
 class Election:
-    """Embeddings and known labels of all images, from the files that the scoring pass left; the embeddings spread.
+    """Embeddings and known labels of all images, from the files of the scoring pass.
 
-    Memory of a rank: its share of N D float16, the same in float32 on the device, and 11 bytes for every known label
-    of the split.
+    The embeddings are spread over the ranks; every rank holds all known labels. Memory per rank: its share of N D
+    float16, the same in float32 on the device, and 11 bytes for every known label of the split.
 
     Args:
         place, settings, labels, index, device: see `vote`.
@@ -94,7 +94,7 @@ class Election:
     Raises:
         MlplError: a file is missing or damaged; on all ranks.
 
-    Collective: all ranks; every embedding moves once, known labels go to all.
+    Collective: all ranks; every embedding is sent once, known labels go to all.
     """
 
     def __init__(
@@ -114,7 +114,10 @@ class Election:
         self._voters = self._gather(pieces, width)
 
     def ballot(self, piece: Piece | None) -> Ballot:
-        """The voters of a piece; None for a rank that has none left while others do.
+        """Find the voters of a piece.
+
+        Args:
+            piece: None on a rank that has no piece left while others have; its ballot is empty.
 
         Collective: all ranks, see `Bank.read` and `Neighbours.search`.
         """
@@ -130,13 +133,13 @@ class Election:
         return Ballot(indices.numpy(), valid.numpy(), voters.numpy())
 
     def write(self, piece: Piece, ballot: Ballot) -> None:
-        """Count the votes about a piece and write its part.
+        """Count the votes on a piece and write its part.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the part cannot be written.
         """
         content = encode_part(self._part(piece, ballot), origin=self._place.origin)
-        # Another process of the same plan may have been faster: its part serves as well.
+        # Another process with the same plan may have been faster; its part is equal.
         storage.create_exclusive(self._place.part(piece), content)
 
     def _part(self, piece: Piece, ballot: Ballot) -> Part:
@@ -151,7 +154,7 @@ class Election:
         return maker.part()
 
     def _gather(self, pieces: list[Piece], width: int) -> Voters:
-        """Fill the bank from this rank's share of the files, and tell all ranks the known labels in them."""
+        """Fill the bank from this rank's share of the files, and gather their known labels on all ranks."""
         dealt = deal(pieces, [piece.num_samples for piece in pieces], world_size=comm.world_size())
         own, known = dealt[comm.rank()], []
         failure: MlplError | None = None
@@ -182,14 +185,15 @@ class Election:
 
 
 def others(found: Tensor, own: Tensor) -> Tensor:
-    """The nearest images without the image itself.
+    """Remove each query image from its own nearest images.
 
     Args:
-        found: (q, k + 1) sample indices, nearest first.
-        own: (q,) the queries' own; it may be missing from more than k equal ones, and then the last of those goes.
+        found: (q, k + 1) int64 sample indices, nearest first.
+        own: (q,) int64, the queries' own indices. A query may be missing from its row when more than k images are
+            equal to it; then the last one is removed.
 
     Returns:
-        (q, k).
+        (q, k) int64.
     """
     is_own = found == own[:, None]
     is_own[:, -1] |= ~is_own.any(dim=1)
@@ -197,7 +201,7 @@ def others(found: Tensor, own: Tensor) -> Tensor:
 
 
 def _gathered(known: Known) -> Known:
-    """Known labels of all ranks, on all ranks."""
+    """Gather the known labels of all ranks on every rank."""
     rows = [
         torch.from_numpy(known.rows),
         torch.from_numpy(known.classes.astype(np.int32)),

@@ -1,4 +1,4 @@
-"""Owns the files that a scoring pass leaves: where they lie, which are missing, and what scored blocks become."""
+"""Owns the files that a scoring pass writes: their URLs, which are missing, and how scored blocks become files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dist_mlpl.rounds.commit import Piece, part_url, pieces_of
 
 
 class Place(NamedTuple):
-    """Where the files of a round's pass lie."""
+    """Where the files of a round's scoring pass lie."""
 
     run: str
-    number: int  # of the round
-    origin: str  # digest of its plan
+    number: int  # number of the round
+    origin: str  # hexadecimal digest of its plan
 
     def part(self, piece: Piece) -> str:
         """URL of a piece's part."""
@@ -36,28 +36,39 @@ class Place(NamedTuple):
 
 
 def missing(index: SplitIndex, url_of: Callable[[Piece], str]) -> list[Piece]:
-    """Pieces of a split that have no file yet; all their files lie in one folder."""
+    """Pieces of a split that have no file yet.
+
+    Args:
+        index: the split.
+        url_of: URL of a piece's file; all lie in one folder.
+    """
     urls = {piece: url_of(piece) for piece in pieces_of(index)}
-    folders = {url.rpartition("/")[0] for url in urls.values()}  # one, or none of an empty split
+    folders = {url.rpartition("/")[0] for url in urls.values()}  # one, or none for an empty split
     done = {name for folder in folders for name in storage.list_names(folder)}
     return [piece for piece, url in urls.items() if storage.name(url) not in done]
 
 
 class Scores(NamedTuple):
-    """What the models answer about a block."""
+    """The models' scores of a block."""
 
-    mean: Tensor  # (B, C), or (B, D) embeddings where similar images vote
-    variance: Tensor | None  # (B, C), over passes with dropout
+    mean: Tensor  # (B, C) logits, or (B, D) embeddings under neighbours
+    variance: Tensor | None  # (B, C) variance over passes with dropout; None under other strategies
 
 
 class Writer(Protocol):
-    """Puts scored blocks into files, each written when its piece is done. Used by one thread.
+    """Collects scored blocks and writes a file when its piece is complete. Used by one thread.
 
-    A piece of which a block is refused gets no file: blocks of it that were on their way already are passed over.
+    If a block is refused, its piece gets no file, and blocks of it that follow are ignored.
     """
 
     def add(self, batch: Batch, scores: Scores, piece: Piece, row: int) -> None:
-        """One block, in order, which begins at a row of the piece's shard.
+        """Add the next block of a piece.
+
+        Args:
+            batch: the block.
+            scores: its scores.
+            piece: the piece it belongs to.
+            row: row of the piece's shard at which the block begins.
 
         Raises:
             RunError: a score is not finite.
@@ -65,11 +76,11 @@ class Writer(Protocol):
 
 
 class PartWriter:
-    """Makes parts of scores.
+    """Writes scores as parts.
 
     Args:
-        place: of the files.
-        settings: of the curriculum.
+        place: where the files go.
+        settings: the curriculum's settings.
         index: the split.
     """
 
@@ -95,15 +106,15 @@ class PartWriter:
         self._maker.add(rounded(mean), variances, targets, valid.numpy(), batch.num_images)
         if row + batch.num_images == piece.stop:
             content = encode_part(self._maker.part(), origin=self._place.origin)
-            # Another process of the same plan may have been faster: its part serves as well.
+            # Another process with the same plan may have been faster; its part is equal.
             storage.create_exclusive(self._place.part(piece), content)
 
 
 class EmbeddingWriter:
-    """Keeps embeddings as unit vectors in float16, with the known labels of their images.
+    """Writes embeddings as float16 unit vectors, with the known labels of their images.
 
     Args:
-        place: of the files.
+        place: where the files go.
         index: the split.
     """
 
@@ -127,7 +138,7 @@ class EmbeddingWriter:
         self._maker.add(halves, batch.targets.cpu().numpy(), valid.numpy(), batch.num_images)
         if row + batch.num_images == piece.stop:
             content = encode_embedded(self._maker.embedded(), origin=self._place.origin)
-            storage.create_exclusive(self._place.embedded(piece), content)  # or another process was faster
+            storage.create_exclusive(self._place.embedded(piece), content)  # unless another process was faster
 
 
 def _not_finite(what: str, index: SplitIndex, piece: Piece, row: int) -> RunError:

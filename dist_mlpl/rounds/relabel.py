@@ -1,7 +1,7 @@
-"""Owns one relabelling round: every image of the train split scored as in evaluation, then believed in part, or not.
+"""Owns one relabelling round: every image of the train split is scored as in evaluation, then some answers believed.
 
-A round is a pure function of its plan. The pass leaves a part for each piece of a shard that is done, created
-exclusively, so a round that was killed goes on where it stood, on any number of ranks, and ends in the same bytes.
+A round is a pure function of its plan. The scoring pass writes a part for each finished piece of a shard, created
+exclusively, so a killed round resumes where it stood, on any number of ranks, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from dist_mlpl.rounds.models import Model, find_members, is_made, load_models, m
 from dist_mlpl.rounds.neighbours import vote
 from dist_mlpl.rounds.parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
 
-_LOOK_BLOCKS = 16  # between looks at whether a rank failed or was asked to stop: 512 images
-_BLOCKS_IN_WORK = 4  # scored and not yet put into a part, while the next ones are computed
+_LOOK_BLOCKS = 16  # blocks (512 images) between checks whether a rank failed or was asked to stop
+_BLOCKS_IN_WORK = 4  # scored blocks that may wait to be put into a part while the next ones are computed
 
 
 def relabel(
@@ -59,22 +59,22 @@ def relabel(
     is_asked: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoundCommit | None:
-    """Make the next round of a run, or go on with it; the newest round stands if it was made from the same.
+    """Make or resume the next round of a run; if the newest round was made from the same inputs, return that.
 
     Args:
-        run: RUN.
+        run: URL of the run folder, RUN.
         head: the commit whose model the engine holds.
-        settings: of the curriculum.
+        settings: the curriculum's settings.
         engine: holds the present model, at any ZeRO stage.
-        labels: of the train split as the run sees them, without beliefs.
-        open_stream: over the train split with the evaluation transform; closed here.
-        build: makes an empty method like the engine's, for other models of an ensemble.
-        seed: of the run.
-        scored_with: digest of what else scores depend on.
-        is_asked, tell: as in `make_round`.
+        labels: labels of the train split as the run sees them, without beliefs.
+        open_stream: opens a stream over the train split with the evaluation transform; it is closed here.
+        build: makes a new method like the engine's, for the other models of an ensemble.
+        seed: the run's seed.
+        scored_with: `Config.scoring_digest`.
+        is_asked, tell: see `make_round`.
 
     Returns:
-        The committed round; None when a rank was asked to stop in its middle.
+        The committed round; None when a rank was asked to stop before its end.
 
     Raises:
         MlplError: see `find_members`, `load_models`, `plan_round` and `make_round`.
@@ -91,23 +91,23 @@ def relabel(
     scorer = Scorer(settings, models, engine.method, seed=seed, keeps_trunk=is_whole)
     plan = plan_round(run, labels, settings, records, seed=seed, scored_with=scored_with)
     with closing(open_stream()) as stream:
-        assert isinstance(stream, Stream)  # as the split has an index
+        assert isinstance(stream, Stream)  # since the split has an index
         return make_round(run, plan, labels, settings, scorer, stream, is_asked=is_asked, tell=tell)
 
 
 class Scorer:
-    """The answers of one or several models about a block, averaged over all passes.
+    """Scores blocks with one or several models, averaged over all passes.
 
     Args:
-        settings: which passes.
+        settings: the curriculum's settings, which decide the passes.
         models: the present one first.
-        method: of the present model; its dropout is sampled under `uncertainty`.
-        seed: of the run; dropout is keyed by (seed, round, block, pass).
-        keeps_trunk: a trunk without dropout is computed once a block, whatever the number of passes. Not where the
-            layers inside must be called each time (ZeRO stage 3).
+        method: the present model; its dropout is sampled under `uncertainty`.
+        seed: the run's seed; dropout is keyed by (seed, round, block, side, pass).
+        keeps_trunk: compute a trunk without dropout once per block and side, whatever the number of passes. False
+            where the layers inside must be called every time (ZeRO stage 3).
 
     Raises:
-        ConfigError: `uncertainty` of a model without dropout.
+        ConfigError: the strategy is `uncertainty` and the model has no dropout.
     """
 
     def __init__(
@@ -127,15 +127,15 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the present model is."""
+        """Device of the present model."""
         return next(self._method.parameters()).device
 
     @contextmanager
     def scoring(self, round_number: int) -> Iterator[Callable[[Batch, int], Scores]]:
-        """A function of a block and the index of its first image, while the block of code runs.
+        """Yield a function that scores a batch, given the index of its first image; valid inside the context.
 
         Args:
-            round_number: of the round that is being made.
+            round_number: number of the round being made.
         """
 
         def score(batch: Batch, first_index: int) -> Scores:
@@ -172,20 +172,20 @@ def plan_round(
     seed: int,
     scored_with: str,
 ) -> RoundPlan:
-    """Take the next round's number, or go on with the round that an equal plan began. Rank 0 decides for all.
+    """Begin the next round by creating its plan, or resume a round with an equal plan. Rank 0 decides for all.
 
     Args:
-        run: RUN.
-        labels: of the train split as the run sees them, without beliefs.
-        settings: of the curriculum.
-        models: that will score.
-        seed: of the run.
-        scored_with: digest of what else scores depend on.
+        run: URL of the run folder, RUN.
+        labels: labels of the train split as the run sees them, without beliefs.
+        settings: the curriculum's settings.
+        models: the models that will score.
+        seed: the run's seed.
+        scored_with: `Config.scoring_digest`.
 
     Raises:
         ConfigError: tars without an index, or a round that could fill the disk.
-        CheckpointError: the newest round is about other shards or another view.
-        OvertakenError: another round is being made, from other models or settings.
+        CheckpointError: the newest round was made from other shards or another view.
+        OvertakenError: a round is being made from other models or settings.
 
     Collective: all ranks, one broadcast.
     """
@@ -217,7 +217,7 @@ def indexed(labels: Labels) -> SplitIndex:
     """The split that labels belong to.
 
     Raises:
-        ConfigError: it has no index, so that its images have no address.
+        ConfigError: the split has no index, so its images have no address.
     """
     if isinstance(labels.samples, SplitIndex):
         return labels.samples
@@ -230,7 +230,7 @@ def indexed(labels: Labels) -> SplitIndex:
 
 
 def _take(run: str, plan: RoundPlan) -> RoundPlan:
-    if plan.parent:  # what the end of the round before was killed over
+    if plan.parent:  # the parts that the parent's commit did not get to remove when it was killed
         storage.remove_folder(round_url(run, plan.parent, "parts"))
     if storage.create_exclusive(round_url(run, plan.round, "plan.json"), document_bytes(plan)):
         return plan
@@ -258,23 +258,23 @@ def make_round(
     is_asked: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoundCommit | None:
-    """Score what is not scored yet, decide, and commit.
+    """Score the images not scored yet, decide what is believed, and commit the round.
 
-    Memory and disk are bounded whatever N and C: a block of dense scores at a time, then parts, whose size
+    Memory and disk are bounded for any N and C: one block of dense scores at a time, then parts, whose size
     `curriculum.max_per_image` bounds.
 
     Args:
-        run: RUN.
+        run: URL of the run folder, RUN.
         plan: from `plan_round`.
-        labels: of the train split as the run sees them, without beliefs.
-        settings: of the curriculum.
-        scorer: of the plan's models.
+        labels: labels of the train split as the run sees them, without beliefs.
+        settings: the curriculum's settings.
+        scorer: scores with the plan's models.
         stream: over the train split with the evaluation transform.
         is_asked: whether this rank was asked to stop.
-        tell: takes images scored by this rank now and then, and all of its.
+        tell: called now and then with the number of images this rank has scored and has to score.
 
     Returns:
-        The committed round; None when a rank was asked to stop. What is scored by then need not be scored again.
+        The committed round; None when a rank was asked to stop. Images scored by then need not be scored again.
 
     Raises:
         RunError: a score is not finite; on all ranks.
@@ -299,7 +299,7 @@ def make_round(
 
 @contextmanager
 def _clearing(place: Place) -> Iterator[None]:
-    """Leave no parts behind when a job that was faster has committed the round and removed those it saw."""
+    """If a faster job has committed the round and removed the parts it saw, remove those written since."""
     try:
         yield
     except OvertakenError:
@@ -332,7 +332,7 @@ def _pass(
     for number, batch in enumerate(batches):
         piece, row = blocks[number] if number < len(blocks) else (None, 0)
         first_index = PADDING if piece is None else starts[piece.shard] + row
-        scores = score(batch, first_index)  # padding too: under ZeRO stage 3 all ranks compute together
+        scores = score(batch, first_index)  # padding too: under ZeRO stage 3 all ranks must compute together
         try:
             if piece is not None and failure is None:
                 in_work.append(worker.submit(writer.add, batch, scores, piece, row))

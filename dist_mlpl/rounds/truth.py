@@ -1,4 +1,4 @@
-"""Owns what labels that a view hides tell about a round of beliefs. It is reported, and nothing ever learns from it."""
+"""Owns measuring a round's beliefs against labels that a view hides. The results are reported, never learned from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from dist_mlpl.data.views import LabelView
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN, Targets
 from dist_mlpl.rounds.commit import own_shards
 
-_BLOCK_ENTRIES = 4_000_000  # of dense labels at once
+_BLOCK_ENTRIES = 4_000_000  # dense labels in memory at once
 _NAMES = ("hidden_present", "hidden_absent", "believed_present", "believed_absent", "right_present", "right_absent",
           "flipped", "flipped_right", "flipped_wrong")  # fmt: skip
 _SIGNS = ((PRESENT, "present"), (ABSENT, "absent"))
 
 
 def summary(commit: RoundCommit) -> dict[str, float]:
-    """What a round's commit says in numbers: counts, what the data decided, and the share of labels in force."""
+    """A round's commit as numbers: counts, thresholds from the data, and `labelled_fraction`, the share of labels that
+    are known or believed (NaN if there are none).
+    """
     counts = commit.counts
     known = counts.get("num_known_present", 0) + counts.get("num_known_absent", 0)
     total = known + counts.get("num_unknown", 0)
@@ -33,21 +35,22 @@ def summary(commit: RoundCommit) -> dict[str, float]:
 
 
 def measure(run: str, commit: RoundCommit, labels: Labels) -> dict[str, float]:
-    """Hold the beliefs of a round, and how they changed since the round before, against labels that the view hides.
+    """Compare a round's beliefs, and how they changed since the previous round, with labels that the view hides.
 
     Args:
-        run: RUN.
-        commit: of the round.
-        labels: of the split, seen through the view.
+        run: URL of the run folder, RUN.
+        commit: the round's commit.
+        labels: labels of the split, seen through the view.
 
     Returns:
-        Of present and absent beliefs each: `hidden_precision_*`, the share of those about hidden labels that is right;
-        `hidden_recall_*`, the share of hidden labels that is believed and right. `num_flipped`, beliefs of the other
-        sign than the round before had, whether they can be checked or not; `num_flipped_right` and
-        `num_flipped_wrong`, those about hidden labels by whether the new sign is right. Empty without hidden labels.
+        For present and absent beliefs each, in [0, 1] or NaN: `hidden_precision_*`, the share of beliefs about hidden
+        labels that are right; `hidden_recall_*`, the share of hidden labels that are believed correctly.
+        `num_flipped`, the number of beliefs whose sign changed since the previous round, checkable or not;
+        `num_flipped_right` and `num_flipped_wrong`, those about hidden labels, by whether the new sign is right. Empty
+        without hidden labels.
 
     Raises:
-        CheckpointError: a file of the round or of the one before is missing or damaged; on all ranks.
+        CheckpointError: a file of this or the previous round is missing or damaged; on all ranks.
 
     Collective: all ranks, one gather of errors and one sum of a few counts.
     """
@@ -85,7 +88,7 @@ def _believed(run: str, commit: RoundCommit, index: SplitIndex, shard: int) -> O
 
 
 def _flipped(overlay: Overlay, before: Overlay) -> npt.NDArray[np.bool_]:
-    """Which beliefs had the other sign before, (k,)."""
+    """Which beliefs of `overlay` had the other sign in `before`, (k,) bool."""
     places = np.searchsorted(before.codes, overlay.codes)
     inside = places < len(before.rows)
     found = np.zeros(len(overlay.rows), dtype=bool)
@@ -106,7 +109,7 @@ def _hidden(view: LabelView, index: SplitIndex, shard: int) -> Iterator[tuple[in
 def _count(
     truth: Targets, beliefs: Overlay, is_flipped: npt.NDArray[np.bool_], first_row: int
 ) -> npt.NDArray[np.int64]:
-    """Counts of some rows of a shard, in the order of _NAMES; `flipped` is counted elsewhere."""
+    """Counts over some rows of a shard, in the order of _NAMES; `flipped` is counted by the caller and 0 here."""
     told = truth[beliefs.rows - first_row, beliefs.classes]
     is_hidden, is_right = told != UNKNOWN, told == beliefs.values
     counts: dict[str, int | np.integer] = {"flipped": 0}

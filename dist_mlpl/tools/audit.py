@@ -1,4 +1,4 @@
-"""Owns the proof that a run trained on every planned sample once: the commit chain against the order it must follow."""
+"""Owns the proof that a run trained on every planned sample once: it compares the commit chain with the order."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from dist_mlpl.errors import CheckpointError
 
 
 class EpochProof(NamedTuple):
-    """What the committed chain says of one epoch."""
+    """The committed chain's record of one epoch."""
 
     epoch: int
-    num_planned: int  # positions consumed so far, and all of them once the epoch is over
-    num_distinct: int  # different samples among them
-    num_dropped: int  # samples left for another epoch: the last, incomplete global batch; 0 while it runs
-    num_bad: int  # undecodable samples that kept their place
+    num_planned: int  # number of positions consumed so far
+    num_distinct: int  # number of different samples among them
+    num_dropped: int  # samples not read, since they do not fill a global batch; 0 while the epoch runs
+    num_bad: int  # undecodable samples, whose rows were masked
     commits: int
     is_finished: bool
 
 
 class AuditReport(NamedTuple):
-    """The whole proof."""
+    """The proof for a whole run."""
 
     epochs: list[EpochProof]
-    faults: list[str]  # what contradicts the plan; empty when the proof holds
+    faults: list[str]  # contradictions to the plan; empty when the proof holds
     head: Commit
 
 
 def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[str, Any] | None = None) -> AuditReport:
-    """Walk the committed chain and hold every consumed index against the planned order.
+    """Walk the committed chain and compare every consumed index with the planned order.
 
-    The order is computed again from seed, epoch and manifest; the consumed indices are what the ranks were handed.
-    Steps that a crash threw away are in no commit, so they do not count.
+    The order is recomputed from seed, epoch and manifest; the consumed indices are those that the ranks were handed.
+    Steps lost in a crash are in no commit, so they do not count.
 
     Args:
-        run: RUN.
+        run: URL of the run folder, RUN.
         manifest_url: where the shards are now, if they moved.
-        storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
+        storage_options: fsspec keywords for remote URLs; runs do not save theirs.
 
     Raises:
-        CheckpointError: no commit, or a damaged one, another manifest than the run's, or a run over tars without index.
+        CheckpointError: no commit, a damaged one, a manifest other than the run's, or a run over tars without an index.
     """
     storage.configure_storage(storage_options)
     config = read_run_config(run)
@@ -69,7 +69,7 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
     commits: dict[int, int] = {}
     faults: list[str] = []
     before: Commit | None = None
-    left_under: dict[int, int] = {}  # global batch of the commit that left an epoch
+    left_under: dict[int, int] = {}  # by epoch, global batch of the commit that ended it
     for commit in chain:
         is_end = commit.samples_consumed == 0
         epoch = commit.epoch - 1 if is_end else commit.epoch
@@ -90,7 +90,7 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
     for epoch, pieces in sorted(seen.items()):
         consumed = np.concatenate(pieces)
         num_distinct = len(np.unique(consumed))
-        if num_distinct != len(consumed) and parts is None:  # a mixture's weights repeat samples by plan
+        if num_distinct != len(consumed) and parts is None:  # the weights of a mixture repeat samples on purpose
             faults.append(f"epoch {epoch}: {len(consumed) - num_distinct} samples were consumed twice")
         is_finished = epoch < chain[-1].epoch
         if is_finished and num_samples - len(consumed) >= left_under[epoch]:
@@ -104,7 +104,7 @@ def audit(run: str, *, manifest_url: str | None = None, storage_options: dict[st
 
 
 def _compare(commit: Commit, order: EpochOrder, indices: np.ndarray, start: int, *, is_end: bool) -> list[str]:
-    """Faults of one commit's consumed indices against the order."""
+    """Messages about deviations of one commit's consumed indices from the order; empty if there are none."""
     stop = start + len(indices)
     if not is_end and stop != commit.samples_consumed:
         return [

@@ -1,4 +1,4 @@
-"""Owns the demo: the whole system on one machine, with a worker killed on the way."""
+"""Owns the demo: the whole system on one machine, with one worker killed during training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dist_mlpl.tools.scenes import write_scenes
 from shards.build import build
 from shards.sources.table import read_table
 
-_MARKER = ".mlpl-demo"  # in a folder that the demo made and may empty
-_KILL_AT = 0.45  # of the run
+_MARKER = ".mlpl-demo"  # file that marks a folder that the demo made and may empty
+_KILL_AT = 0.45  # fraction of the run after which the worker is killed
 _SHOWN = ("mAP", "mAP_voc12", "OP", "OR", "OF1", "CP", "CR", "CF1", "exact_match", "num_images", "num_classes_scored")
 
 
@@ -32,13 +32,13 @@ class Assassin:
     """Watches the rows and sends SIGKILL to the last rank's process once, in the middle of the run.
 
     Args:
-        say: told what happens.
-        save_every_steps: the kill falls between two commits, so that steps are lost.
+        say: console for messages.
+        save_every_steps: steps between two commits; the kill falls between commits, so that steps are lost.
     """
 
     def __init__(self, say: Console, *, save_every_steps: int) -> None:
         self._say = say
-        self._window = range(save_every_steps // 4, save_every_steps // 2)  # of the steps since a commit
+        self._window = range(save_every_steps // 4, save_every_steps // 2)  # steps after a commit at which it may kill
         self._save_every_steps = save_every_steps
         self._processes: list[tuple[str, int]] = []
         self.killed_at_step: int | None = None
@@ -75,17 +75,17 @@ class Assassin:
 
 
 def run_demo(folder: str, *, num_epochs: int | None = None, config_path: str | None = None) -> None:
-    """Make images, shard them into an S3 bucket, train on two workers, lose one, recover, and show the result.
+    """Make images, pack them into an S3 bucket, train on two workers, lose one, recover, and show the result.
 
     Args:
-        folder: new, or an earlier demo's, which is emptied; holds the images, and copies of the bucket's shards and
-            run at the end.
-        num_epochs: instead of the config's.
-        config_path: instead of configs/demo.yaml.
+        folder: a new folder, or an earlier demo's, which is emptied. In the end it holds the images, and copies of the
+            bucket's shards and run.
+        num_epochs: overrides the config's.
+        config_path: used instead of configs/demo.yaml.
 
     Raises:
         ConfigError: the folder holds something else.
-        RunError: the run ended without having lost and recovered its worker, or is not exact.
+        RunError: the run ended without losing and recovering its worker, or is not exact.
     """
     began = time.monotonic()
     say = Console(stderr=True)
@@ -131,7 +131,7 @@ def run_demo(folder: str, *, num_epochs: int | None = None, config_path: str | N
 
 
 def _empty(root: Path) -> None:
-    """A folder for the demo alone: made, or emptied if an earlier demo made it.
+    """Create the demo's folder, or empty it if an earlier demo made it.
 
     Raises:
         ConfigError: it holds something else.
@@ -150,7 +150,7 @@ def _empty(root: Path) -> None:
 
 
 def demo_config(bucket: str, *, num_epochs: int | None, config_path: str | None) -> Config:
-    """configs/demo.yaml on the bucket."""
+    """The demo's config, with its shards and run in the bucket."""
     path = config_path or str(Path(__file__).parents[2] / "configs" / "demo.yaml")
     overrides = [f"data.manifest={storage.join(bucket, 'shards')}"]
     if num_epochs is not None:
@@ -169,7 +169,7 @@ def _check_recovery(assassin: Assassin) -> None:
 
 
 def _copy_down(url: str, folder: Path) -> None:
-    """A copy that outlives the embedded server."""
+    """Copy a folder of the bucket to disk, as the embedded server's contents end with it."""
     for name in storage.list_files(url):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Owns how the tools draw: pictures with lines of text, in rows, as one PNG."""
+"""Owns drawing for the tools: images with lines of text, in rows, as one PNG."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 PLAIN, GOOD, BAD, FAINT = (20, 20, 20), (0, 110, 0), (180, 0, 0), (120, 120, 120)
-LINE: Final = 14  # pixels a line of text is high
+LINE: Final = 14  # height of a line of text in pixels
 GAP: Final = 8
 
 Line = tuple[str, tuple[int, int, int]]  # text and its colour
 
 
 def opened(content: bytes) -> Image.Image:
-    """The image in a file's bytes, RGB."""
+    """Decode a file's bytes to an RGB image."""
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def beside(picture: Image.Image, lines: Sequence[Line], *, side: int, width: int) -> Image.Image:
-    """A picture, at most `side` pixels long, with `width` pixels of text on its right."""
+    """An image that fits into a square of `side` pixels, with text `width` pixels wide on its right."""
     picture = ImageOps.contain(picture, (side, side))
     row = Image.new("RGB", (side + width, max(picture.height, LINE * len(lines)) + GAP), "white")
     row.paste(picture, (0, GAP // 2))
@@ -31,7 +31,7 @@ def beside(picture: Image.Image, lines: Sequence[Line], *, side: int, width: int
 
 
 def above(picture: Image.Image, lines: Sequence[Line], *, side: int) -> Image.Image:
-    """A picture, at most `side` pixels long, over its lines of text."""
+    """An image that fits into a square of `side` pixels, above its lines of text."""
     picture = ImageOps.contain(picture, (side, side))
     tile = Image.new("RGB", (side + GAP, side + GAP + LINE * len(lines)), "white")
     tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -40,7 +40,7 @@ def above(picture: Image.Image, lines: Sequence[Line], *, side: int) -> Image.Im
 
 
 def in_a_row(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Tiles from left to right."""
+    """Place tiles from left to right."""
     row = Image.new("RGB", (sum(tile.width for tile in tiles), max(tile.height for tile in tiles)), "white")
     left = 0
     for tile in tiles:
@@ -50,7 +50,7 @@ def in_a_row(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def stacked(rows: Sequence[Image.Image]) -> bytes:
-    """Rows from top to bottom, as a PNG."""
+    """Stack rows from top to bottom, as the bytes of a PNG."""
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -62,7 +62,7 @@ def stacked(rows: Sequence[Image.Image]) -> bytes:
 
 
 def heated(picture: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """A grey picture under a map (h, w), dark blue where it is lowest and yellow where it is highest."""
+    """A grey image overlaid with a heatmap (h, w), from dark blue at its lowest to yellow at its highest value."""
     low, high = float(evidence.min()), float(evidence.max())
     scaled = (evidence - low) / (high - low if high > low else 1.0)
     heat = Image.fromarray((255 * scaled).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)

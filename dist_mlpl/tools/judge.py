@@ -1,4 +1,4 @@
-"""Owns what is asked of a finished or running run's model: its newest commit judged on any split, on any ranks."""
+"""Owns evaluating a finished or running run's newest commit, on any split and any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ def judge(
     """Evaluate the newest commit of a run from its model file alone.
 
     Args:
-        run: RUN.
-        split: of the manifest; None for the run's own evaluation split.
-        manifest_url: shards of the same classes; None for the run's own.
-        storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
+        run: URL of the run folder, RUN.
+        split: split of the manifest; None for the run's own evaluation split.
+        manifest_url: other shards with the same classes; None for the run's own.
+        storage_options: fsspec keywords for remote URLs; runs do not save theirs.
 
     Returns:
         The metrics, with `split` and `step`.
 
     Raises:
         CheckpointError: no run, no commit, damaged files, or other classes.
+        ManifestError: no such set or split.
 
-    Collective: all ranks, under torchrun; alone without it.
+    Collective: all ranks under torchrun; a single process without it.
     """
     storage.configure_storage(storage_options)
     config = read_run_config(run)
     world = start(inference_settings(config))
-    commit = comm.on_first_rank(lambda: read_newest(run))  # one for all ranks: it may still train
+    commit = comm.on_first_rank(lambda: read_newest(run))  # read once for all ranks, as the run may still train
     data = config.data
     if manifest_url is not None:
         held = data.held_out_fraction if (split or data.eval_split) in (data.train_split, HELD_OUT) else None
@@ -63,12 +64,12 @@ def judge(
 
 
 def inference_settings(config: Config) -> EngineSettings:
-    """The plain engine, which answers as the run's own does."""
+    """Settings of a plain engine that gives the same scores as the run's own engine."""
     return config.engine.model_copy(update={"kind": "plain", "batch_norm": "frozen", "compile": False})
 
 
 def empty_method(config: Config, manifest: Manifest) -> Method:
-    """The run's method without the files that it began with: all that they held is in the model file."""
+    """The run's method, built without its initial weights and embeddings, since the model file holds them."""
     changes: dict[str, Any] = {"backbone": config.method.backbone.model_copy(update={"weights": None})}
     head = getattr(config.method, "head", None)
     if isinstance(head, SemanticSettings):
@@ -78,10 +79,10 @@ def empty_method(config: Config, manifest: Manifest) -> Method:
 
 
 def open_engine(run: str, config: Config, commit: Commit, manifest: Manifest, world: World) -> Engine:
-    """An engine that holds the model of a commit.
+    """Open an engine with the model of a commit.
 
     Raises:
-        CheckpointError: a damaged file, or a manifest of other classes.
+        CheckpointError: a damaged file, or a manifest with other classes.
 
     Collective: all ranks; weights are broadcast.
     """

@@ -1,4 +1,4 @@
-"""Owns the picture of what a run is told and believes about single images."""
+"""Owns the picture of known labels and beliefs about single images."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from dist_mlpl.errors import ConfigError
 from dist_mlpl.labels import ABSENT, PRESENT, UNKNOWN
 from dist_mlpl.tools.drawing import BAD, FAINT, GOOD, PLAIN, Line, beside, opened, stacked
 
-_SIDE: Final = 256  # pixels of an image's longer side
-_WIDTH: Final = 420  # of the text beside it
+_SIDE: Final = 256  # longer side of an image in pixels
+_WIDTH: Final = 420  # width of the text beside it in pixels
 
-_MOST_LINES: Final = 8  # of one kind, the strongest first
+_MOST_LINES: Final = 8  # most labels shown of one kind, the strongest first
 
 
 class _Labelled(NamedTuple):
     """What is known and believed about one image."""
 
     name: str
-    told: np.ndarray  # (C,) int8, as the run sees it
-    hidden: np.ndarray  # (C,) int8, what its view hides
-    believed: Overlay  # of this row
+    told: np.ndarray  # (C,) int8, human labels as the run sees them
+    hidden: np.ndarray  # (C,) int8, human labels that its view hides; 0 elsewhere
+    believed: Overlay  # beliefs about this sample
 
 
 def draw_samples(
     run: str, config: Config, commit: RoundCommit, index: SplitIndex, samples: list[int], *, out: str | None = None
 ) -> str:
-    """A PNG with a row for each sample: the image, human labels, beliefs with their scores, what is hidden of them.
+    """Draw a PNG with a row per sample: the image, human labels, beliefs with scores, and whether hidden labels agree.
 
     Args:
-        run: RUN.
-        config: of the run.
-        commit: of the round.
+        run: URL of the run folder, RUN.
+        config: the run's config.
+        commit: the round's commit.
         index: the train split.
-        samples: in [0, N).
+        samples: sample indices in [0, N).
         out: path or URL of the picture; None for one in RUN/pictures.
 
     Returns:
-        Where it is.
+        URL of the picture.
 
     Raises:
         ConfigError: no such sample.

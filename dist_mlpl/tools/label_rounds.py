@@ -1,4 +1,4 @@
-"""Owns what a person asks of a run's rounds of labels: which there are, what they hold, how they differ, to go back."""
+"""Owns inspecting a run's rounds of labels (listing, contents, differences), and rolling back."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ MEASURED = ("hidden_precision_present", "hidden_recall_present", "hidden_precisi
 
 
 class Round(NamedTuple):
-    """A line of the log."""
+    """One round, for the log."""
 
     number: int
     state: str  # "in force", "committed" or "unfinished"
     parent: int
     restores: int | None
     strategy: str
-    step: int | None  # of the model
-    committed_at: str | None  # UTC, to the second, where the store tells
-    metrics: dict[str, float]  # `summary`, and what hidden labels told when a run took it up
+    step: int | None  # step of the (first) model that scored
+    committed_at: str | None  # UTC, to the second; None if unfinished or if the store does not tell
+    metrics: dict[str, float]  # `summary`, and measurements against hidden labels that a run reported
 
 
 def rounds_of(run: str) -> list[Round]:
     """Every round of a run, oldest first.
 
     Raises:
-        CheckpointError: a record that cannot be read.
+        CheckpointError: a plan or commit cannot be read.
     """
     head = read_head(run)
     in_force, newest = head.round if head else 0, newest_round(run)
@@ -76,7 +76,7 @@ def rounds_of(run: str) -> list[Round]:
 
 
 def truth_of(run: str, commit: RoundCommit, index: SplitIndex) -> dict[str, float]:
-    """What labels that the run's view hides tell about a round; empty where it hides none. See `rounds.truth.measure`.
+    """A round measured against labels that the run's view hides; empty without a view. See `rounds.truth.measure`.
 
     Raises:
         CheckpointError: a file of the round is missing or damaged.
@@ -86,29 +86,29 @@ def truth_of(run: str, commit: RoundCommit, index: SplitIndex) -> dict[str, floa
 
 
 class ClassCounts(NamedTuple):
-    """Beliefs by class."""
+    """Numbers of beliefs by class."""
 
     class_ids: list[str]
     names: list[str]
-    counts: npt.NDArray[np.int64]  # (C, k)
+    counts: npt.NDArray[np.int64]  # (C, k), one column per kind of belief
 
 
 def open_split(run: str, manifest_url: str | None = None) -> SplitIndex:
-    """The split that the rounds of a run are about.
+    """Open the split that the rounds of a run are about.
 
     Raises:
         CheckpointError: no run.
-        ManifestError: its shards are not there.
+        ManifestError: its shards are missing.
     """
     config = read_run_config(run)
     return SplitIndex(run_manifest(config.data, manifest_url), config.data.train_split)
 
 
 def committed(run: str, number: int | None) -> RoundCommit:
-    """A committed round, the newest by default.
+    """Read a committed round, the newest by default.
 
     Raises:
-        CheckpointError: none, or not that one.
+        CheckpointError: no committed round, or no such one.
     """
     newest = newest_round(run)
     if newest == 0 or (number is not None and not 0 < number <= newest):
@@ -129,7 +129,7 @@ def _overlays(run: str, commit: RoundCommit, index: SplitIndex) -> Iterator[Over
 
 
 def class_counts(run: str, commit: RoundCommit, index: SplitIndex) -> ClassCounts:
-    """How many labels of each class a round believes present, believes absent, only proposes.
+    """How many labels of each class a round believes present, believes absent, and only proposes: (C, 3) counts.
 
     Raises:
         CheckpointError: a file of the round is missing or damaged.
@@ -147,7 +147,7 @@ DIFFERENCES = ("added_present", "added_absent", "removed_present", "removed_abse
 
 
 def differences(run: str, first: RoundCommit, second: RoundCommit, index: SplitIndex) -> ClassCounts:
-    """What beliefs became between two rounds, by class; columns as in DIFFERENCES.
+    """How beliefs changed between two rounds, by class; the columns are those in DIFFERENCES.
 
     Raises:
         CheckpointError: a file of a round is missing or damaged.
@@ -169,22 +169,22 @@ def differences(run: str, first: RoundCommit, second: RoundCommit, index: SplitI
 
 
 def roll_back(run: str, to: int | None = None) -> str:
-    """Take back the last thing that happened: drop a round that was never finished, or restore an earlier one.
+    """Drop an unfinished round if there is one; otherwise restore an earlier round as a new one.
 
-    Rounds never change and none is deleted: restoring round 2 makes a new round that holds what round 2 held. A
-    running training takes it up at its next epoch.
+    Committed rounds never change and are never deleted: restoring round 2 makes a new round with the content of round
+    2. A running training switches to it at its next epoch.
 
     Args:
-        run: RUN.
-        to: round to restore, 0 for no beliefs; None for the one before the newest.
+        run: URL of the run folder, RUN.
+        to: round to restore, 0 for no beliefs; None for the parent of the newest round.
 
     Returns:
         A line that says what was done.
 
     Raises:
-        CheckpointError: no round there.
-        ConfigError: it is in force already.
-        OvertakenError: another round was committed at the same moment.
+        CheckpointError: no such round.
+        ConfigError: that round is the newest already.
+        OvertakenError: another round was committed meanwhile.
     """
     unfinished = unfinished_round(run)
     if unfinished is not None:

@@ -1,4 +1,4 @@
-"""Owns an S3 server of this machine's own, for the demo and the tests: real requests, no network beyond loopback."""
+"""Owns an embedded S3 server for the demo and the tests: real requests, over loopback only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
 
 
 class EmbeddedS3:
-    """A `moto_server` child process on a free loopback port, with the AWS variables of this process set to it.
+    """A `moto_server` child process on a free loopback port, to which this process's AWS variables point.
 
     As a context manager it starts on entry and stops on exit. Child processes started in between reach it too, since
-    they inherit the environment. Contents live in the server's memory and end with it. A process keeps the connection
-    of its first server: start one server in a process, not one after another.
+    they inherit the environment. Contents live in the server's memory and end with it. A process keeps its connection
+    to its first server, so start only one server per process.
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class EmbeddedS3:
         self.stop()
 
     def start(self) -> None:
-        """Start the server, wait until it answers, point the AWS variables at it.
+        """Start the server, wait until it answers, and point the AWS variables at it.
 
         Raises:
             ConfigError: moto is not installed.
-            StorageError: the server ended, or did not answer in a minute.
+            StorageError: the server ended, or did not answer within a minute.
         """
         if importlib.util.find_spec("moto") is None:
             raise ConfigError(
@@ -76,7 +76,7 @@ class EmbeddedS3:
         os.environ.update(AWS_ENDPOINT_URL=self.endpoint, AWS_ACCESS_KEY_ID="demo", AWS_SECRET_ACCESS_KEY="demo")
 
     def stop(self) -> None:
-        """End the child that `start` started, and only that; put the environment back as it was."""
+        """End the child process of `start`, and restore the environment."""
         for name, value in self._environment_before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -119,7 +119,7 @@ class EmbeddedS3:
         for _ in range(_START_SECONDS * _TRIES_PER_SECOND):
             with contextlib.suppress(urllib.error.URLError, OSError):
                 _ask(urllib.request.Request(f"{self.endpoint}/moto-api/"))
-                if child.poll() is None:  # else it is another server that took the port first
+                if child.poll() is None:  # else another server took the port first
                     return
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1 / _TRIES_PER_SECOND)
@@ -146,7 +146,7 @@ def _free_port() -> int:
 
 
 def _ask(request: urllib.request.Request) -> None:
-    """One request that no proxy of the environment may divert."""
+    """Send one request, ignoring proxies set in the environment."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=5) as answer:
         answer.read()

@@ -1,4 +1,4 @@
-"""Owns the pictures of a run's model: where it sees its classes, and which images could give which labels to others."""
+"""Owns pictures of a run's model: heatmaps of its classes, and images whose known labels could be transferred."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dist_mlpl.methods.base import HEATMAPS, images_alone
 from dist_mlpl.tools.drawing import BAD, FAINT, GOOD, PLAIN, Line, above, heated, in_a_row, opened, stacked
 from dist_mlpl.tools.judge import inference_settings, open_engine
 
-_SIDE: Final = 176  # pixels of a tile's picture
-_MOST_NAMES: Final = 6  # of classes under a picture
+_SIDE: Final = 176  # side of a tile's image in pixels
+_MOST_NAMES: Final = 6  # most class names below an image
 
 Indices = npt.NDArray[np.int64]
 
@@ -54,22 +54,22 @@ def draw_pictures(
 ) -> list[str]:
     """Draw what the model of a run's newest commit sees, into RUN/pictures.
 
-    `heatmaps-...png`: images with the maps of their likeliest classes. `transfers-...png`, where the run's view hides
-    labels: images of the train split, each with those that lie nearest by embedding among its first `num_embedded`
-    ones, and the labels which these know to be present and it does not know; green where the hidden label agrees.
+    `heatmaps-...png` shows images with the heatmaps of their likeliest classes. `transfers-...png`, only if the run has
+    a view, shows images of the train split, each with its nearest images by embedding among the first `num_embedded`,
+    and the labels that these know to be present and it does not know; green where the hidden label agrees.
 
     Args:
-        run: RUN.
-        samples: of the split, to draw heatmaps of; None for its first ones.
-        split: of the heatmaps; None for the run's evaluation split.
-        num_samples: drawn, where `samples` does not say which.
-        num_tiles: classes, or lenders, an image.
-        num_embedded: images among which lenders are looked for.
+        run: URL of the run folder, RUN.
+        samples: samples of the split to draw heatmaps of; None for the first ones.
+        split: split of the heatmaps; None for the run's evaluation split.
+        num_samples: number of images drawn (heatmaps only if `samples` is None).
+        num_tiles: number of classes, or of nearest images (lenders), per image.
+        num_embedded: number of train images among which lenders are searched.
         manifest_url: where the run's shards are now, if they moved.
-        storage_options: fsspec keywords of remote URLs.
+        storage_options: fsspec keywords for remote URLs.
 
     Returns:
-        Where the pictures are.
+        URLs of the pictures.
 
     Raises:
         ConfigError: no such sample, or tars without an index.
@@ -93,7 +93,7 @@ def draw_pictures(
 
 
 def _opened(config: Config, split: str) -> tuple[SplitIndex, SplitIndex]:
-    """Train split and the split to draw, by their index."""
+    """Open the train split and the split to draw; both must have an index."""
     train, judged = open_samples(config.data, config.data.train_split, split)
     if isinstance(train, SplitIndex) and isinstance(judged, SplitIndex):
         return train, judged
@@ -129,7 +129,7 @@ def _save(run: str, commit: Commit, name: str, content: bytes) -> str:
 
 
 def _heatmap_sheet(engine: Engine, config: Config, index: SplitIndex, chosen: Indices, num_tiles: int) -> bytes:
-    """A row an image: what the model saw of it, then its likeliest classes."""
+    """Draw one row per image: the image as the model sees it, then its likeliest classes."""
     transform = Transform(config.transform, seed=config.seed, train=False)
     seen = [transform(content, epoch=0, position=0).image for content in _contents(index, chosen)]
     images = transform.normalise(torch.stack(seen).to(engine.device))
@@ -160,7 +160,7 @@ def _heatmap_sheet(engine: Engine, config: Config, index: SplitIndex, chosen: In
 def _nearest(
     engine: Engine, config: Config, index: SplitIndex, num_embedded: int, num_samples: int, num_lenders: int
 ) -> list[Loan]:
-    """The nearest images of the first ones, by cosine of embeddings; undecodable images have no part."""
+    """Find the nearest images of the first `num_samples` ones by cosine of embeddings, without undecodable images."""
     stream = build_stream(config, index, None, engine.world, engine, train=False)
     assert isinstance(stream, Stream)
     try:
@@ -183,7 +183,7 @@ def _nearest(
 
 
 def _transfer_sheet(config: Config, index: SplitIndex, loans: Sequence[Loan]) -> bytes:
-    """A row an image, then its lenders with the labels that they could give."""
+    """Draw one row per image: the image, then its lenders with the labels that they could give."""
     involved = np.unique([number for loan in loans for number in loan[:2]]).astype(np.int64)
     pictures = dict(zip(involved.tolist(), map(opened, _contents(index, involved)), strict=True))
     store = LabelStore(index, build_view(config.data, index)).at(0)
@@ -207,12 +207,12 @@ def _transfer_sheet(config: Config, index: SplitIndex, loans: Sequence[Loan]) ->
 
 
 def _color(hidden: int) -> tuple[int, int, int]:
-    """Of a label that would be given, by what people said of it and the view hides."""
+    """Colour of a label that would be given, by the human label that the view hides."""
     return {PRESENT: GOOD, ABSENT: BAD, UNKNOWN: PLAIN}[hidden]
 
 
 def _listed(nothing: str, entries: list[Line]) -> list[Line]:
-    """A few lines, and how many more there are."""
+    """The first few lines, and how many more there are; `nothing` if there are none."""
     if not entries:
         return [(nothing, FAINT)]
     more = len(entries) - _MOST_NAMES
@@ -220,7 +220,7 @@ def _listed(nothing: str, entries: list[Line]) -> list[Line]:
 
 
 def _contents(index: SplitIndex, chosen: Indices) -> Iterator[bytes]:
-    """The bytes of images, in order."""
+    """The JPEG bytes of some samples, in order."""
     fetcher = Fetcher(index)
     try:
         yield from fetcher.take(fetcher.begin(chosen))

@@ -1,4 +1,4 @@
-"""Owns the plan of a run: what its trunk, heads and banks hold, send and compute, before anything is trained."""
+"""Owns the plan of a run: memory, traffic and FLOPs of its trunk, heads and banks, before anything is trained."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from dist_mlpl.methods.base import Method, MethodSettings, images_alone
 from dist_mlpl.methods.costs import Cost, Scale, reduce_bytes
 from dist_mlpl.models.semantic import SemanticSettings
 
-LARGEST: Final = 9605  # trainable classes of Open Images
-_SAMPLED: Final = 2048  # images whose labels are counted
-_NUM_IMAGES: Final = 2  # that are computed for their shapes; one alone has no variance for some BatchNorms
+LARGEST: Final = 9605  # number of trainable classes of Open Images
+_SAMPLED: Final = 2048  # number of images whose labels are counted
+_NUM_IMAGES: Final = 2  # images in the measured forward pass; with only one, some BatchNorms have no variance
 
 
 class Plan(NamedTuple):
-    """What a run takes."""
+    """The costs of a run."""
 
     num_classes: int  # C
     num_samples: int  # N of the train split
     scale: Scale
     trunk: Cost
-    heads: list[Cost]  # of inference
-    extras: list[Cost]  # banks, and heads that work in training alone
-    gradient_bytes: float  # sent by a rank for the gradients of a step, at ZeRO stages 0 to 2
+    heads: list[Cost]  # heads used at inference
+    extras: list[Cost]  # banks, and heads used only in training
+    gradient_bytes: float  # bytes that a rank sends for a step's gradients, at ZeRO stages 0 to 2
 
     @property
     def added(self) -> Cost:
-        """All that comes on top of the trunk."""
+        """Total of everything besides the trunk."""
         return total_cost("heads and banks", [*self.heads, *self.extras])
 
 
 def total_cost(name: str, costs: list[Cost]) -> Cost:
-    """The sum of several parts."""
+    """Sum the costs of several parts under one name."""
     columns = zip(*(cost[1:] for cost in costs), strict=True)
     return Cost(name, *(sum(column) for column in columns)) if costs else Cost(name)
 
@@ -58,17 +58,17 @@ def total_cost(name: str, costs: list[Cost]) -> Cost:
 def make_plan(
     config: Config, *, num_ranks: int, num_classes: int | None = None, num_samples: int | None = None
 ) -> Plan:
-    """Work out a run's plan; the model is built without memory, no image is read.
+    """Compute a run's plan; the model is built without allocating memory, and no image is read.
 
     Args:
-        config: of the run.
+        config: the run's config.
         num_ranks: R.
-        num_classes: instead of the manifest's.
-        num_samples: instead of the train split's.
+        num_classes: used in place of the manifest's C.
+        num_samples: used in place of the train split's N.
 
     Raises:
-        ConfigError: tars without an index, whose labels cannot be counted, or a batch that so many ranks cannot share.
-        DataError: no manifest.
+        ConfigError: tars without an index, whose labels cannot be counted, or a batch that R ranks cannot share.
+        ManifestError: no manifest or no train split.
     """
     storage.configure_storage(config.data.storage_options)
     (samples,) = open_samples(config.data, config.data.train_split)
@@ -99,7 +99,7 @@ def make_plan(
 
 
 def _settings(config: Config, num_classes: int, given_classes: int) -> MethodSettings:
-    """The method's, without weights that would be read; for other classes than the data's, without their vectors."""
+    """The method's settings without weight files; also without class embeddings if the classes are not the data's."""
     settings = config.method
     changes: dict[str, Any] = {"backbone": settings.backbone.model_copy(update={"weights": None})}
     for name in type(settings).model_fields:
@@ -110,9 +110,9 @@ def _settings(config: Config, num_classes: int, given_classes: int) -> MethodSet
 
 
 def _told(config: Config, samples: SplitIndex, num_classes: int) -> Targets:
-    """(n, C) int8 labels, as the run is told them, of images evenly spread over the split.
+    """(n, C) int8, labels as the run sees them, of up to 2,048 images evenly spread over the split.
 
-    For other classes than the data's: as many labels an image, of classes drawn evenly.
+    If C is not the data's, each image has as many labels, of classes drawn uniformly.
     """
     chosen = np.unique(np.linspace(0, samples.num_samples - 1, _SAMPLED).round().astype(np.int64))
     targets = LabelStore(samples, build_view(config.data, samples)).at(0).targets(chosen)
@@ -129,14 +129,14 @@ def _told(config: Config, samples: SplitIndex, num_classes: int) -> Targets:
 
 
 class _Found(NamedTuple):
-    costs: dict[str, Cost]  # by the method's child, "backbone" among them
+    costs: dict[str, Cost]  # by name of the method's child modules, "backbone" among them
     num_cells: int
 
 
 def _measured(settings: MethodSettings, num_classes: int, image_size: int) -> tuple[Method, _Found]:
-    """Build a method of shapes alone, run a forward of inference, and a backward through each call of its parts.
+    """Build a method with fake tensors, run a forward pass of inference, and a backward through each call of its parts.
 
-    Kept activations are those of float32; bf16 keeps about half.
+    Kept activations are counted in float32; bf16 keeps about half.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         method = settings.build(num_classes=num_classes, image_size=image_size)
@@ -158,7 +158,7 @@ def _measured(settings: MethodSettings, num_classes: int, image_size: int) -> tu
 
 
 class _Call(NamedTuple):
-    """One call of a part of the method, from outside it."""
+    """One call from outside into a child module of the method."""
 
     child: str
     module: nn.Module
@@ -166,7 +166,7 @@ class _Call(NamedTuple):
     outputs: list[Tensor]
 
     def count_backward(self, flops: Counter[str]) -> None:
-        """Through this call alone, to its inputs and weights."""
+        """Count the FLOPs of a backward pass through this call only, to its inputs and weights."""
         wanted = [t for t in [*self.inputs, *self.module.parameters()] if t.requires_grad]
         outputs = [t for t in self.outputs if t.requires_grad]
         if wanted and outputs:
@@ -175,7 +175,7 @@ class _Call(NamedTuple):
 
 
 class _Watch:
-    """What is seen while a method runs."""
+    """Measurements taken while a method runs."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -186,9 +186,9 @@ class _Watch:
 
 @contextmanager
 def _watched(method: Method) -> Iterator[_Watch]:
-    """Note every call from outside into a child of the method, what it computes and what autograd keeps of it."""
+    """Record every call from outside into a child of the method, its FLOPs, and the bytes that autograd keeps."""
     watch = _Watch()
-    running: list[tuple[str, Any]] = []  # calls that have begun, the child of each, and what counts the outermost
+    running: list[tuple[str, Any]] = []  # (child, FLOP counter) of the calls in progress
     seen = {tensor.untyped_storage()._cdata for tensor in [*method.parameters(), *method.buffers()]}
 
     def enter(name: str) -> Any:
@@ -203,14 +203,14 @@ def _watched(method: Method) -> Iterator[_Watch]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         name, counting = running.pop()
         if name == "backbone" and isinstance(output, Tensor) and output.dim() == 4:
-            watch.num_cells = math.prod(output.shape[2:])  # of the last of its layers, which a method may call singly
+            watch.num_cells = math.prod(output.shape[2:])  # the last layer's, as a method may call layers singly
         if counting is not None:
             counting.__exit__(None, None, None)
             watch.calls.append(_Call(name, module, _tensors(inputs), _tensors(output)))
 
     def pack(tensor: Tensor) -> Tensor:
         memory = tensor.untyped_storage()
-        if memory._cdata not in seen:  # as long as the graph is there, no other memory has its number
+        if memory._cdata not in seen:  # its address is unique while the graph lives
             seen.add(memory._cdata)
             watch.kept[running[-1][0] if running else ""] += memory.nbytes()
         return tensor
@@ -227,19 +227,19 @@ def _watched(method: Method) -> Iterator[_Watch]:
 
 @contextmanager
 def _counting(name: str, flops: Counter[str]) -> Iterator[None]:
-    """Add what is computed inside."""
+    """Add the FLOPs computed in the block."""
     with FlopCounterMode(display=False, custom_mapping=_POINTWISE) as counter:
         yield
     flops[name] += counter.get_total_flops()
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    """Of one, or of some in a tuple."""
+    """The tensors in a value, or in a tuple or list."""
     return [t for t in (found if isinstance(found, tuple | list) else [found]) if isinstance(t, Tensor)]
 
 
 def _one_each(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    """One for each number that comes out."""
+    """One FLOP per output element."""
     return math.prod(out_shape)
 
 
@@ -248,7 +248,7 @@ def _matrix_vector(matrix: Any, vector: Any, *_: Any, out_shape: Any = None, **_
 
 
 _ATEN = torch.ops.aten
-_POINTWISE: Final = {  # what torch's counter leaves out and attention over classes is made of
+_POINTWISE: Final = {  # operations that torch's counter leaves out and attention over classes uses
     **dict.fromkeys((_ATEN.tanh, _ATEN.tanh_, _ATEN.mul, _ATEN.mul_), _one_each), _ATEN.mv: _matrix_vector,
 }  # fmt: skip
 
@@ -257,7 +257,7 @@ _POINTWISE: Final = {  # what torch's counter leaves out and attention over clas
 
 
 def document(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON holds it."""
+    """A plan as a dict for JSON."""
     costs = {"trunk": plan.trunk, "added": plan.added}
     parts = {"heads": plan.heads, "extras": plan.extras}
     return {
@@ -272,7 +272,7 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """A row a part, then all that comes on top of the trunk."""
+    """A table with a row per part, then the total besides the trunk, and the gradients."""
     scale = plan.scale
     title = (
         f"{plan.num_classes:,} classes, {plan.num_samples:,} images, {scale.world_size} ranks, "
@@ -293,7 +293,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def largest_line(plan: Plan) -> str:
-    """The sum of what comes on top of the trunk, for another number of classes."""
+    """A line with the total besides the trunk, for a plan with another number of classes."""
     _, held, kept, sent, flops, share = (cell or "nothing" for cell in _cells(plan.added, plan))
     return (
         f"with {plan.num_classes:,} classes, heads and banks: {held} held, {kept} kept an image, {sent} sent a step, "
@@ -308,7 +308,7 @@ def _cells(cost: Cost, plan: Plan) -> list[str]:
 
 
 def _scaled(number: float, unit: str) -> str:
-    """Three digits and a power of a thousand; nothing for 0."""
+    """A number with three digits and an SI prefix, such as `1.25 MB`; empty for 0."""
     if number == 0:
         return ""
     power = min(5, max(0, int(math.log10(number) // 3)))

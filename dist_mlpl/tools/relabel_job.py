@@ -1,4 +1,4 @@
-"""Owns a round of labels made by a job of its own, beside the run that will take it up or after it."""
+"""Owns making a round of labels in a separate job, during or after the run that will use it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dist_mlpl.tools.judge import empty_method, inference_settings, open_engine
 
 
 class Relabelled(NamedTuple):
-    """A round and what is known of it."""
+    """A committed round and its metrics."""
 
     commit: RoundCommit
     metrics: dict[str, float]  # `summary`, and `measure` where a view hides labels
 
 
 def job_config(run: str, overrides: Sequence[str], storage_options: dict[str, Any] | None) -> Config:
-    """A run's config with a curriculum.
+    """A run's config with a curriculum, for a relabelling job.
 
     Args:
-        run: RUN.
-        overrides: `KEY=VALUE` of the curriculum's section, say `strategy=uncertainty`.
-        storage_options: fsspec keywords of remote URLs; runs do not write theirs down.
+        run: URL of the run folder, RUN.
+        overrides: `KEY=VALUE` strings for the curriculum's section, such as `strategy=uncertainty`.
+        storage_options: fsspec keywords for remote URLs; runs do not save theirs.
 
     Raises:
         CheckpointError: no run.
@@ -53,7 +53,8 @@ def job_config(run: str, overrides: Sequence[str], storage_options: dict[str, An
                 next_step="write it like --set strategy=score_fraction --set fraction=0.5",
             )
         changes[name.removeprefix("curriculum.")] = parse_yaml(text, where=f"--set {override}")
-    if changes.get("strategy", own_strategy) != own_strategy:  # what the run's own strategy was told does not apply
+    # Under another strategy, the settings of the run's own one do not apply.
+    if changes.get("strategy", own_strategy) != own_strategy:
         section = {key: value for key, value in section.items() if key not in USED_BY}
     section |= changes
     if "strategy" not in section:
@@ -65,7 +66,7 @@ def job_config(run: str, overrides: Sequence[str], storage_options: dict[str, An
         )
     section = {"start_epoch": 1} | section
     document = config.model_dump(mode="json") | {"curriculum": section, "out": run}
-    document["num_epochs"] = max(config.num_epochs, int(section["start_epoch"]) + 1)  # the job keeps no schedule
+    document["num_epochs"] = max(config.num_epochs, int(section["start_epoch"]) + 1)  # a job ignores the schedule
     document["data"]["storage_options"] = storage_options or {}
     document["engine"]["compile"] = False
     return check_config(document, where=f"the curriculum of {run}")
@@ -79,22 +80,22 @@ def relabel_run(
     is_asked: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Relabelled | None:
-    """Make the next round of a run from one of its commits; a running training takes it up at its next epoch.
+    """Make the next round of a run from one of its commits; a running training switches to it at its next epoch.
 
     Args:
         config: from `job_config`.
-        step: of the commit whose model scores; None for the newest.
+        step: step of the commit whose model scores; None for the newest.
         manifest_url: where the run's shards are now, if they moved.
         is_asked, tell: see `make_round`.
 
     Returns:
-        The round; None when a rank was asked to stop. The same call goes on where it stood.
+        The round; None when a rank was asked to stop. The same call then resumes it.
 
     Raises:
-        CheckpointError: no commit, damaged files, other shards or another view than the run's.
+        CheckpointError: no commit, damaged files, or shards or a view other than the run's.
         MlplError: see `relabel`.
 
-    Collective: all ranks, under torchrun or Ray; alone without them.
+    Collective: all ranks under torchrun or Ray; a single process without them.
     """
     storage.configure_storage(config.data.storage_options)
     assert config.curriculum is not None

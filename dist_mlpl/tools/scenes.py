@@ -1,7 +1,7 @@
-"""Owns a small multi-label data set made on the spot: real handwritten digits pasted together, several to an image.
+"""Owns a small generated multi-label data set: real handwritten digits pasted together, several per image.
 
-Which digits share an image is planted: an image belongs to one of four scenes, and a scene's own digits are likely to
-be in it. So there is co-occurrence to learn, and it is known.
+Co-occurrence is planted: an image belongs to one of four scenes, whose own digits are likely to be in it. So there is
+co-occurrence to learn, and it is known.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from PIL import Image
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.keyed import key, permutation, uniform
 
-# A scene's own digits, and the probability that each of them is present. Larger scenes have lower ones, so that all
-# hold about as many digits.
+# A scene's own digits, and the probability that each of them is present; lower in larger scenes, so that all have
+# about the same number of digits.
 SCENES: Final = (((0, 1, 2), 0.75), ((3, 4, 5), 0.75), ((6, 7, 8, 9), 0.6), ((1, 4, 7), 0.75))
-OUTSIDE_PROBABILITY: Final = 0.06  # of every other digit
+OUTSIDE_PROBABILITY: Final = 0.06  # probability of every other digit
 CLASS_NAMES: Final = tuple(f"digit {digit}" for digit in range(10))
 
-_NUM_TRAIN_DIGITS: Final = 1400  # of the 1,797; test images are pasted from the other 397
+_NUM_TRAIN_DIGITS: Final = 1400  # train digits out of 1,797; test images use the other 397
 _CELLS_A_SIDE: Final = 3
-_SMALLEST_DIGIT: Final = 0.875  # side of a digit, as a fraction of its cell's; the largest fills it
-_JITTER: Final = 0.0625  # how far a digit may reach out of its cell, the same
-_FAINTEST: Final = 0.7  # gain of a digit; the brightest has 1
-_NOISE: Final = 16.0  # grey levels, of 255, that a pixel is raised or lowered by at most
+_SMALLEST_DIGIT: Final = 0.875  # smallest side of a digit, as a fraction of its cell's; the largest fills the cell
+_JITTER: Final = 0.0625  # how far a digit may reach out of its cell, as a fraction of the cell's side
+_FAINTEST: Final = 0.7  # smallest gain of a digit; the largest is 1
+_NOISE: Final = 16.0  # most grey levels, out of 255, by which a pixel is raised or lowered
 _JPEG_QUALITY: Final = 92
 _MIN_SIZE: Final = 24  # cells of 8 pixels, the size the digits were scanned at
 
@@ -44,8 +44,8 @@ class SceneSet:
         labels: CSV `image,labels`, names joined by `|`.
         classes: CSV `class`, the ten names in order.
         splits: CSV `image,split`, `train` or `test`.
-        num_train: images of the train split.
-        num_test: of the test split.
+        num_train: number of images in the train split.
+        num_test: number of images in the test split.
     """
 
     images: str
@@ -66,7 +66,7 @@ class Digits(NamedTuple):
 class Placement(NamedTuple):
     """One digit on the canvas."""
 
-    row: int  # of `Digits`
+    row: int  # row of `Digits`
     left: int  # in pixels, like `top` and `side`; the whole digit lies on the canvas
     top: int
     side: int
@@ -76,15 +76,15 @@ class Placement(NamedTuple):
 def write_scenes(
     folder: Path, *, num_train: int = 3000, num_test: int = 600, seed: int = 0, size: int = 48
 ) -> SceneSet:
-    """Compose the images and write them with their CSV files. Equal arguments give equal bytes (of one Pillow version).
+    """Compose the images and write them with their CSV files. Equal arguments give equal bytes with one Pillow version.
 
-    An image has about 2.7 of the 10 classes. A digit image is used for training or for testing, never for both. The CSV
+    An image has about 2.7 of the 10 classes. A digit image is used for either training or testing, never both. The CSV
     files are written last.
 
     Args:
-        folder: made if missing; files of the same names in it are replaced.
-        num_train, num_test: images of each split, at least 1.
-        seed: of everything drawn.
+        folder: created if missing; files of the same names in it are replaced.
+        num_train, num_test: number of images in each split, at least 1.
+        seed: seed of all random draws.
         size: side of the square images, in pixels, at least 24.
 
     Raises:
@@ -118,7 +118,7 @@ def write_scenes(
 
 
 def load_digits() -> Digits:
-    """The 1,797 digits that scikit-learn carries.
+    """Load the 1,797 digits that come with scikit-learn.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (1998), its test part, 13 writers.
 
@@ -153,15 +153,15 @@ def hold_apart(digits: Digits, *, seed: int) -> dict[str, list[npt.NDArray[np.in
 
 
 def draw_scene(pools: Sequence[npt.NDArray[np.int64]], draw: int, *, size: int) -> list[Placement]:
-    """Choose one image's digits and their places.
+    """Draw one image's digits and their places.
 
     Args:
         pools: for each digit, the rows of `Digits` to choose from.
-        draw: the image's key.
+        draw: key of the image's random draws.
         size: side of the canvas in pixels.
 
     Returns:
-        One placement for each digit present, in ascending order of digits, in cells of their own.
+        One placement for each digit present, in ascending order of digits, each in its own cell.
     """
     cell = size // _CELLS_A_SIDE
     reach = round(_JITTER * cell)
@@ -187,10 +187,10 @@ def draw_scene(pools: Sequence[npt.NDArray[np.int64]], draw: int, *, size: int) 
 
 
 def render(scene: Sequence[Placement], digits: Digits, draw: int, *, size: int) -> npt.NDArray[np.uint8]:
-    """Paint a scene: where digits overlap the brighter pixel shows, and noise lies over everything.
+    """Paint a scene: where digits overlap the brighter pixel shows, and noise is added everywhere.
 
     Returns:
-        (size, size) grey levels.
+        (size, size) uint8 grey levels.
     """
     canvas = np.zeros((size, size))
     for placement in scene:
@@ -203,7 +203,7 @@ def render(scene: Sequence[Placement], digits: Digits, draw: int, *, size: int) 
 
 
 def _present_digits(draw: int) -> list[int]:
-    """Digits of one image, ascending: at least one, at most as many as cells; other draws are thrown away."""
+    """Draw the digits of one image, ascending: at least one, at most one per cell; other draws are rejected."""
     attempt = 0
     while True:
         which, *chances = uniform(key(draw, "present", attempt), 1 + len(CLASS_NAMES))

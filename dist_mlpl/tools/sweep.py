@@ -1,4 +1,4 @@
-"""Owns a sweep: configs times known fractions times seeds as a queue of runs, and what each of them has come to."""
+"""Owns a sweep: a list of runs over configs, known fractions and seeds, and the result of each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dist_mlpl.errors import ConfigError
 from dist_mlpl.tools.sweep_table import Result
 
 HELD_OUT_FRACTION: Final = 0.2
-# What a sweep asks of every run unless told otherwise: one process needs no DeepSpeed, and an evaluation always follows
-# the last epoch.
+# Settings of every run in a sweep unless overridden: one process needs no DeepSpeed, and the last epoch is always
+# evaluated.
 _SETTINGS: Final = ("engine.kind=plain", "evaluation.every_epochs=1000000")
-_KNOWN_WORDS: Final = {  # besides fractions
+_KNOWN_WORDS: Final = {  # values of --known besides fractions
     "single": ["data.known_rule=single_positive", "data.known_fraction=null"],
     "all": ["data.known_rule=bernoulli", "data.known_fraction=null"],
 }
@@ -29,12 +29,12 @@ class PlannedRun(NamedTuple):
     """One run of a sweep.
 
     Args:
-        method: its config's file name without the ending.
-        known: how much of the labels is known, as a word.
-        seed: of training and of the view.
-        folder: RUN.
-        config: as it resolves.
-        arguments: of `dist-mlpl` that train it, or go on with it.
+        method: file name of its config without the ending.
+        known: how much of the labels is known, as a word; see `known_word`.
+        seed: seed of training and of the view.
+        folder: URL of the run folder, RUN.
+        config: the resolved config.
+        arguments: arguments of `dist-mlpl` that train or resume it.
     """
 
     method: str
@@ -46,12 +46,12 @@ class PlannedRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return storage.name(self.folder)
 
     @property
     def command(self) -> str:
-        """What makes the run alone, for a person; without options of stores, which may hold keys."""
+        """The command that makes this run alone, for display; without storage options, which may hold secrets."""
         shown = [part for part in self.arguments if not part.startswith("data.storage_options")]
         kept = [a for a, b in zip(shown, [*shown[1:], ""], strict=True) if (a, b) != ("--set", "--set")]
         return f"dist-mlpl {shlex.join(kept)}"
@@ -66,21 +66,21 @@ def plan_sweep(
     overrides: Sequence[str] = (),
     is_choosing: bool = False,
 ) -> list[PlannedRun]:
-    """Every run of a sweep, in the order they are made: all methods under one seed before the next seed.
+    """All runs of a sweep, in the order they are made: all methods under one seed before the next seed.
 
-    Seed s draws the weights, the order and the view of every method alike, so that methods may be compared seed by
-    seed. The evaluation split is read once, after the last epoch.
+    A seed draws the weights, the order and the view in the same way for every method, so that methods can be compared
+    seed by seed. The evaluation split is read once, after the last epoch.
 
     Args:
-        paths: of configs; their file names name the methods.
-        out: folder or URL that holds the runs' folders.
-        known: fractions in (0, 1], `single` for one positive label an image, `all`; none for what each config says.
-        num_seeds: seeds 0 .. num_seeds - 1.
-        overrides: `section.field=value` for every run.
-        is_choosing: hold a fifth of the train split out and judge on it instead of the evaluation split.
+        paths: paths or URLs of configs; their file names name the methods.
+        out: folder or URL for the run folders.
+        known: fractions in (0, 1], `single` for one positive label per image, or `all`; empty: as in each config.
+        num_seeds: runs use seeds 0 to num_seeds - 1.
+        overrides: `section.field=value` strings for every run.
+        is_choosing: hold out a fifth of the train split and evaluate on it instead of the evaluation split.
 
     Raises:
-        ConfigError: no config, two of one name, one that does not check, or a `known` that is none of the above.
+        ConfigError: no config, two with one name, an invalid one, or a `known` that is none of the above.
     """
     methods = [storage.name(path).removesuffix(".yaml") for path in paths]
     twice = sorted({method for method in methods if methods.count(method) > 1})
@@ -132,7 +132,7 @@ def _known_overrides(known: str | None) -> list[str]:
 
 
 def is_known_word(text: str) -> bool:
-    """Whether a word of the command line says how much is known, and is no config."""
+    """Whether a word of the command line is a value of --known rather than a config."""
     try:
         return text in _KNOWN_WORDS or 0.0 < float(text) <= 1.0
     except ValueError:
@@ -140,7 +140,7 @@ def is_known_word(text: str) -> bool:
 
 
 def known_word(data: DataSettings) -> str:
-    """How much of the labels a run may see, as a word that fits into a file name."""
+    """How much of the labels a run may see, as a word for file names."""
     if data.view is not None:
         return storage.name(data.view)
     if data.known_rule == "single_positive":
@@ -152,16 +152,16 @@ def known_word(data: DataSettings) -> str:
 
 
 def epochs_done(run: PlannedRun) -> int:
-    """Epochs that a run has committed."""
+    """Number of epochs that a run has committed."""
     head = read_head(run.folder)
     return 0 if head is None else min(head.epoch, run.config.num_epochs)
 
 
 def result_of(run: PlannedRun) -> Result | None:
-    """What a finished run came to; None while its chain has not reached the last epoch, or it is not judged yet.
+    """The result of a finished run; None until its chain has reached the last epoch and it has been evaluated.
 
     Raises:
-        CheckpointError: the folder holds a run of another config, or a damaged chain.
+        CheckpointError: the folder holds a run with another config, or a damaged chain.
     """
     if storage.exists(run_config_url(run.folder)):
         check_resume(read_run_config(run.folder), run.config, allow_change=False)

@@ -1,7 +1,7 @@
-"""Owns one run of a sweep as a process that does not outlive the sweep, however that ends.
+"""Owns one run of a sweep, as a process that does not outlive the sweep, however that ends.
 
 Started as `python -m dist_mlpl.tools.sweep_child PARENT ARGUMENTS`, it runs `dist-mlpl ARGUMENTS`. When process PARENT
-is gone, the kernel sends it SIGTERM, and the run commits and stops.
+dies, the kernel sends it SIGTERM, and the run commits and stops.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import signal
 import sys
 from typing import Final
 
-_PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
+_PR_SET_PDEATHSIG: Final = 1  # an option of Linux's prctl
 _INTERRUPTED: Final = 130
 
 
 def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then be the command.
+    """Tie this process to its parent, then run the command.
 
     Args:
-        arguments: process id of the parent, then those of `dist-mlpl`.
+        arguments: process id of the parent, then the arguments of `dist-mlpl`.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != int(arguments[0]):  # it was gone before it could be tied to
+    if os.getppid() != int(arguments[0]):  # the parent died before this process was tied to it
         sys.exit(_INTERRUPTED)
     sys.argv = ["dist-mlpl", *arguments[1:]]
     from dist_mlpl.cli import main as command

@@ -1,4 +1,4 @@
-"""Owns how a sweep is shown: tables for a terminal, and one HTML page that loads nothing from elsewhere."""
+"""Owns the display of a sweep: tables for a terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ tr.base td { background: #f6f8fa; } small { color: #57606a; }
 
 
 def sweep_tables(rows: Sequence[Row], *, baseline: str | None) -> list[Table]:
-    """One table for each known fraction."""
+    """One table for each known fraction; with a baseline, also differences to it."""
     tables = []
     for known in dict.fromkeys(row.known for row in rows):
         table = Table(title=f"labels known: {known}", title_justify="left")
@@ -50,7 +50,7 @@ def sweep_tables(rows: Sequence[Row], *, baseline: str | None) -> list[Table]:
 
 
 def sweep_page(rows: Sequence[Row], results: Sequence[Result], *, title: str, baseline: str | None) -> str:
-    """The page: for each known fraction a table, best mAP first, and every seed as a dot."""
+    """The HTML page: for each known fraction a table, best mAP first, and charts with a dot for every seed."""
     splits = ", ".join(sorted({result.split for result in results}))
     about = (
         f"{len(results)} runs, judged once, after the last epoch, on: {escape(splits)}. Mean and sample standard "
@@ -74,7 +74,7 @@ def sweep_page(rows: Sequence[Row], results: Sequence[Result], *, title: str, ba
 
 
 def _sorted(rows: Sequence[Row], known: str) -> list[Row]:
-    """Rows of one known fraction, best mAP first."""
+    """The rows of one known fraction, best mAP first and rows without mAP last."""
     own = [row for row in rows if row.known == known]
     return sorted(own, key=lambda row: -row.spreads["mAP"].mean if "mAP" in row.spreads else math.inf)
 
@@ -119,7 +119,7 @@ def _html_table(rows: Sequence[Row], baseline: str | None) -> str:
 
 
 def _dots(rows: Sequence[Row], results: Sequence[Result], known: str, metric: str) -> str:
-    """A line for each method: a dot for each seed, a bar at the mean."""
+    """An SVG chart with a line for each method: a dot for each seed, a bar at the mean."""
     left, line, width, top = 170, 20, 520, 40
     inner = width - left - 20
     places = {row.method: number for number, row in enumerate(rows)}
@@ -158,7 +158,7 @@ def _dots(rows: Sequence[Row], results: Sequence[Result], known: str, metric: st
 
 
 def write_tables(out: str, rows: Sequence[Row], results: Sequence[Result], *, baseline: str | None) -> None:
-    """Write OUT/results.csv, a line a run, OUT/table.csv and OUT/index.html."""
+    """Write OUT/results.csv (a line per run), OUT/table.csv and OUT/index.html."""
     page = sweep_page(rows, results, title=f"Sweep {storage.name(out.rstrip('/'))}", baseline=baseline)
     for name, text in (("results.csv", results_csv(results)), ("table.csv", table_csv(rows)), ("index.html", page)):
         storage.write_bytes(storage.join(out, name), text.encode())

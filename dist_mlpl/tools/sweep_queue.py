@@ -1,4 +1,4 @@
-"""Owns the making of a sweep's runs: child processes side by side, the finished ones left alone, failures set aside."""
+"""Owns making a sweep's runs: concurrent child processes; finished runs are skipped, failed ones recorded."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from dist_mlpl.tools.sweep import PlannedRun, epochs_done, result_of
 from dist_mlpl.tools.sweep_page import write_tables
 from dist_mlpl.tools.sweep_table import Result, tabulate
 
-_LOOK_SECONDS: Final = 0.2  # between looks at the children
-_TELL_SECONDS: Final = 3.0  # between looks at how far they are
-_SHOWN_LINES: Final = 12  # of what a failed run printed
+_LOOK_SECONDS: Final = 0.2  # time between checks of the child processes
+_TELL_SECONDS: Final = 3.0  # time between progress reports
+_SHOWN_LINES: Final = 12  # lines kept of a failed run's output
 _INTERRUPTED: Final = 130
 
-Tell = Callable[[str, int, int], None]  # what is counted, how much is done, of how much
+Tell = Callable[[str, int, int], None]  # (what is counted, how much is done, total)
 
 
 class Failure(NamedTuple):
     """A run that ended without a result."""
 
     run: PlannedRun
-    why: str  # the last lines that it printed
+    why: str  # the last lines of its output, or the error
 
 
 class Outcome(NamedTuple):
-    """What a sweep has come to."""
+    """The state of a sweep at its end."""
 
-    results: list[Result]  # of all finished runs, in the order of the plan
+    results: list[Result]  # results of all finished runs, in planned order
     failures: list[Failure]
-    num_left: int  # neither finished nor failed: the sweep was asked to stop
+    num_left: int  # runs neither finished nor failed, when the sweep was asked to stop
 
 
 class _Child:
-    """One run as a process of its own session: Ctrl-C in the terminal reaches the sweep alone, which passes it on."""
+    """One run as a process in its own session: Ctrl-C in the terminal reaches only the sweep, which relays it."""
 
     def __init__(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
         self.run = run
@@ -58,17 +58,17 @@ class _Child:
         return self._process.poll() is not None
 
     def ask_to_stop(self) -> None:
-        """Have it commit and stop."""
+        """Ask the run to commit and stop."""
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once; its chain stays whole."""
+        """Kill the run at once; its chain stays intact."""
         self._process.kill()
         self._process.wait()
         self._printed.close()
 
     def take_ending(self) -> tuple[int, float, str]:
-        """Exit status, seconds that it ran, and the last lines it printed. It must have ended."""
+        """Exit status, running time in seconds, and the last lines of output; the run must have ended."""
         self._printed.seek(0)
         lines = self._printed.read().decode(errors="replace").splitlines()
         self._printed.close()
@@ -76,15 +76,15 @@ class _Child:
 
 
 class Queue:
-    """The runs of a sweep that still have to be made.
+    """Makes the missing runs of a sweep.
 
     Args:
         runs: in the order in which they are begun.
-        num_jobs: runs side by side; each gets its share of this machine's cores as threads.
-        is_asked: whether to stop: running runs commit and end, no other is begun.
-        tell: told about every few seconds how many epochs are done.
-        say: given a line about each run that ends.
-        is_new: called whenever there is another result.
+        num_jobs: number of concurrent runs, at least 1; each gets an equal share of this machine's cores as threads.
+        is_asked: whether to stop; active runs then commit and end, and no other is begun.
+        tell: called every few seconds with the number of epochs done.
+        say: called with a line about each run that ends.
+        is_new: called with all results whenever there is a new one.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Queue:
         self._active: list[_Child] = []
 
     def make(self) -> Outcome:
-        """Make every run that has no result yet, each once."""
+        """Make every run that has no result yet; each is tried once."""
         for run in self._runs:
             self._look_up(run)
         if self._results:
@@ -128,13 +128,13 @@ class Queue:
                     is_stopping = True
                     for child in self._active:
                         child.ask_to_stop()
-        finally:  # nothing is left here unless something went wrong, or a person pressed Ctrl-C twice
+        finally:  # children remain only after an error, or a second Ctrl-C
             for child in self._active:
                 child.kill()
         return Outcome(self._listed(), self._failures, len(self._runs) - len(self._results) - len(self._failures))
 
     def _look_up(self, run: PlannedRun) -> None:
-        """Put a run where it belongs before anything is started."""
+        """Sort a run into finished, failed or waiting before anything is started."""
         try:
             result = result_of(run)
         except MlplError as error:
@@ -149,7 +149,7 @@ class Queue:
     def _settle(self, child: _Child) -> None:
         status, seconds, printed = child.take_ending()
         if self._is_asked() and status in (_INTERRUPTED, -signal.SIGTERM):
-            return  # it goes on another time, from its last commit
+            return  # the next sweep resumes it from its last commit
         try:
             result = result_of(child.run) if status == 0 else None
         except MlplError as error:
@@ -167,7 +167,7 @@ class Queue:
         return [self._results[run.name] for run in self._runs if run.name in self._results]
 
     def _tell_progress(self) -> None:
-        """Count epochs over all runs: those of runs that failed count as done."""
+        """Report epochs done over all runs; those of failed runs count as done."""
         open_runs = {run.name for run in self._waiting} | {child.run.name for child in self._active}
         done = sum(epochs_done(run) if run.name in open_runs else run.config.num_epochs for run in self._runs)
         self._tell(f"epochs of {len(self._runs)} runs", done, sum(run.config.num_epochs for run in self._runs))
@@ -183,13 +183,13 @@ def make_sweep(
     tell: Tell,
     say: Callable[[str], None],
 ) -> Outcome:
-    """Make the runs that are missing, and write the table anew whenever one has ended.
+    """Make the missing runs, and rewrite the table whenever one has finished.
 
     Args:
-        runs: of `plan_sweep`.
-        out: folder or URL; the table lies there, and OUT/failures/RUN.txt holds what a failed run printed.
+        runs: from `plan_sweep`.
+        out: folder or URL for the table, and for OUT/failures/RUN.txt with the last output of each failed run.
         num_jobs, is_asked, tell, say: see `Queue`.
-        baseline: method that the table compares with.
+        baseline: method that the table compares with; None for no comparison.
 
     Raises:
         ConfigError: no method of that name in the sweep.
@@ -219,15 +219,15 @@ def make_sweep(
         if run.name in failed:
             storage.write_bytes(url, f"{run.command}\n\n{failed[run.name].why}\n".encode())
         elif storage.name(url) in written:
-            storage.remove(url)  # it failed another time
+            storage.remove(url)  # from an earlier failure
     return outcome
 
 
 def check_outcome(outcome: Outcome, out: str) -> None:
-    """Say which runs failed.
+    """Raise an error that names the failed runs, if there are any.
 
     Raises:
-        RunError: some did.
+        RunError: at least one run failed.
     """
     if outcome.failures:
         names = ", ".join(failure.run.name for failure in outcome.failures)

@@ -1,4 +1,4 @@
-"""Owns the numbers of a sweep: mean and spread over seeds, and differences to a baseline, seed by seed."""
+"""Owns the statistics of a sweep: mean and spread over seeds, and differences to a baseline, seed by seed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, Final, NamedTuple
 
 from dist_mlpl.progress import without_nan
 
-METRICS: Final = ("mAP", "OF1", "CF1", "exact_match")  # OF1 is micro-F1; CF1 is of the mean precision and recall
+METRICS: Final = ("mAP", "OF1", "CF1", "exact_match")  # OF1 is micro-F1; CF1 is the F1 of mean precision and recall
 
 
 class Result(NamedTuple):
-    """One finished run.
+    """The result of one finished run.
 
     Args:
-        method: row of the table.
-        known: how much of the labels was known.
-        seed: of training and view; what differs between two methods at one seed is the method.
-        split: that it was judged on.
-        metrics: of its last evaluation, as fractions.
+        method: name of the method, a row of the table.
+        known: how much of the labels was known, as a word.
+        seed: seed of training and of the view; two results with one seed differ only in the method.
+        split: the split it was evaluated on.
+        metrics: metrics of its last evaluation, as fractions.
     """
 
     method: str
@@ -33,14 +33,14 @@ class Result(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A metric over seeds; `deviation` is the sample standard deviation, NaN of one seed."""
+    """A metric over seeds; `deviation` is the sample standard deviation, NaN for one seed."""
 
     mean: float
     deviation: float
 
 
 class Difference(NamedTuple):
-    """A metric less the baseline's, over the seeds that both have; `error` is the standard error of the mean."""
+    """Mean difference of a metric to the baseline over common seeds; `error` is its standard error, NaN for one."""
 
     mean: float
     error: float
@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`higher` or `lower` where the mean exceeds its standard error, else `level`; empty for one seed."""
+        """`higher` or `lower` if the mean's magnitude exceeds its standard error, else `level`; empty for one seed."""
         if math.isnan(self.error):
             return ""
         if abs(self.mean) <= self.error:
@@ -57,13 +57,13 @@ class Difference(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method at one known fraction; what was not measured is missing from the dictionaries."""
+    """A method at one known fraction; metrics that were not measured are missing from the dictionaries."""
 
     method: str
     known: str
     num_seeds: int
     spreads: dict[str, Spread]
-    differences: dict[str, Difference]  # empty for the baseline itself, or without one
+    differences: dict[str, Difference]  # empty for the baseline itself, or without a baseline
 
 
 def tabulate(results: Iterable[Result], *, baseline: str | None = None) -> list[Row]:
@@ -71,7 +71,7 @@ def tabulate(results: Iterable[Result], *, baseline: str | None = None) -> list[
 
     Args:
         results: each run once.
-        baseline: method to compare with.
+        baseline: method to compare with; None for no comparison.
     """
     cells: dict[tuple[str, str], dict[int, Result]] = {}
     for result in results:
@@ -93,7 +93,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def _columns(results: Iterable[Result]) -> dict[str, list[float]]:
-    """Values of each metric that all of these have."""
+    """Values of each metric that all results have."""
     listed = list(results)
     return {
         name: [result.metrics[name] for result in listed]
@@ -115,7 +115,7 @@ def _differences(own: dict[int, Result], base: dict[int, Result]) -> dict[str, D
 
 
 def results_csv(results: Iterable[Result]) -> str:
-    """One line a run: what every other number is made from."""
+    """CSV with one line per run, from which all other numbers are computed."""
     lines = [["method", "known", "seed", "split", *METRICS]]
     for result in results:
         numbers = [repr(result.metrics[name]) if name in result.metrics else "" for name in METRICS]
@@ -124,7 +124,7 @@ def results_csv(results: Iterable[Result]) -> str:
 
 
 def table_csv(rows: Iterable[Row]) -> str:
-    """One line a row of the table, numbers unrounded."""
+    """CSV with one line per row of the table, numbers unrounded."""
     suffixes = ("", "_deviation", "_difference", "_difference_error", "_verdict")
     lines = [["method", "known", "num_seeds", *(f"{name}{suffix}" for name in METRICS for suffix in suffixes)]]
     for row in rows:
@@ -142,7 +142,7 @@ def table_csv(rows: Iterable[Row]) -> str:
 
 
 def rows_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The table as plain dictionaries; what one seed cannot tell is None."""
+    """The table as plain dictionaries; numbers that need several seeds are None for one."""
     return [
         {
             "method": row.method,

@@ -1,4 +1,4 @@
-"""Owns what every source of the sharding tool hands over: classes, and a table of images in the source's order."""
+"""Owns what every source gives the sharding tool: classes, and a table of images in the source's order."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from dist_mlpl.data.manifest import ClassEntry
 from dist_mlpl.data.shard_index import ClassLists
 from dist_mlpl.labels import Unlisted
 
-_BLOCK_ROWS = 4096  # made into Python objects at once
+_BLOCK_ROWS = 4096  # rows converted to Python objects at once
 
 
 class Record(NamedTuple):
-    """One image and what was said about it: a row of `Records`."""
+    """One image and its labels: a row of `Records`."""
 
     image: str  # path below the source's `images` folder, ending in .jpg or .jpeg
     split: str
     positives: tuple[int, ...]  # class columns that people verified present, ascending
     negatives: tuple[int, ...]  # class columns that people verified absent, ascending; none of them in `positives`
-    source_row: int  # 0-based place in the source's own order, which label masks are drawn in
+    source_row: int  # 0-based position in the source's own order, in which label masks are drawn
     machine: tuple[int, ...] = ()  # class columns that only a machine calls present, ascending; in neither list above
-    confidences: tuple[float, ...] = ()  # of `machine`, in [0, 1]
-    rotation: int = 0  # degrees counter-clockwise that set the image upright: 0, 90, 180 or 270
+    confidences: tuple[float, ...] = ()  # confidence of each entry of `machine`, in [0, 1]
+    rotation: int = 0  # degrees counter-clockwise that turn the image upright: 0, 90, 180 or 270
 
     @property
     def key(self) -> str:
-        """Name in the shard."""
+        """The sample's key in the shard."""
         return key_of(self.image)
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """n images in the source's order, by column: 9 million take about 1 GB.
+    """n images in the source's order, stored by column: 9 million take about 1 GB.
 
     Args:
         images: (n,) Arrow strings, paths below `Source.images`.
-        split_names: of the source, in any order.
-        splits: (n,) uint8, places in `split_names`.
-        source_rows: (n,) uint64, strictly ascending: an image's place in the source's own order.
-        positives, negatives: verified present, verified absent; a class in one of them at most.
+        split_names: the source's splits, in any order.
+        splits: (n,) uint8, positions in `split_names`.
+        source_rows: (n,) uint64, strictly ascending: an image's position in the source's own order.
+        positives, negatives: classes verified present and verified absent; a class is in at most one of them.
         machine: classes that only a machine calls present; None where the source has no machine labels.
-        confidences: (total,) float16 of the entries of `machine`, in [0, 1]; None with it.
-        rotations: (n,) uint16, degrees counter-clockwise that set an image upright; None where all are 0.
+        confidences: (total,) float16 in [0, 1], one for each entry of `machine`; None if that is None.
+        rotations: (n,) uint16, degrees counter-clockwise that turn an image upright; None where all are 0.
     """
 
     images: pa.StringArray
@@ -67,7 +67,7 @@ class Records:
         return len(self.splits)
 
     def row(self, row: int) -> Record:
-        """One image."""
+        """The record of one image."""
         machine: tuple[int, ...] = ()
         confidences: tuple[float, ...] = ()
         if self.machine is not None and self.confidences is not None:
@@ -89,11 +89,11 @@ class Records:
         return self.row(row)
 
     def rows(self, rows: Iterable[int]) -> list[Record]:
-        """Some images."""
+        """The records of some images."""
         return [self.row(int(row)) for row in rows]
 
     def __iter__(self) -> Iterator[Record]:
-        """All images in order; several times as fast as row after row."""
+        """The records of all images in order; several times as fast as calling `row`."""
         for start in range(0, len(self), _BLOCK_ROWS):
             yield from self._block(start, min(start + _BLOCK_ROWS, len(self)))
 
@@ -116,7 +116,7 @@ class Records:
         )
 
     def take(self, rows: npt.NDArray[np.int64]) -> Records:
-        """A table of some rows, in the order given, with memory of its own."""
+        """A new table of some rows, copied in the order given."""
         confidences = None
         if self.machine is not None and self.confidences is not None:
             confidences = self.confidences[places_of(self.machine, rows)]
@@ -134,7 +134,7 @@ class Records:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Records:
-        """A table of rows; for sources small enough to make them one by one."""
+        """A table of records; for sources small enough to make records one by one."""
         split_names = tuple(dict.fromkeys(record.split for record in records))
         places = {name: place for place, name in enumerate(split_names)}
         has_machine = any(record.machine for record in records)
@@ -155,16 +155,15 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set as it lies on disk or in a bucket. One file in this room makes one kind of it.
+    """A data set on disk or in a bucket, before packing. Each module of this package reads one kind.
 
     Args:
-        name: of the kind of source, for the manifest.
-        images: folder or URL that every image's path is relative to. It is no part of the output.
+        name: kind of the source, for the manifest.
+        images: folder or URL that every image's path is relative to; not part of the output.
         classes: in column order.
         unlisted: what a class in none of an image's lists means.
-        arguments: what the manifest should say about the labels' origin (digests of the files they were read
-            from, options, counts of what was dropped and why), in JSON types; no paths, because the output depends on
-            the input's content alone.
+        arguments: the labels' origin for the manifest (digests of the files read, options, counts of dropped labels by
+            reason), in JSON types. Without paths, as the output depends only on the input's content.
         records: in the source's order.
     """
 
@@ -177,10 +176,10 @@ class Source:
 
 
 def key_of(image: str) -> str:
-    """An image's path as a key: without its .jpg or .jpeg, and with `%`, `.` and `/` as %25, %2E and %2F.
+    """The key of an image's path: without .jpg or .jpeg, and with `%`, `.` and `/` escaped as %25, %2E and %2F.
 
     WebDataset cuts a member's name at its first dot and reads slashes as folders, so neither may stay.
-    `urllib.parse.unquote` undoes the escapes. Two names that differ only in the ending give the same key;
+    `urllib.parse.unquote` undoes the escapes. Two names that differ only in the ending have the same key;
     the build refuses them.
     """
     stem = re.sub(r"(?<=[^/])\.jpe?g\Z", "", image, flags=re.IGNORECASE)
@@ -188,7 +187,7 @@ def key_of(image: str) -> str:
 
 
 def keys_of(images: pa.StringArray) -> pa.StringArray:
-    """`key_of` of many images: 9 million take seconds."""
+    """`key_of` for many images at once; 9 million take seconds."""
     keys = pc.replace_substring_regex(images, r"(?i)([^/])\.jpe?g$", r"\1")
     for char, escape in (("%", "%25"), (".", "%2E"), ("/", "%2F")):
         keys = pc.replace_substring(keys, char, escape)
@@ -196,7 +195,7 @@ def keys_of(images: pa.StringArray) -> pa.StringArray:
 
 
 def places_of(lists: ClassLists, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where the entries of some rows lie in `lists.values`, row after row."""
+    """Positions in `lists.values` of the entries of some rows, row after row, (k,) int64."""
     starts = lists.offsets[rows]
     counts = lists.offsets[rows + 1] - starts
     first = np.cumsum(counts) - counts
@@ -204,7 +203,7 @@ def places_of(lists: ClassLists, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.
 
 
 def _tuples(lists: ClassLists, values: npt.NDArray[Any], start: int, stop: int) -> list[tuple[Any, ...]]:
-    """What some rows have of `values`, which lie as those of `lists` do."""
+    """The values of rows [start, stop) as tuples; `values` is laid out like `lists.values`."""
     edges = lists.offsets[start : stop + 1] - lists.offsets[start]
     flat = values[lists.offsets[start] : lists.offsets[stop]].tolist()
     return [tuple(flat[first:end]) for first, end in pairwise(edges.tolist())]

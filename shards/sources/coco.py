@@ -1,4 +1,4 @@
-"""Owns the reading of COCO: instances JSON files, one for each split."""
+"""Owns reading COCO: instances JSON files, one for each split."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class CocoSettings(Settings):
 
 
 class _Instances(NamedTuple):
-    """What is kept of one JSON file."""
+    """The parts of one JSON file that are used."""
 
     file: LabelFile
-    images: list[tuple[int, str]]  # id, file name
-    annotations: list[tuple[int, int, int]]  # image id, category id, iscrowd
+    images: list[tuple[int, str]]  # (id, file name)
+    annotations: list[tuple[int, int, int]]  # (image id, category id, iscrowd)
     categories: dict[int, str]
 
 
@@ -47,9 +47,9 @@ def read_coco(settings: CocoSettings) -> Source:
         Images in the order of the files' `images`, one split after the other; classes in the order of their ids.
 
     Raises:
-        ConfigError: a folder of a split without annotations.
-        DataError: naming file and entry: not the instances format, an id that no image or category has, an image
-            twice, files with different categories.
+        ConfigError: `folders` names a split without annotations.
+        DataError: not the instances format, an id that no image or category has, an image twice, files with different
+            categories (the message names file and entry), or no image left.
         StorageError: a file is missing.
 
     Source: the reference code of SST, SARB and DSRB keeps images without objects and counts crowds.
@@ -111,7 +111,7 @@ def _check_folders(settings: CocoSettings) -> None:
 
 
 def _slim(entry: dict[str, Any]) -> Any:
-    """Objects as they are parsed, without outlines: they are nearly all of the 450 MB of instances_train2014.json."""
+    """Drop outlines from parsed objects, which are nearly all of the 450 MB of instances_train2014.json."""
     if "segmentation" in entry or "bbox" in entry:
         return {key: entry[key] for key in ("image_id", "category_id", "iscrowd") if key in entry}
     return entry
@@ -154,7 +154,10 @@ def _read(url: str, split: str) -> _Instances:
 
 
 def _targets(part: _Instances, crowd: Meaning) -> tuple[Targets, npt.NDArray[np.bool_], int]:
-    """(n, C) labels; (n,) whether there is any annotation; how many labels rest on crowds alone."""
+    """(n, C) labels; (n,) bool, whether an image has any annotation; the number of labels based on crowds only.
+
+    The number is 0 if such labels count as present.
+    """
     rows: dict[int, int] = {}
     for row, (key, _) in enumerate(part.images):
         if rows.setdefault(key, row) != row:

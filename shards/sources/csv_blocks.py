@@ -1,4 +1,4 @@
-"""Owns the reading of CSV files too large for memory: blocks of whole rows, parsed by threads, faults by their line."""
+"""Owns reading CSV files too large for memory: blocks of whole rows, parsed by threads, errors with line numbers."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from shards.sources.files import fault
 T = TypeVar("T")
 
 BLOCK_BYTES = 4 << 20
-_MAX_ROW_BYTES = 8 * BLOCK_BYTES  # a row that is longer has a quote that never closes, or the file is not CSV
+_MAX_ROW_BYTES = 8 * BLOCK_BYTES  # a longer row has an unclosed quote, or the file is not CSV
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class Wrong(NamedTuple):
-    """What is wrong with one row."""
+    """A fault in one row."""
 
     found: str
     expected: str
 
 
-RowCheck = Callable[[Mapping[str, str]], Wrong | None]  # cells by column
+RowCheck = Callable[[Mapping[str, str]], Wrong | None]  # from cells by column to what is wrong with the row
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Block:
-    """Whole rows of a file, header apart.
+    """Whole rows of a file, without the header.
 
     Args:
-        url: of the file.
-        columns: all of the file's, in order.
-        line: 1-based line of the file that the first row begins in.
+        url: the file.
+        columns: all columns of the file, in order.
+        line: 1-based line of the file in which the first row begins.
         content: the rows' bytes.
     """
 
@@ -52,10 +52,10 @@ class Block:
     content: bytes
 
     def table(self, types: Mapping[str, pa.DataType]) -> pa.Table:
-        """Some columns, each of the given type; an empty cell is null, except in columns of text.
+        """Parse some columns, each to the given type; an empty cell is null, except in text columns.
 
         Raises:
-            pa.ArrowInvalid: a row of another length, a cell of another type, text not in UTF-8; `fault` says where.
+            pa.ArrowInvalid: a row of another length, a cell of another type, or text not in UTF-8; `fault` says where.
         """
         has_quotes = b'"' in self.content
         return pyarrow.csv.read_csv(
@@ -68,11 +68,11 @@ class Block:
         )
 
     def fault(self, check: RowCheck, doubt: str) -> DataError:
-        """The error for the first row that is wrong, found by reading the block again slowly.
+        """The error for the first wrong row, found by parsing the block again slowly; the caller raises it.
 
         Args:
-            check: what is wrong with a row whose cells could be told apart; None when nothing is.
-            doubt: what to say of the whole block if no row is found.
+            check: returns what is wrong with a row that has the right number of cells, or None.
+            doubt: what to report for the whole block if no row is found.
         """
         line, end = self.line, self.line
         lines = self._decoded()
@@ -103,10 +103,10 @@ class CsvFile:
     """A CSV file with a header line, in UTF-8, local or remote, of any size.
 
     Args:
-        url: of the file.
-        needed: columns that must be there.
-        what: the file is, for messages.
-        option: of the source that names it, for messages.
+        url: the file.
+        needed: columns that must exist.
+        what: what the file is, for messages.
+        option: the source's option that names it, for messages.
     """
 
     def __init__(self, url: str, needed: Sequence[str], *, what: str, option: str) -> None:
@@ -116,16 +116,16 @@ class CsvFile:
 
     @property
     def sha256(self) -> str:
-        """Digest of the file, once it has been read to its end."""
+        """Digest of the file, valid once it has been read to its end."""
         return self._digest.hexdigest()
 
     def map(self, work: Callable[[Block], T]) -> Iterator[T]:
-        """What `work` makes of each block, in the file's order; it runs on several threads, a few blocks ahead.
+        """Apply `work` to each block, on several threads a few blocks ahead; results are in the file's order.
 
         Raises:
-            DataError: no header, a column missing or twice, no row, a quote that never closes.
+            DataError: no header, a column missing or twice, no row, or an unclosed quote.
             StorageError: the file is missing or cannot be read.
-            Exception: whatever `work` raises, of the first block that it fails on.
+            Exception: whatever `work` raises, for the first block on which it fails.
         """
         waiting: deque[Future[T]] = deque()
         with ThreadPoolExecutor(_THREADS, "csv") as pool:
@@ -166,7 +166,7 @@ class CsvFile:
             raise fault(self.url, "line 1", "no row of data", "a header line and at least one row")
 
     def _read(self) -> Iterator[bytes]:
-        """The file in pieces, then an empty one."""
+        """The file in pieces, then an empty piece."""
         try:
             with storage.open_read(self.url) as stream:
                 while content := stream.read(BLOCK_BYTES):
@@ -203,7 +203,7 @@ class CsvFile:
 
 
 def _whole_rows(content: bytes) -> int:
-    """Bytes up to the last line end that is not inside quotes; 0 where there is none.
+    """Number of bytes up to the last line end outside quotes; 0 if there is none.
 
     A quote inside a quoted cell is doubled, so a line end is outside quotes when the quotes before it are even.
     """

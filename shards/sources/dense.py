@@ -1,4 +1,4 @@
-"""Owns class lists made whole: from a matrix of labels, empty, joined; and the records of sources of few classes."""
+"""Owns making class lists (from a label matrix, empty, joined), and records for sources with few classes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def dense_records(
     unlisted: Unlisted,
     is_kept: npt.NDArray[np.bool_] | None = None,
 ) -> Records:
-    """Records of a matrix.
+    """Make records from a label matrix.
 
     Args:
         images: n paths.
-        splits: n names.
+        splits: n split names.
         targets: (n, C) int8: -1 absent, 0 unknown, +1 present; no 0 where `unlisted` is `absent`.
-        unlisted: `unknown` lists what is absent, `absent` lists nothing but what is present.
-        is_kept: (n,) images to keep, None for all. `source_row` counts over all of them, kept or not.
+        unlisted: with `unknown`, absent classes are listed as negatives; with `absent`, only present ones are listed.
+        is_kept: (n,) bool, images to keep; None for all. `source_row` counts over all images, kept or not.
 
     Returns:
         Records of the kept images.
 
     Raises:
-        DataError: more splits than records can tell apart.
+        DataError: more than 256 splits.
     """
     rows = np.arange(len(images)) if is_kept is None else np.flatnonzero(is_kept)
     chosen = rows.tolist()
@@ -60,19 +60,19 @@ def dense_records(
 
 
 def class_lists(is_listed: npt.NDArray[np.bool_]) -> ClassLists:
-    """The True columns of every row of an (n, C) matrix."""
+    """Lists of the True columns in each row of an (n, C) matrix."""
     offsets = np.zeros(len(is_listed) + 1, dtype=np.int64)
     np.cumsum(is_listed.sum(axis=1), out=offsets[1:])
     return ClassLists(np.nonzero(is_listed)[1].astype(np.uint16), offsets)
 
 
 def no_lists(num_rows: int) -> ClassLists:
-    """An empty list for every row."""
+    """Empty lists, one per row."""
     return ClassLists(np.empty(0, dtype=np.uint16), np.zeros(num_rows + 1, dtype=np.int64))
 
 
 def join_lists(parts: Sequence[ClassLists]) -> ClassLists:
-    """The rows of all parts, one part after the other."""
+    """Concatenate the rows of all parts."""
     counts = np.concatenate([np.diff(part.offsets) for part in parts])
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])

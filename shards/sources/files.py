@@ -1,4 +1,4 @@
-"""Owns what sources share in reading label files: bytes with a digest, lines, CSV, JSON, and faults with a place."""
+"""Owns reading label files for all sources: bytes with a digest, lines, CSV, JSON, and errors that name the place."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dist_mlpl.errors import DataError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
-_READERS = 16  # threads: small files in a bucket cost a round trip each
+_READERS = 16  # threads, as each small file in a bucket costs a round trip
 _ALLOWED = "correct the file and run again"
 
 
 def fault(url: str, place: str, found: str, expected: str, *, next_step: str = _ALLOWED) -> DataError:
-    """The error for a label file that is wrong at one place.
+    """The error for a fault at one place of a label file; the caller raises it.
 
     Args:
-        url: of the file.
-        place: in it, say `line 3` or `annotations[17]`; empty for the whole file.
-        found, expected, next_step: as in `MlplError`.
+        url: the file.
+        place: place in the file, such as `line 3` or `annotations[17]`; empty for the whole file.
+        found, expected, next_step: see `MlplError`.
     """
     where = f"{storage.shown(url)}, {place}" if place else storage.shown(url)
     return DataError(found, expected=expected, where=where, next_step=next_step)
@@ -35,10 +35,10 @@ def fault(url: str, place: str, found: str, expected: str, *, next_step: str = _
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LabelFile:
-    """A file as read whole.
+    """A file that was read whole.
 
     Args:
-        url: where it lies.
+        url: its path or URL.
         content: its bytes.
     """
 
@@ -51,14 +51,14 @@ class LabelFile:
         return storage.sha256_of_bytes(self.content)
 
     def fault(self, place: str, found: str, expected: str) -> DataError:
-        """The error for a place in this file."""
+        """The error for a fault at one place of this file; see the function `fault`."""
         return fault(self.url, place, found, expected)
 
     def text(self) -> str:
-        """The content in UTF-8, without a byte order mark.
+        """The content decoded from UTF-8, without a byte order mark.
 
         Raises:
-            DataError: other bytes.
+            DataError: not UTF-8.
         """
         try:
             return self.content.decode("utf-8-sig")
@@ -67,7 +67,7 @@ class LabelFile:
             raise self.fault(f"line {line}", f"bytes that are not UTF-8: {error.reason}", "a file in UTF-8") from error
 
     def lines(self) -> list[tuple[int, str]]:
-        """Lines that are not blank, stripped, each with its number from 1.
+        """Non-blank lines, stripped, each with its number from 1.
 
         Raises:
             DataError: not UTF-8, or no line at all.
@@ -81,8 +81,8 @@ class LabelFile:
         """Rows of a CSV file with a header, each with the number of its last line.
 
         Args:
-            columns: that must be there, in any order; others are left alone.
-            optional: that may be there; their cells are "" where they are not.
+            columns: columns that must exist, in any order; other columns are ignored.
+            optional: columns that may exist; otherwise their cells are "".
 
         Returns:
             For each row, the cells of `columns`, then of `optional`.
@@ -120,10 +120,10 @@ class LabelFile:
         return [header.index(column) if column in header else None for column in (*columns, *optional)]
 
     def json(self, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-        """The document.
+        """Parse the content as JSON.
 
         Args:
-            object_hook: what to keep of each object, innermost first: a large file is never whole in memory as objects.
+            object_hook: reduces each object, innermost first, so that large files are never in memory as full objects.
 
         Raises:
             DataError: not JSON.
@@ -141,8 +141,8 @@ def read_file(url: str, *, what: str, option: str) -> LabelFile:
 
     Args:
         url: path or URL.
-        what: it is, for messages.
-        option: of the source that names it, for messages.
+        what: what the file is, for messages.
+        option: the source's option that names it, for messages.
 
     Raises:
         StorageError: it is missing or cannot be read.
@@ -154,7 +154,7 @@ def read_file(url: str, *, what: str, option: str) -> LabelFile:
 
 
 def read_many(urls: Sequence[str], *, what: str, option: str) -> Iterator[LabelFile]:
-    """Read small files, several at a time, in the order asked; the first error ends it."""
+    """Read small files, several at a time, in the order given; the first error ends it. Raises as `read_file`."""
     pool = ThreadPoolExecutor(min(_READERS, max(len(urls), 1)), "labels")
     try:
         yield from pool.map(lambda url: read_file(url, what=what, option=option), urls)
@@ -163,7 +163,7 @@ def read_many(urls: Sequence[str], *, what: str, option: str) -> Iterator[LabelF
 
 
 def sha256_of_many(files: Iterable[LabelFile]) -> str:
-    """One digest over the digests of several files, in their order."""
+    """A sha256 over the digests of several files, in their order."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(hashlib.sha256(file.content).digest())
@@ -171,10 +171,10 @@ def sha256_of_many(files: Iterable[LabelFile]) -> str:
 
 
 def list_images(folder: str, *, option: str) -> tuple[list[str], int]:
-    """Images below a folder, by their endings.
+    """List the images below a folder, by their endings.
 
     Returns:
-        Sorted paths relative to the folder, and how many other files were left out.
+        Sorted paths relative to the folder, and the number of other files.
 
     Raises:
         StorageError: no such folder.
@@ -192,20 +192,20 @@ def list_images(folder: str, *, option: str) -> tuple[list[str], int]:
 
 
 class ImagePaths:
-    """The images of one source as they are listed: each path below the image folder, and each once."""
+    """Checks the image paths of one source: each must lie below the image folder, and be listed only once."""
 
     def __init__(self) -> None:
         self._places: dict[str, str] = {}
 
     def add(self, path: str, url: str, place: str) -> str:
-        """Take an image's path.
+        """Check an image's path, remember it, and return it.
 
         Args:
-            path: as listed.
+            path: the path as listed.
             url, place: where it is listed, for messages.
 
         Raises:
-            DataError: it leaves the folder, or was listed before.
+            DataError: the path leaves the folder, or was listed before.
         """
         if not path or "://" in path or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
             raise fault(url, place, f"image {path!r}", "a path below the image folder, with `/` between its parts")
@@ -220,14 +220,14 @@ class ImagePaths:
 
 
 def class_entries(ids: Sequence[str], names: Sequence[str], url: str) -> tuple[ClassEntry, ...]:
-    """Classes in column order.
+    """Make classes in column order.
 
     Args:
-        ids, names: as many of each.
-        url: of the file they come from, for messages.
+        ids, names: of equal length.
+        url: the file they come from, for messages.
 
     Raises:
-        DataError: none or too many, an empty id, an id twice.
+        DataError: no class or more than 65,536, an empty id, or an id twice.
     """
     if not 0 < len(ids) <= MAX_CLASSES:
         raise fault(url, "", f"{len(ids)} classes", f"1 to {MAX_CLASSES}")
@@ -240,10 +240,10 @@ def class_entries(ids: Sequence[str], names: Sequence[str], url: str) -> tuple[C
 
 
 def read_class_names(url: str, *, option: str) -> tuple[tuple[ClassEntry, ...], LabelFile]:
-    """Classes from a file with one name a line, which is their id too.
+    """Read classes from a file with one name per line, which is also the id.
 
     Raises:
-        DataError: none, or a name twice.
+        DataError: no class, or a name twice.
         StorageError: the file is missing.
     """
     file = read_file(url, what="the list of classes", option=option)

@@ -1,4 +1,4 @@
-"""Owns Open Images' hierarchy of classes: what it says is a kind of what, and what one label implies of others."""
+"""Owns Open Images' class hierarchy: which class is a kind of which, and what a label implies about others."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NAME, _KINDS, _PARTS = "LabelName", "Subcategory", "Part"
 
 @dataclass(frozen=True, slots=True)
 class Closure:
-    """What labels imply, by class column.
+    """The implications of labels, by class column.
 
     Args:
-        ancestors: of each class, what it is a kind of, however far up: its presence implies theirs.
-        descendants: of each class, what is a kind of it, however far down: its absence implies theirs.
+        ancestors: for each class, all classes that it is a kind of, directly or not: its presence implies theirs.
+        descendants: for each class, all classes that are a kind of it, directly or not: its absence implies theirs.
     """
 
     ancestors: ClassLists
@@ -29,12 +29,12 @@ class Closure:
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """The classes as a graph without circles: one node a MID, wherever the file repeats it.
+    """The classes as an acyclic graph, with one node per MID even if the file repeats it.
 
     Args:
-        root: the node at the top, which is no class.
-        parents: MIDs of what each node is a kind of, the root among them.
-        wholes: MIDs of what each node is a part of. Parts imply nothing: a wheel in sight does not make a verified
+        root: the node at the top, which is not a class.
+        parents: by MID, the MIDs of which it is a kind, possibly the root.
+        wholes: by MID, the MIDs of which it is a part. Parts imply nothing: a visible wheel does not make a verified
             car, and an image without a car may show a wheel.
         sha256: digest of the file.
     """
@@ -45,10 +45,10 @@ class Hierarchy:
     sha256: str
 
     def closure(self, mids: Sequence[str]) -> Closure:
-        """What labels of some classes imply of each other; classes between them need not be listed.
+        """The implications among some classes; intermediate classes need not be among them.
 
         Args:
-            mids: of the classes, in column order.
+            mids: MIDs of the classes, in column order.
         """
         above: dict[str, frozenset[str]] = {}
         for mid in TopologicalSorter(self.parents).static_order():  # parents first
@@ -66,10 +66,10 @@ class Hierarchy:
 
 
 def read_hierarchy(url: str) -> Hierarchy:
-    """Read a hierarchy as Open Images publishes it: objects with LabelName, Subcategory and Part, nested.
+    """Read a hierarchy as published by Open Images: nested objects with LabelName, Subcategory and Part.
 
     Raises:
-        DataError: not JSON, of another form, or a class that is a kind of itself.
+        DataError: not JSON, another structure, or a class that is a kind of itself.
         StorageError: the file is missing or cannot be read.
     """
     file = read_file(url, what="the hierarchy", option="hierarchy")
@@ -92,7 +92,7 @@ def read_hierarchy(url: str) -> Hierarchy:
 
 
 def _edges(file: LabelFile, document: Any) -> Iterator[tuple[str, str, str]]:
-    """(MID, relation, MID above) of every nested pair."""
+    """(MID, relation, MID of its parent) for every nested pair."""
     name = _name(file, document, "the root")
     waiting = [(document, name)]
     while waiting:

@@ -1,4 +1,4 @@
-"""Owns image ids of 16 hexadecimal digits as 64-bit numbers: from text and back, and the place of each in a list."""
+"""Owns image ids of 16 hexadecimal digits as 64-bit numbers: parsing, formatting, and look-up in a list."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Ids = npt.NDArray[np.uint64]
 _TEXT = pa.binary(16)
 _DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 _INVALID = 255
-_VALUES = np.full(256, _INVALID, dtype=np.uint8)  # of each byte as a digit
+_VALUES = np.full(256, _INVALID, dtype=np.uint8)  # value of each byte as a hexadecimal digit
 _VALUES[_DIGITS] = np.arange(16)
 
-_COMPACT_ABOVE = 4 << 20  # ids that a set holds more than its distinct ones before they are counted again
+_COMPACT_ABOVE = 4 << 20  # ids that a set may hold beyond twice its distinct ones before duplicates are removed
 
 
 def parse_ids(texts: npt.NDArray[np.uint8]) -> Ids | None:
-    """Ids of texts.
+    """Parse ids.
 
     Args:
-        texts: (n, 16) bytes.
+        texts: (n, 16) uint8, the texts' bytes.
 
     Returns:
-        (n,) ids; None when a byte is no digit in lower case.
+        (n,) uint64 ids; None if a byte is not a lower-case hexadecimal digit.
     """
     digits = _VALUES[texts]  # (n, 16)
     if (digits == _INVALID).any():
@@ -42,7 +42,7 @@ def parse_ids(texts: npt.NDArray[np.uint8]) -> Ids | None:
 
 
 def format_ids(ids: Ids) -> pa.StringArray:
-    """(n,) texts of ids."""
+    """Format (n,) ids as texts of 16 hexadecimal digits."""
     pairs = ids.astype(">u8").view(np.uint8).reshape(-1, 8)
     digits = np.empty((len(pairs), 16), dtype=np.uint8)
     digits[:, 0::2], digits[:, 1::2] = _DIGITS[pairs >> 4], _DIGITS[pairs & 15]
@@ -51,37 +51,37 @@ def format_ids(ids: Ids) -> pa.StringArray:
 
 
 def format_id(image: int) -> str:
-    """One id's text."""
+    """Format one id as 16 hexadecimal digits."""
     return f"{image:016x}"
 
 
 def wrong_id(cells: Mapping[str, str]) -> Wrong | None:
-    """What is wrong with the id of a row."""
+    """The fault in a row's id; None if it is valid."""
     if re.fullmatch("[0-9a-f]{16}", cells[COLUMN]):
         return None
     return Wrong(f"image id {cells[COLUMN]!r}", "16 hexadecimal digits in lower case, such as 000026e7ee790996")
 
 
 class RowIds(NamedTuple):
-    """The ids of rows, without repeats that follow one another: label files hold an image's rows together."""
+    """The ids of rows without consecutive repeats, since label files keep an image's rows together."""
 
     ids: Ids  # (m,)
-    runs: npt.NDArray[np.int64]  # (n,) place in `ids` of each row
+    runs: npt.NDArray[np.int64]  # (n,) position in `ids` of each row's id
 
 
 def read_rows(
     block: Block, types: Mapping[str, pa.DataType], check: RowCheck, *, may_be_empty: str = ""
 ) -> tuple[pa.Table, RowIds]:
-    """Columns of a block, and its ids.
+    """Parse columns of a block, and its ids.
 
     Args:
-        block: with a column of ids.
-        types: of the columns asked for beside the ids.
-        check: what is wrong with a row.
-        may_be_empty: a column that may have empty cells, which are null.
+        block: a block with a column of ids.
+        types: types of the columns to parse besides the ids.
+        check: returns what is wrong with a row, or None.
+        may_be_empty: a column that may have empty cells, which become null.
 
     Raises:
-        DataError: a row that does not read, an empty cell, an id that is none; with its line.
+        DataError: an unreadable row, an empty cell, or an invalid id; the message names its line.
     """
     try:
         table = block.table({COLUMN: _TEXT, **types})
@@ -100,23 +100,23 @@ def read_rows(
 
 
 def _bytes_of(column: Any) -> npt.NDArray[np.uint8]:
-    """(n, 16) bytes of a column of type `_TEXT`."""
+    """The bytes of a column of type `_TEXT`, (n, 16) uint8."""
     array = pa.concat_arrays(column.chunks)
     return np.frombuffer(array.buffers()[1], dtype=np.uint8).reshape(-1, 16)[array.offset :][: len(array)]
 
 
 def repeated_id(ids: Ids) -> int | None:
-    """The lowest id that is there twice; None where all differ."""
+    """The lowest id that occurs more than once; None if all differ."""
     ordered = np.sort(ids)
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     return int(repeated[0]) if len(repeated) else None
 
 
 class IdPlaces:
-    """The place of each id in a list.
+    """Looks up the positions of ids in a list.
 
     Args:
-        ids: (N,) the list.
+        ids: (N,) uint64, the list; all different.
     """
 
     def __init__(self, ids: Ids) -> None:
@@ -127,7 +127,7 @@ class IdPlaces:
         return len(self._sorted)
 
     def find(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """(n,) places, -1 for ids that are not in the list."""
+        """(n,) int64 positions of (n,) ids, -1 for ids not in the list."""
         if not len(self):
             return np.full(len(ids), -1, dtype=np.int64)
         nearest = np.minimum(np.searchsorted(self._sorted, ids), len(self) - 1)
@@ -135,21 +135,21 @@ class IdPlaces:
 
 
 class IdSet:
-    """Distinct ids, from parts that repeat them; takes memory for the distinct ones and a few more."""
+    """Collects distinct ids from parts that repeat them; memory stays about twice that of the distinct ids."""
 
     def __init__(self) -> None:
         self._parts: list[Ids] = []
         self._num_held, self._num_distinct = 0, 0
 
     def add(self, ids: Ids) -> None:
-        """Take some ids."""
+        """Add some ids."""
         self._parts.append(ids)
         self._num_held += len(ids)
         if self._num_held > 2 * self._num_distinct + _COMPACT_ABOVE:
             self.sorted()
 
     def sorted(self) -> Ids:
-        """All ids, ascending."""
+        """All distinct ids, ascending."""
         distinct = np.unique(np.concatenate(self._parts)) if self._parts else np.empty(0, dtype=np.uint64)
         self._parts, self._num_held, self._num_distinct = [distinct], len(distinct), len(distinct)
         return distinct

@@ -1,4 +1,4 @@
-"""Owns the reading of ImageNet: a folder for each class, and the reassessed labels of the validation images."""
+"""Owns reading ImageNet: a folder for each class, and the reassessed (ReaL) labels of the validation images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shards.sources.base import Records, Source
 from shards.sources.dense import class_lists, join_lists, no_lists
 from shards.sources.files import ImagePaths, LabelFile, class_entries, list_images, read_file
 
-_REAL_CLASSES = 1000  # the numbers in real.json are places among the sorted ids of this many
+_REAL_CLASSES = 1000  # numbers in real.json are positions among this many sorted class ids
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG")
 
 
@@ -45,25 +45,25 @@ class _Part(NamedTuple):
     """The images of one split that are kept."""
 
     paths: list[str]
-    rows: npt.NDArray[np.int64]  # their places among the split's images
+    rows: npt.NDArray[np.int64]  # their positions among all images of the split
     positives: ClassLists
     negatives: ClassLists
-    num_images: int  # with those that are not kept
+    num_images: int  # number of all images of the split, kept or not
 
 
 def read_imagenet(settings: ImageNetSettings) -> Source:
-    """Read ImageNet: one class present an image; with `real`, the validation images' reassessed labels.
+    """Read ImageNet: one present class per image; with `real`, the validation images' reassessed labels.
 
-    Under `unlisted` = `unknown` the images that `real` labels list every other class as absent: those labels
-    are for evaluation.
+    With `unlisted` = `unknown`, images labelled by `real` list every other class as absent, as those labels are for
+    evaluation.
 
     Returns:
         Images sorted by path, one split after the other; classes in the order of `classes`, else sorted.
 
     Raises:
-        DataError: naming file or folder: an image outside the class folders, an unknown class, a validation image that
-            `real` does not number, another number of classes than `real` is about.
-        ConfigError: `real` without its split.
+        DataError: an image outside the class folders, an unknown class, a validation image that `real` does not
+            number, or, with `real`, other than 1,000 classes; the message names file or folder.
+        ConfigError: `real` without its split in `folders`.
         StorageError: a file or folder is missing.
     """
     if settings.real is not None and settings.real_split not in settings.folders:
@@ -135,7 +135,7 @@ def _part(
 
 
 def _filed(names: Sequence[str], classes: tuple[ClassEntry, ...], url: str) -> list[tuple[int, ...]]:
-    """The class of each image, by its first folder."""
+    """The class column of each image, by its first folder."""
     columns = {entry.id: (column,) for column, entry in enumerate(classes)}
     found: list[tuple[int, ...]] = []
     for name in names:
@@ -154,7 +154,7 @@ def _filed(names: Sequence[str], classes: tuple[ClassEntry, ...], url: str) -> l
 def _reassessed(
     file: LabelFile, names: Sequence[str], classes: tuple[ClassEntry, ...], url: str
 ) -> npt.NDArray[np.bool_]:
-    """(n, C) classes that the file lists for each image."""
+    """The classes that the file lists for each image, (n, C) bool."""
     if len(classes) != _REAL_CLASSES:
         raise file.fault("", f"{len(classes)} classes", f"{_REAL_CLASSES}: give `classes`, and a mapping to take fewer")
     order = np.array(sorted(range(len(classes)), key=lambda column: classes[column].id))  # number in the file -> column

@@ -1,8 +1,8 @@
-"""Owns the joining of hundreds of millions of single labels into lists by image: one sort of packed numbers.
+"""Owns joining hundreds of millions of single labels into lists by image, with one sort of packed numbers.
 
-An entry is a uint64: the image's row in the upper 32 bits, then 16 bits of class column, then 16 bits that say what
-was claimed. Sorted, the entries of an image lie together and its classes ascend. The pair of row and class, an entry
-without its lowest 16 bits, stands for what the claim is about.
+An entry is a uint64: the image's row in the upper 32 bits, then 16 bits of class column, then 16 bits for the claim.
+When sorted, an image's entries are consecutive and its classes ascend. A pair of row and class, an entry without its
+lowest 16 bits, says what the claim is about.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ Pairs = npt.NDArray[np.uint64]  # row << 16 | class column
 
 _ROW, _CLASS = np.uint64(32), np.uint64(16)
 _LOW = np.uint64(0xFFFF)
-PRESENT_BIT, CROWD_BIT = 1, 2  # of what a person claimed; the lower, the more it counts
+PRESENT_BIT, CROWD_BIT = 1, 2  # bits of a person's claim; claims without CROWD_BIT sort first and take precedence
 
-_GROWTH = 1 << 20  # entries
-_WINDOW_ROWS = 1 << 17  # images worked on at a time
+_GROWTH = 1 << 20  # spare entries allocated at a time
+_WINDOW_ROWS = 1 << 17  # images processed at a time
 
 
 def pack(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], claims: npt.NDArray[np.integer]) -> Entries:
-    """Entries of (n,) rows, class columns and claims."""
+    """Pack (n,) rows, class columns and claims into entries."""
     entries: Entries = (rows.astype(np.uint64) << _ROW) | (columns.astype(np.uint64) << _CLASS)
     return entries | claims.astype(np.uint64)
 
 
 def machine_claims(confidences: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
-    """Claims of a machine: the bits of a float16 in [0, 1], which ascend with it."""
+    """Claims of a machine: the bits of the confidence as float16 in [0, 1], which ascend with it."""
     return np.abs(confidences).astype(np.float16).view(np.uint16)  # -0.0 as 0.0
 
 
 class EntryList:
-    """Entries that grow in place: memory is never held twice, and at most 8 MB of it is spare."""
+    """A list of entries that grows in place: entries are never held twice, and at most 8 MB of memory is spare."""
 
     def __init__(self) -> None:
         self._array: Entries = np.empty(0, dtype=np.uint64)
         self._length = 0
 
     def add(self, entries: Entries) -> None:
-        """Take some entries."""
+        """Append some entries."""
         end = self._length + len(entries)
         if end > len(self._array):
             self._array.resize(end + _GROWTH, refcheck=False)
@@ -55,7 +55,7 @@ class EntryList:
         self._length = end
 
     def take_sorted(self) -> Entries:
-        """All entries, ascending; none is left here."""
+        """Return all entries, ascending, and empty this list."""
         taken, length = self._array, self._length
         self.__init__()  # type: ignore[misc]
         taken.resize(length, refcheck=False)
@@ -68,10 +68,10 @@ class LabelLists:
     """Labels by image.
 
     Args:
-        positives, negatives, machine, confidences: as in `Records`.
-        dropped: entries that are in no list, by reason.
-        implied: entries that no one stated and the hierarchy implies, by list; and `contradicted`, what it implies
-            against a verified label, or both ways: left out.
+        positives, negatives, machine, confidences: see `Records`.
+        dropped: number of entries that are in no list, by reason.
+        implied: number of unstated labels that the hierarchy implies, by list; and `contradicted`, the number of
+            implications left out because they contradict a verified label or each other.
     """
 
     positives: ClassLists
@@ -83,18 +83,17 @@ class LabelLists:
 
 
 def join_labels(verified: Entries, machine: Entries, *, num_images: int, closure: Closure | None) -> LabelLists:
-    """Lists of single labels.
+    """Join single labels into lists by image.
 
-    Of what people said about a class in an image, professionals count before the crowd; where those who count
-    disagree, the class stays unknown. A machine's claim is left out where people judged the same, whatever they
-    found; of several, the most confident is kept.
+    For each class of an image, professionals' claims take precedence over the crowd's; if the claims that count
+    disagree, the class stays unknown. A machine's claim is left out if people judged the same class, whatever the
+    result; of several machine claims, the most confident is kept.
 
     Args:
-        verified: ascending, claims of PRESENT_BIT and CROWD_BIT.
-        machine: ascending, claims of `machine_claims`.
-        num_images: N; rows are below it.
-        closure: what labels imply of others; None for nothing. It is applied to the labels that are left, and
-            changes none of them.
+        verified: ascending entries with claims of PRESENT_BIT and CROWD_BIT.
+        machine: ascending entries with claims from `machine_claims`.
+        num_images: N; all rows are below it.
+        closure: implications of labels; None for none. They are applied to the judged labels and change none of them.
     """
     dropped: Counter[str] = Counter()
     implied: Counter[str] = Counter()
@@ -115,11 +114,11 @@ def join_labels(verified: Entries, machine: Entries, *, num_images: int, closure
 
 
 class _Judged(NamedTuple):
-    """What people said, each ascending."""
+    """The judged pairs, each list ascending."""
 
     positives: Pairs
     negatives: Pairs
-    all: Pairs  # with those that stay unknown
+    all: Pairs  # including pairs that stay unknown
 
 
 def _judge(entries: Entries, dropped: Counter[str]) -> _Judged:
@@ -130,7 +129,7 @@ def _judge(entries: Entries, dropped: Counter[str]) -> _Judged:
     sizes = np.diff(starts, append=len(pairs))
     is_present = (entries & np.uint64(PRESENT_BIT)).astype(bool)
     crowd = entries & np.uint64(CROWD_BIT)
-    counts = crowd == np.repeat(crowd[starts], sizes)  # the first of a group are of those who count most
+    counts = crowd == np.repeat(crowd[starts], sizes)  # a group's first entry has the precedence
     any_present = np.logical_or.reduceat(is_present & counts, starts)
     any_absent = np.logical_or.reduceat(~is_present & counts, starts)
     is_clear = any_present != any_absent
@@ -195,12 +194,12 @@ class _Lists:
         self._values: list[npt.NDArray[np.uint16]] = []
 
     def add(self, pairs: Pairs, first: int) -> None:
-        """Take the ascending pairs of a window that begins at image `first`."""
+        """Add the ascending pairs of a window that begins at image `first`."""
         counts = np.bincount((pairs >> _CLASS).astype(np.int64) - first)
         self._offsets[first + 1 : first + 1 + len(counts)] = counts
         self._values.append((pairs & _LOW).astype(np.uint16))
 
     def build(self) -> ClassLists:
-        """The lists."""
+        """Return the finished lists; call this once."""
         np.cumsum(self._offsets, out=self._offsets)
         return ClassLists(np.concatenate([np.empty(0, np.uint16), *self._values]), self._offsets)

@@ -1,4 +1,4 @@
-"""Owns the change of a source's classes: leave out, rename, merge, reorder, as a mapping file and a class list say."""
+"""Owns mapping a source's classes: leave out, rename, merge and reorder, by a mapping file and a class list."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.sources.files import LabelFile, fault, read_file
 
 Others = Literal["refuse", "drop", "keep"]
 
-_BLOCK_ROWS = 1 << 20  # images at a time: a block's keys take some 100 MB, those of 9 million images several GB
+_BLOCK_ROWS = 1 << 20  # images processed at once: a block's keys take some 100 MB, those of 9 million several GB
 _LEFT_OUT = -1
 _LOST = "labels_of_classes_left_out"
 _NOT_SHARED = "negatives_that_merged_classes_do_not_share"
@@ -37,27 +37,27 @@ class _Target(NamedTuple):
 def map_classes(
     source: Source, mapping: str | None = None, *, order: str | None = None, others: Others = "refuse"
 ) -> Source:
-    """Change the classes of a source and the labels with them.
+    """Map the classes of a source, and its labels with them.
 
-    Several classes may become one: it is present where any of them is, absent where all of them are, unknown else;
-    called present by a machine where any is and nobody verified it, with the highest confidence. Images stay, those
-    without a label left among them.
+    Classes may be merged: the new class is present where any of them is, absent where all of them are, else unknown. It
+    has a machine label, with the highest confidence, where any of them has one and it is not verified present. All
+    images stay, even those without a label left.
 
     Args:
-        source: any.
-        mapping: CSV `id,new_id` or `id,new_id,new_name`, a row for each class; several may have one `new_id`, and an
-            empty one leaves the class out. `id` may be a class's name where no other has it. Without a `new_name` a
-            class keeps its name if it keeps its id, or is alone; else `new_id` is its name too. None: no class changes.
-        order: file with one class a line, by its id, or by its name where no other has it: the columns in order.
-            Classes that it does not list are left out. None: order of first appearance in `mapping`, then the others.
-        others: what to do with classes without a row in `mapping`.
+        source: the source.
+        mapping: CSV `id,new_id` or `id,new_id,new_name`, with a row for each class; several may share a `new_id`, and
+            an empty one leaves the class out. `id` may be a class's name if it is unique. Without a `new_name`, a class
+            keeps its name if it keeps its id or is not merged; otherwise `new_id` is also its name. None: no change.
+        order: file with one class per line, by its id, or by its name if unique: the columns in order. Classes not in
+            it are left out. None: order of first appearance in `mapping`, then the others.
+        others: what to do with classes without a row in `mapping`: refuse, drop or keep them.
 
     Returns:
-        The source with its new classes; `arguments` tell digests and how many labels were left out.
+        The source with its new classes; `arguments` has the digests and the numbers of labels left out.
 
     Raises:
-        DataError: naming file and line: an unknown class (naming the nearest), a class twice, one without a row, two
-            names for one class, no class left.
+        DataError: an unknown class (the message names the nearest), a class twice, one without a row, two names for one
+            class (the message names file and line), or no class left.
         StorageError: a file is missing.
     """
     files: dict[str, LabelFile] = {}
@@ -86,7 +86,7 @@ def map_classes(
 
 
 class _Names:
-    """Classes by id, or by name where that tells them apart."""
+    """Looks up classes by id, or by name if it is unique."""
 
     def __init__(self, classes: Sequence[ClassEntry]) -> None:
         self._ids = {entry.id: place for place, entry in enumerate(classes)}
@@ -95,10 +95,10 @@ class _Names:
         self._repeated = {name for name, count in counts.items() if count > 1}
 
     def place(self, name: str, file: LabelFile, line: int) -> int:
-        """Place of a class.
+        """Position of a class.
 
         Raises:
-            DataError: there is none, or several have the name.
+            DataError: no such class, or a name that several have.
         """
         place = self._ids.get(name, self._names.get(name))
         if place is not None:
@@ -109,7 +109,7 @@ class _Names:
 
 
 def _targets(classes: Sequence[ClassEntry], file: LabelFile, others: Others) -> dict[str, _Target]:
-    """New classes by id, in order of first appearance."""
+    """The new classes by id, in order of first appearance."""
     names = _Names(classes)
     members: dict[str, list[int]] = {}
     new_names: dict[str, str] = {}
@@ -155,9 +155,9 @@ def _ordered(targets: Mapping[str, _Target], file: LabelFile) -> dict[str, _Targ
 
 
 def _mapped(source: Source, columns: Columns, num_classes: int) -> tuple[Records, dict[str, int]]:
-    """Records with new labels, and how many labels were lost to which rule."""
+    """Records with the new labels, and the number of labels lost, by reason."""
     records = source.records
-    sizes = np.bincount(columns[columns != _LEFT_OUT], minlength=num_classes)  # (C,) classes that became one
+    sizes = np.bincount(columns[columns != _LEFT_OUT], minlength=num_classes)  # (C,) classes merged into each
     parts: dict[str, list[ClassLists]] = {"positives": [], "negatives": [], "machine": []}
     confidences: list[npt.NDArray[np.float16]] = []
     dropped: Counter[str] = Counter()
@@ -193,14 +193,17 @@ def _mapped(source: Source, columns: Columns, num_classes: int) -> tuple[Records
 
 
 def _entries(lists: ClassLists, start: int, stop: int) -> slice:
-    """The stored values of rows [start, stop)."""
+    """The slice of `values` that holds rows [start, stop)."""
     return slice(int(lists.offsets[start]), int(lists.offsets[stop]))
 
 
 def _keys(
     lists: ClassLists, start: int, stop: int, columns: Columns, num_classes: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Labels of rows [start, stop): row of the block times C plus new column where the class stays; where it does."""
+    """Keys of the labels of rows [start, stop) whose class stays, and which labels those are.
+
+    A key is (row in the block) * C + new column.
+    """
     new = columns[lists.values[_entries(lists, start, stop)]]
     places = np.repeat(np.arange(stop - start), np.diff(lists.offsets[start : stop + 1]))
     stays = new != _LEFT_OUT
@@ -219,6 +222,6 @@ def _highest(
 
 
 def _lists(keys: npt.NDArray[np.int64], num_rows: int, num_classes: int) -> ClassLists:
-    """Lists of distinct ascending keys."""
+    """Turn distinct ascending keys into class lists."""
     offsets = np.searchsorted(keys, np.arange(num_rows + 1) * num_classes)
     return ClassLists((keys % num_classes).astype(np.uint16), offsets.astype(np.int64))

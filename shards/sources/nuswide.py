@@ -1,4 +1,4 @@
-"""Owns the reading of NUS-WIDE with its 81 concepts: the official lists, or the CSV of what can still be downloaded."""
+"""Owns reading NUS-WIDE with its 81 concepts: the official lists, or a CSV of images that can still be downloaded."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def read_nuswide(settings: NusWideSettings) -> Source:
         Images in the order of the lists, train before test, or of the CSV; classes in the order of their list.
 
     Raises:
-        DataError: naming file and line: lists and labels of different lengths, a label that is not 0 or 1, an unknown
-            concept, an image twice.
+        DataError: lists and labels of different lengths, a label that is not 0 or 1, an unknown concept, an image twice
+            (the message names file and line), or no image left.
         StorageError: a file is missing.
     """
     found = _from_csv(settings) if settings.labels is not None else _from_lists(settings)
@@ -84,7 +84,7 @@ def read_nuswide(settings: NusWideSettings) -> Source:
 
 
 def _path(listed: str, *, flat: bool) -> str:
-    path = listed.replace("\\", "/")  # as the official lists have it
+    path = listed.replace("\\", "/")  # the official lists use backslashes
     return path.rpartition("/")[2] if flat else path
 
 
@@ -116,7 +116,7 @@ def _from_lists(settings: NusWideSettings) -> _Labels:
 
 
 def _marks(file: LabelFile, num_images: int, listed: LabelFile) -> Targets:
-    """(num_images,) labels of one concept."""
+    """Labels of one concept, (num_images,) int8."""
     cells = file.content.split()
     if set(cells) - {b"0", b"1"}:
         number, cell = next((number, cell) for number, cell in enumerate(cells, 1) if cell not in (b"0", b"1"))
@@ -151,7 +151,7 @@ def _from_csv(settings: NusWideSettings) -> _Labels:
 
 
 def _names(file: LabelFile, line: int, text: str) -> Sequence[str]:
-    """Names from a list as Python prints it."""
+    """Parse names from a list in Python syntax."""
     try:
         names = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""Owns the reading of Open Images V2 to V7 as published: what people verified, machines' claims, boxes, images."""
+"""Owns reading Open Images V2 to V7 as published: human-verified labels, machine labels, boxes, images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OpenImagesSettings(Settings):
 
 
 class _Log:
-    """What was read so far, for the manifest."""
+    """What has been read so far, for the manifest."""
 
     def __init__(self) -> None:
         self.digests: dict[str, str | list[str]] = {}
@@ -68,29 +68,29 @@ class _Log:
 
 
 def read_openimages(settings: OpenImagesSettings) -> Source:
-    """Read Open Images as its releases V2 to V7 publish it.
+    """Read Open Images as published in its releases V2 to V7.
 
-    People's labels (1 verified present, 0 verified absent; all else unknown) come from `human` and `boxes`.
-    Professionals count before the crowd; where those who count disagree, the class stays unknown. A machine's claim
-    is kept apart, and only where no person judged the same. Rows of other classes, and of images that are not listed,
-    are dropped and counted.
+    Human labels (1 verified present, 0 verified absent; all else unknown) come from `human` and `boxes`. Professionals'
+    claims take precedence over the crowd's; if the claims that count disagree, the class stays unknown. Machine labels
+    are kept apart, and only where no person judged the same class. Rows of other classes, and of images that are not
+    listed, are dropped and counted.
 
     The source's order is that of `image_lists`, one file after the other. Without them it is that of sorted ids, the
     label files are read twice, and an image's split is the word in the name of its file, or of the file's folder:
     train, validation, val or test.
 
-    Memory at its peak is about 15 bytes a row of labels, images included: some 3.5 GB for all of V6.
+    Peak memory is about 15 bytes per label row, images included: some 3.5 GB for all of V6.
 
     Returns:
-        The source. In its `arguments`: digests, options, rows read, labels implied, and what was dropped, by reason.
-        Of human labels and boxes together, and of machine labels, the rows read are the labels kept (those that the
-        hierarchy implied apart) and the rows dropped.
+        The source. Its `arguments` has digests, options, rows read, labels implied, and rows dropped, by reason. For
+        human labels and boxes together, and for machine labels, the rows read equal the labels kept (without those
+        implied by the hierarchy) plus the rows dropped.
 
     Raises:
-        ConfigError: a label file whose name tells no split, where there is no image list.
-        DataError: naming file and line: a column missing, broken quoting, an id that is not 16 hexadecimal
-            digits, an unknown source or subset, a confidence out of range, a class or an image listed twice;
-            an image with labels in two splits; no image left.
+        ConfigError: without an image list, a label file whose name tells no split.
+        DataError: a missing column, broken quoting, an id that is not 16 hexadecimal digits, an unknown source or
+            subset, a confidence out of range, a class or an image listed twice (the message names file and line); an
+            image with labels in two splits; no image left.
         StorageError: a file is missing or cannot be read.
     """
     log = _Log()
@@ -144,7 +144,7 @@ def _labels(
             log.dropped += part.dropped
             log.strangers |= part.strangers
         digests.setdefault(kind.option, []).append(file.sha256)
-    log.digests |= {option: sorted(found) for option, found in digests.items()}  # their order changes nothing
+    log.digests |= {option: sorted(found) for option, found in digests.items()}  # file order is irrelevant
     labels = join_labels(verified.take_sorted(), machine.take_sorted(), num_images=len(images.ids), closure=closure)
     log.dropped += labels.dropped
     return labels
@@ -165,7 +165,7 @@ def _records(settings: OpenImagesSettings, images: Images, labels: LabelLists, l
             next_step="check that images, labels and classes are of one release",
         )
     kept = images.take(rows)
-    # A row that is left out has empty lists, so the values stay as they are.
+    # Rows left out have empty lists, so the values stay the same.
     positives, negatives, machine = (
         ClassLists(part.values, np.concatenate([part.offsets[rows], part.offsets[-1:]])) for part in lists
     )

@@ -1,4 +1,4 @@
-"""Owns the class lists of Open Images: machine ids (MIDs) one a line, or with names as a CSV file of descriptions."""
+"""Owns the class lists of Open Images: one machine id (MID) per line, or a CSV file of MIDs and names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _HEADER = "LabelName"
 
 
 def read_classes(url: str, descriptions: str | None) -> tuple[tuple[ClassEntry, ...], dict[str, str]]:
-    """Classes by MID, in the order of their MIDs, whatever the order of the file.
+    """Read the classes to keep, sorted by MID whatever the order of the file.
 
     Args:
-        url: a list of MIDs, or descriptions, of the classes to keep.
-        descriptions: names by MID, of these classes and others; None: the names in `url`. A class without a name is
-            named by its MID. Names may repeat.
+        url: a list of MIDs, optionally with names, of the classes to keep.
+        descriptions: names by MID, of these and possibly other classes; None for the names in `url`. A class without a
+            name is named by its MID. Names may repeat.
 
     Returns:
         The classes, and digests of the files by option.
 
     Raises:
-        DataError: a file that does not read, a line without a MID, a MID twice, more classes than the index can hold.
+        DataError: not CSV in UTF-8, a line without a MID, a MID twice, or more classes than the index can hold.
         StorageError: a file is missing or cannot be read.
     """
     listed = read_file(url, what="the list of classes", option="classes")
@@ -44,7 +44,7 @@ def read_classes(url: str, descriptions: str | None) -> tuple[tuple[ClassEntry, 
 
 
 def _read_names(file: LabelFile) -> dict[str, str]:
-    """Name by MID, "" where the file has none; a header line may be there or not."""
+    """Names by MID, "" where the file has none; the header line is optional."""
     names: dict[str, str] = {}
     text = io.StringIO(file.text(), newline="")
     reader = csv.reader(text, strict=True)

@@ -1,4 +1,4 @@
-"""Owns which images Open Images has: their order, splits and rotations from image lists, or else from label files."""
+"""Owns the images of Open Images: their order, splits and rotations, from image lists or else from label files."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Images(NamedTuple):
     """Images in the source's order."""
 
     ids: Ids
-    splits: npt.NDArray[np.uint8]  # places in SPLITS
-    rotations: npt.NDArray[np.uint16]  # degrees counter-clockwise that set an image upright
+    splits: npt.NDArray[np.uint8]  # positions in SPLITS
+    rotations: npt.NDArray[np.uint16]  # degrees counter-clockwise that turn an image upright
 
     def take(self, rows: npt.NDArray[np.int64]) -> Images:
-        """Some of them."""
+        """The images of some rows."""
         return Images(self.ids[rows], self.splits[rows], self.rotations[rows])
 
     def paths(self, pattern: str) -> pa.StringArray:
-        """Where the images lie.
+        """Paths of the images.
 
         Args:
-            pattern: with {id} once, and {split} anywhere.
+            pattern: contains {id} once, and {split} any number of times.
         """
         around = [pa.array([text.replace("{split}", name) for name in SPLITS]) for text in pattern.split("{id}")]
         before, after = (texts.take(pa.array(self.splits)) for texts in around)
@@ -49,14 +49,14 @@ class Images(NamedTuple):
 
 
 def read_image_lists(urls: Sequence[str]) -> tuple[Images, list[str]]:
-    """Images of lists with columns ImageID, Subset and, where known, Rotation, one list after the other.
+    """Read image lists with columns ImageID, Subset and optionally Rotation, one list after the other.
 
     Returns:
         The images, and the digests of the lists.
 
     Raises:
-        DataError: naming file and line: a column missing, broken quoting, an id that is not 16 hexadecimal digits, a
-            subset or a rotation that is none, an image listed twice.
+        DataError: a missing column, broken quoting, an id that is not 16 hexadecimal digits, an invalid subset or
+            rotation, or an image listed twice; the message names file and line.
         StorageError: a list is missing or cannot be read.
     """
     files = [CsvFile(url, (COLUMN, _SUBSET), what="the image list", option="image_lists") for url in urls]
@@ -68,7 +68,7 @@ def read_image_lists(urls: Sequence[str]) -> tuple[Images, list[str]]:
 
 
 def images_of_labels(files: Iterable[tuple[LabelKind, str]]) -> Images:
-    """Images that label files name, by ascending id, each of the split that its files' names tell; none is rotated.
+    """Images named in label files, by ascending id, with splits from the files' names and rotation 0.
 
     Raises:
         ConfigError: a file whose name tells no split.
@@ -108,7 +108,7 @@ def _read_images(block: Block) -> Images:
     rotations = np.zeros(len(table))
     if has_rotation:
         rotations = table[_ROTATION].to_numpy()
-        rotations = np.where(np.isnan(rotations), 0, rotations)  # not known
+        rotations = np.where(np.isnan(rotations), 0, rotations)  # unknown counts as 0
     if not np.isin(rotations, _QUARTER_TURNS).all():
         raise block.fault(_check, "a rotation that is no quarter turn")
     return Images(rows.ids[rows.runs], places[subsets.indices.to_numpy()], rotations.astype(np.uint16))
@@ -126,7 +126,7 @@ def _check(cells: Mapping[str, str]) -> Wrong | None:
 
 
 def _split_told_by(url: str) -> str:
-    """The split that a file's name tells; where it tells none, the name of its folder."""
+    """The split that a file's name tells, or else the name of its folder."""
     folder, _, name = storage.absolute(url).rpartition("/")
     words = re.split(r"[^a-z]+", name.lower())
     words = [word for word in words if word in _SPLIT_OF] or [storage.name(folder)]
@@ -142,7 +142,7 @@ def _split_told_by(url: str) -> str:
 
 
 def _listed_twice(urls: Sequence[str], image: str) -> DataError:
-    """The error for an image, naming its second line; the lists are read again to find it."""
+    """The error for an image listed twice, naming its second line; the lists are read again to find it."""
     first = ""
     for url in urls:
         with storage.open_read(url) as stream:

@@ -1,4 +1,4 @@
-"""Owns what the rows of Open Images' label files mean: people's verifications, machines' claims, boxes."""
+"""Owns the meaning of rows in Open Images' label files: human verifications, machine labels, boxes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.sources.label_entries import CROWD_BIT, PRESENT_BIT, Entries, machin
 from shards.sources.openimages_classes import MID, MID_MEANING
 
 _TYPES = {
-    "Source": pa.dictionary(pa.int32(), pa.string()),  # few distinct texts in many rows
+    "Source": pa.dictionary(pa.int32(), pa.string()),  # few distinct values in many rows
     "LabelName": pa.dictionary(pa.int32(), pa.string()),
     "Confidence": pa.float64(),
 }
@@ -30,11 +30,11 @@ class LabelKind:
     """One kind of label file.
 
     Args:
-        option: of the source that names the files.
-        what: they are, for messages.
-        sources: what column Source may hold, and the claim bits it stands for; a professional's are 0.
-        columns: that are read beside the id. Without Confidence every row is a presence.
-        is_graded: confidences are any number in [0, 1], else 0 or 1.
+        option: the source's option that names the files.
+        what: what the files hold, for messages.
+        sources: allowed values of the column Source, with their claim bits; 0 for professionals.
+        columns: columns read besides the id. Without Confidence every row means present.
+        is_graded: whether confidences may be any number in [0, 1]; otherwise only 0 or 1.
     """
 
     option: str
@@ -44,7 +44,7 @@ class LabelKind:
     is_graded: bool = False
 
     def check(self, cells: Mapping[str, str]) -> Wrong | None:
-        """What is wrong with a row."""
+        """The fault in a row; None if it is valid."""
         source, mid, confidence = (cells[column] for column in _TYPES)
         if wrong := wrong_id(cells):
             return wrong
@@ -60,7 +60,7 @@ class LabelKind:
     def claims(
         self, source_bits: npt.NDArray[np.uint8], confidences: npt.NDArray[np.float64] | None
     ) -> npt.NDArray[np.integer] | None:
-        """(n,) claims of entries; None when a confidence is out of range."""
+        """Claims of (n,) rows for `pack`; None if a confidence is out of range."""
         if confidences is None:
             return source_bits | np.uint8(PRESENT_BIT)
         if not self._is_allowed(confidences).all():
@@ -90,7 +90,7 @@ class ReadLabels(NamedTuple):
 
     entries: Entries
     num_rows: int
-    dropped: Counter[str]  # rows that are no entries, by reason
+    dropped: Counter[str]  # number of rows that became no entry, by reason
     strangers: set[str]  # MIDs that are not in the class list
 
 
@@ -98,10 +98,10 @@ class LabelReader:
     """Reads the blocks of one kind of label file, on any thread.
 
     Args:
-        kind: of the file.
-        images: the places of all images.
-        mids: of the classes, in column order.
-        min_confidence: a graded label below it is dropped.
+        kind: kind of the file.
+        images: positions of all images.
+        mids: MIDs of the classes, in column order.
+        min_confidence: graded labels below it are dropped, in [0, 1].
     """
 
     def __init__(self, kind: LabelKind, images: IdPlaces, mids: Sequence[str], *, min_confidence: float) -> None:
@@ -109,10 +109,10 @@ class LabelReader:
         self._min_confidence = min_confidence if kind.is_graded else 0.0
 
     def __call__(self, block: Block) -> ReadLabels:
-        """The labels of a block.
+        """Read the labels of a block.
 
         Raises:
-            DataError: a row that is wrong, with its line.
+            DataError: an invalid row; the message names its line.
         """
         kind = self._kind
         table, image_ids = read_rows(block, {column: _TYPES[column] for column in kind.columns}, kind.check)
@@ -143,10 +143,10 @@ class LabelReader:
 
 
 def read_ids(block: Block, kind: LabelKind) -> npt.NDArray[np.uint64]:
-    """The ids of a block of labels, ascending.
+    """Read the distinct ids of a block of labels, ascending.
 
     Raises:
-        DataError: an id that is none, with its line.
+        DataError: an invalid id; the message names its line.
     """
     return np.unique(read_rows(block, {}, kind.check)[1].ids)
 
@@ -157,7 +157,7 @@ def needed_columns(kind: LabelKind) -> tuple[str, ...]:
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
-    """Distinct texts of a column, and the place of each row's among them."""
+    """Distinct texts of a column, and the position of each row's text among them, (n,) int32."""
     array = pa.concat_arrays(column.unify_dictionaries().chunks)
     return array.dictionary, array.indices.to_numpy()
 

@@ -1,4 +1,4 @@
-"""Owns the way from `--option KEY=VALUE` to a source's settings, and what is told about them."""
+"""Owns parsing `--option KEY=VALUE` into a source's settings, and listing its options."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ def _split_at_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-# Several texts; as an option they are joined by commas.
+# Several texts, joined by commas in an option.
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 
-# What a rule makes of objects that are marked apart (difficult, crowds) where a class has no others in an image.
+# What a class is in an image that has it only as specially marked objects (difficult, crowds).
 Meaning = Literal["absent", "unknown", "present"]
 
 
 class Option(NamedTuple):
     """One option of a source."""
 
-    key: str  # as in KEY=VALUE; KEY.NAME where there is one value for each name
-    values: str  # what may stand there
-    default: str | None  # None: it must be given
+    key: str  # KEY of KEY=VALUE; KEY.NAME if there is a value for each name
+    values: str  # allowed values
+    default: str | None  # None: the option is required
     about: str
 
 
 def parse_options(settings: type[S], options: Mapping[str, str], *, where: str) -> S:
-    """Settings from texts.
+    """Parse options into settings.
 
     Args:
-        settings: the source's own class.
+        settings: the source's settings class.
         options: text by key; `KEY.NAME` sets one name of a key that has a value for each name.
-        where: for messages.
+        where: the source, for messages.
 
     Raises:
-        ConfigError: an unknown key (naming the nearest), one that is missing, a value that does not fit.
+        ConfigError: an unknown key (the message names the nearest), a missing one, or an invalid value.
     """
     document: dict[str, Any] = {}
     for key, value in options.items():
@@ -65,7 +65,7 @@ def parse_options(settings: type[S], options: Mapping[str, str], *, where: str) 
 
 
 def list_options(settings: type[Settings]) -> list[Option]:
-    """The options that a settings class makes, in its order."""
+    """The options of a settings class, in its order."""
     options = []
     for name, field in settings.model_fields.items():
         default = None if field.is_required() else _shown(field.get_default(call_default_factory=True))
@@ -102,9 +102,9 @@ def _shown(default: Any) -> str:
 
 
 def _unfit(settings: type[Settings], options: Mapping[str, str], first: dict[str, Any], where: str) -> ConfigError:
-    """The error for what the settings class said."""
+    """The error for the first finding of pydantic; the caller raises it."""
     key, says = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    if not key:  # of several options together
+    if not key:  # the finding is about several options
         return _wrong(f"options {', '.join(options)}", says, where)
     if first["type"] == "missing":
         option = next(option for option in list_options(settings) if option.key.partition(".")[0] == key)

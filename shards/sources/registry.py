@@ -10,8 +10,8 @@ A source of your own is a module with a settings class and a function, given as 
         \"\"\"Bird sightings of our garden.\"\"\"
 
 The options are the fields of the class that annotates the only parameter: `--option sightings=birds.csv`. The function
-hands over classes and `Records`, checks its files, raises `DataError` with file and place, and counts what it leaves
-out in `arguments["dropped"]`. It may import `shards.sources.{base,files,dense,options}`.
+returns a `Source` with classes and `Records`, checks its files, raises `DataError` with file and place, and counts what
+it drops in `arguments["dropped"]`. It may import `shards.sources.{base,files,dense,options}`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from shards.sources.options import parse_options
 
 
 class Reader(NamedTuple):
-    """What reads one kind of source."""
+    """The settings class and the reader function of one kind of source."""
 
     settings: type[Settings]
-    read: Callable[[Any], Source]  # takes `settings`
+    read: Callable[[Any], Source]  # takes an instance of `settings`
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class SourceKind:
     """One kind of source.
 
     Args:
-        load: imports its module and returns the reader: naming the sources imports none of them.
-        summary: one line for people.
+        load: imports its module and returns the reader, so that listing the sources imports none of them.
+        summary: a line of description.
     """
 
     load: Callable[[], Reader]
@@ -50,12 +50,12 @@ class SourceKind:
 
     @property
     def settings(self) -> type[Settings]:
-        """The class of its files and options."""
+        """The class of its settings: files and options."""
         return self.load().settings
 
     @property
     def read(self) -> Callable[[Any], Source]:
-        """Reads the data set that its settings describe."""
+        """The function that reads the data set described by its settings."""
         return self.load().read
 
 
@@ -123,10 +123,10 @@ SOURCES: dict[str, SourceKind] = {
 
 
 def find_source(name: str) -> SourceKind:
-    """A kind of source by its name, or one's own as `module:function`.
+    """Find a kind of source by its name, or a custom one as `module:function`.
 
     Raises:
-        ConfigError: no such name (naming the nearest), a module that is not found, a function that is not a source.
+        ConfigError: no such name (the message names the nearest), a missing module, or a function that is not a reader.
     """
     if name in SOURCES:
         return SOURCES[name]
@@ -142,12 +142,12 @@ def read_source(name: str, options: Mapping[str, str]) -> Source:
     """Read a data set.
 
     Args:
-        name: as in `find_source`.
-        options: text by key, `KEY.NAME` where a key has a value for each name.
+        name: see `find_source`.
+        options: text by key; `KEY.NAME` sets one name of a key that has a value for each name.
 
     Raises:
-        ConfigError: an unknown source or option, a value that does not fit.
-        DataError: the data set is wrong.
+        ConfigError: an unknown source or option, or an invalid value.
+        DataError: the data set is invalid.
         StorageError: a file is missing.
     """
     kind = find_source(name)

@@ -1,4 +1,4 @@
-"""Owns the reading of data sets whose labels are CSV tables: an image's name, the names of its classes, its split."""
+"""Owns reading data sets whose labels are CSV tables: an image's name, the names of its classes, its split."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class TableSettings(Settings):
 
 
 class _Row(NamedTuple):
-    line: int  # 1-based, of the file
+    line: int  # 1-based line of the file
     cells: tuple[str, ...]
 
 
 class _Table(NamedTuple):
-    """A CSV file as read."""
+    """A CSV file that was read whole."""
 
     url: str
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ class _Table(NamedTuple):
         return DataError(found, expected=expected, where=f"{storage.shown(self.url)}, line {line}", next_step=next_step)
 
     def column(self, name: str) -> int:
-        """Place of a column.
+        """Position of a column.
 
         Raises:
             DataError: no such column.
@@ -58,22 +58,23 @@ class _Table(NamedTuple):
 
 
 def read_table(images: str, labels: str, *, classes: str | None = None, splits: str | None = None) -> Source:
-    """Read a data set from CSV files, each a local path or URL, with a header line, in UTF-8.
+    """Read a data set from CSV files, each a local path or URL, in UTF-8 with a header line.
 
     Args:
-        images: folder that image names are relative to.
-        labels: columns `image,labels` with the names of the classes present, joined by `|`, the rest being absent;
-            or `image,positives,negatives`, the rest being unknown.
-        classes: its first column lists the classes in order; without it they are the names in `labels`, sorted.
-        splits: columns `image,split`, naming the same images as `labels`; without it all are `train`.
+        images: folder or URL that image names are relative to.
+        labels: columns `image,labels` with the names of present classes joined by `|`, all others being absent;
+            or `image,positives,negatives`, all others being unknown.
+        classes: its first column lists the classes in order; None for the names in `labels`, sorted.
+        splits: columns `image,split` for the same images as in `labels`; None puts all into `train`.
 
     Returns:
-        The source, its records in the row order of `labels`.
+        The source, with records in the row order of `labels`.
 
     Raises:
-        DataError: naming file and line: a file missing or empty, broken quoting, a column missing, an unknown class, a
-            class listed twice for an image, an image or key that occurs twice, a path that leaves the folder,
-            an image in one of `labels` and `splits` only.
+        DataError: an empty file, broken quoting, a missing column, an unknown class, a class listed twice for an image,
+            an image or key that occurs twice, a path that leaves the folder, or an image in only one of `labels` and
+            `splits`; the message names file and line.
+        StorageError: a file is missing or cannot be read.
     """
     table = _read(labels)
     rows, unlisted = _labels(table)
@@ -162,7 +163,7 @@ def _read(url: str) -> _Table:
 
 
 class _Labelled(NamedTuple):
-    """One row of the labels, classes still by name."""
+    """One row of the labels, with classes as names."""
 
     line: int
     image: str
@@ -228,7 +229,7 @@ def _class_names(table: _Table) -> list[str]:
 
 
 def _columns(table: _Table, row: _Labelled, text: str, columns: dict[str, int]) -> tuple[int, ...]:
-    """Class columns of names joined by `|`, ascending."""
+    """Ascending class columns of names joined by `|`."""
     names = _names(text)
     for name in names:
         if not name:
@@ -254,7 +255,7 @@ def _split_of(table: _Table, labels: _Table, rows: Sequence[_Labelled]) -> Calla
 
 
 def _refuse_strangers(table: _Table, images: list[tuple[int, str]], known: Container[str], other: _Table) -> None:
-    """Refuse images of one table that the other does not name."""
+    """Refuse images of one table that the other lacks."""
     strangers = [(line, image) for line, image in images if image not in known]
     if strangers:
         shown = ", ".join(f"{image!r} (line {line})" for line, image in strangers[:5])

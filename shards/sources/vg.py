@@ -1,4 +1,4 @@
-"""Owns the reading of VG-200 and VG-500: lists of Visual Genome images and a JSON of the classes present."""
+"""Owns reading VG-200 and VG-500: lists of Visual Genome images and a JSON file of the classes present."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def read_vg(settings: VgSettings) -> Source:
         Images in the order of the lists, one split after the other; classes by number.
 
     Raises:
-        DataError: naming file and line: an image twice, without labels or in none of the folders, a class number out
-            of range, another number of names than `num_classes`.
+        DataError: an image twice, without labels or in none of the folders, a class number out of range, or a number of
+            names other than `num_classes`; the message names file and place.
         StorageError: a file or folder is missing.
     """
     names = [str(number) for number in range(settings.num_classes)]
@@ -85,7 +85,7 @@ def _present(file: LabelFile, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def _folders(settings: VgSettings) -> dict[str, str] | None:
-    """The folder of every image name; None when all lie in one."""
+    """The folder of every image by name; None if all images are in one folder."""
     if not settings.folders:
         return None
     folder_of: dict[str, str] = {}

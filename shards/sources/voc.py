@@ -1,4 +1,4 @@
-"""Owns the reading of PASCAL VOC: lists of images and one XML file an image, of one year or several."""
+"""Owns reading PASCAL VOC: lists of images and one XML file per image, for one or several years."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def read_voc(settings: VocSettings) -> Source:
         Images in the order of the lists, one split after the other; classes in the order of their list.
 
     Raises:
-        DataError: naming file and line: an image listed twice, a list of one class, XML that does not read, an
-            unknown class.
+        DataError: an image listed twice, a list of a single class, unreadable XML, or an unknown class; the message
+            names file and place.
         StorageError: a file is missing.
 
-    Source: the reference code of SST, SARB and DSRB skips difficult objects, so that a class with no others is absent.
+    Source: the reference code of SST, SARB and DSRB skips difficult objects, so a class with no others is absent.
     """
     classes = tuple(ClassEntry(id=name, name=name) for name in VOC_CLASSES)
     digests = {}
@@ -94,7 +94,7 @@ def read_voc(settings: VocSettings) -> Source:
 
 
 def _listed(settings: VocSettings) -> tuple[list[_Image], dict[str, list[str]]]:
-    """Images in order, and the digests of each split's lists."""
+    """The images in order, and the digests of each split's lists."""
     paths, images = ImagePaths(), []
     digests: dict[str, list[str]] = {}
     for split, names in settings.lists.items():
@@ -116,7 +116,7 @@ def _listed(settings: VocSettings) -> tuple[list[_Image], dict[str, list[str]]]:
 
 def _objects(file: LabelFile, columns: dict[str, int]) -> tuple[set[int], set[int]]:
     """Class columns of the objects that are not difficult, and of those that are."""
-    if b"<!DOCTYPE" in file.content or b"<!ENTITY" in file.content:  # entities can grow a small file without bound
+    if b"<!DOCTYPE" in file.content or b"<!ENTITY" in file.content:  # entities can expand a small file without bound
         raise file.fault("", "a document type", "an annotation of VOC, which has none")
     try:
         root = ElementTree.fromstring(file.content)

@@ -1,4 +1,4 @@
-"""Owns the reading of YOLO folders: `images/SPLIT/x.jpg` beside `labels/SPLIT/x.txt`, classes by number."""
+"""Owns reading YOLO folders: `images/SPLIT/x.jpg` beside `labels/SPLIT/x.txt`, with classes by number."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def read_yolo(settings: YoloSettings) -> Source:
     An image without a .txt, or with an empty one, has no object.
 
     Returns:
-        Images sorted by path, one split after the other; classes in the order of their numbers, ids being names.
+        Images sorted by path, one split after the other; classes in the order of their numbers, with names as ids.
 
     Raises:
-        DataError: naming file and line: a class number out of range, a line that is not numbers, no image.
+        DataError: a class number out of range or a line that is not numbers (the message names file and line), or no
+            image.
         StorageError: a file or folder is missing.
     """
     names_file = read_file(settings.classes, what="the class names", option="classes")
@@ -118,7 +119,7 @@ def _classes(file: LabelFile) -> tuple[ClassEntry, ...]:
 
 
 def _columns(file: LabelFile, num_classes: int) -> list[int]:
-    """The class numbers of one image; boxes and outlines are checked to be numbers and left."""
+    """The class columns of one image, ascending; boxes and outlines are only checked to be numbers."""
     columns = set()
     for number, line in enumerate(file.text().split("\n"), 1):
         cells = line.split()

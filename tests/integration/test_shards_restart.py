@@ -226,6 +226,21 @@ def test_two_builders_on_one_output_share_the_work_and_end_alike(
         assert everything(Path(out)) == quiet
 
 
+def test_a_build_is_over_before_the_files_of_others_go(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, remove, found = tmp_path / "out", storage.remove_folder, []
+
+    def watched(url: str) -> None:
+        found.append(Ledger(str(out)).is_open)
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove_folder", watched)
+    packed(inputs, out, target_shard_bytes=TARGET)
+    assert found == [False]
+    assert everything(out) == quiet
+
+
 def test_a_killed_command_takes_its_workers_along(inputs: Path, quiet: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = get_context("fork").Process(target=lambda: packed(inputs, out, target_shard_bytes=TARGET, workers=2))

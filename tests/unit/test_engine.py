@@ -278,7 +278,7 @@ def test_only_tensors_of_the_same_name_and_shape_are_taken_from_another_model():
     engine = make_engine("plain")
     before = whole_state(engine).model
     other = {"head.linear.weight": torch.ones(5, 128), "head.linear.bias": torch.ones(6), "elsewhere": torch.ones(1)}
-    assert engine.load_matching(other) == ["head.linear.weight"]
+    assert engine.load_matching(other) == (["head.linear.weight"], {})
     after = whole_state(engine).model
     assert torch.equal(after.pop("head.linear.weight"), other["head.linear.weight"])
     del before["head.linear.weight"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_mlpl import run
 from dist_mlpl.batch import Progress
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.methods.sst import Sst, SstSettings, likely_beside, mean_similarity
@@ -15,6 +16,7 @@ from dist_mlpl.models.cooccurrence import Pairs
 from tests.support.methods import NUM_CLASSES, random_batch, tiny_method
 from tests.support.semantic import LabelsOf, cosine, random_labels
 from tests.support.sst import sst_oracle
+from tests.support.training import make_engine
 
 pytestmark = pytest.mark.unit
 
@@ -208,3 +210,53 @@ def test_human_labels_are_read_block_by_block_and_unseen_classes_stay_alone():
     method = tiny_method("sst", **SMALL)
     method.read_labels(labels)  # type: ignore[arg-type]
     assert torch.equal(method.head.graph.adjacency, torch.eye(NUM_CLASSES))
+
+
+def started_from(other: Sst, own: Sst, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, torch.Tensor]]:
+    """Start a run of `own` from the model of `other`; what the user is told, and the tensors it then has."""
+    tensors = {name: t.detach().clone() for name, t in (*other.named_parameters(), *other.named_buffers())}
+    monkeypatch.setattr(run, "read_newest", lambda url: None)
+    monkeypatch.setattr(run, "read_model", lambda url, commit: tensors)
+    note = run.start_from("runs/other", make_engine("plain", method=own))
+    return note, dict((*own.named_parameters(), *own.named_buffers()))
+
+
+@pytest.mark.parametrize("num_neighbours", [None, 2])
+def test_a_run_that_starts_from_another_keeps_the_graph_of_its_own_labels(num_neighbours, monkeypatch):
+    keys = {part: SMALL.get(part, {}) | {"num_neighbours": num_neighbours} for part in ("graph", "pairs")}
+    other, own = tiny_sst(**keys, faithful=True), tiny_sst(**keys)
+    labels = random_labels(60, NUM_CLASSES, seed=1, known=0.9)
+    other.read_labels(LabelsOfClasses(labels))  # type: ignore[arg-type]
+    graph = {f"head.graph.{name}": buffer.clone() for name, buffer in own.head.graph.named_buffers()}
+    note, tensors = started_from(other, own, monkeypatch)
+    for name, buffer in graph.items():
+        assert torch.equal(tensors[name], buffer)
+        assert f"kept: {name}, the graph of this run's labels" in note
+    theirs = dict((*other.named_parameters(), *other.named_buffers()))
+    assert not all(torch.equal(theirs[name], buffer) for name, buffer in graph.items())
+    for name in theirs.keys() - graph.keys():  # among them, the pairs' weights and whose they are
+        assert torch.equal(tensors[name], theirs[name]), name
+    assert ("pair_head.neighbours" in theirs) == (num_neighbours is not None)
+    assert f"{len(theirs) - len(graph)} of {len(theirs)} tensors taken over" in note
+
+
+def test_a_run_that_names_class_vectors_keeps_them_whatever_it_starts_from(tmp_path, monkeypatch):
+    np.save(tmp_path / "vectors.npy", np.full((NUM_CLASSES, 4), 7.0, dtype=np.float32))
+    of_file = {"embeddings": str(tmp_path / "vectors.npy"), "attention_width": 6}
+    note, tensors = started_from(tiny_sst(), tiny_sst(head=of_file), monkeypatch)
+    assert torch.equal(tensors["head.decoupling.embeddings"], torch.full((NUM_CLASSES, 4), 7.0))
+    assert "head.decoupling.embeddings, the vectors in" in note
+    _, learned = started_from(tiny_sst(head=of_file), tiny_sst(), monkeypatch)  # vectors to learn start from any
+    assert torch.equal(learned["head.decoupling.embeddings"], torch.full((NUM_CLASSES, 4), 7.0))
+
+
+def test_weights_of_pairs_are_taken_over_only_with_the_neighbours_they_belong_to(monkeypatch):
+    """Of 5 classes, 2 neighbours a class and every pair alike have 10 rows."""
+    every, near = (tiny_sst(pairs=SMALL["pairs"] | {"num_neighbours": number}) for number in (None, 2))
+    for other, own in ((every, near), (near, every)):
+        assert other.pair_head.pair_weight.shape == own.pair_head.pair_weight.shape
+        own_head = {name: tensor.clone() for name, tensor in own.pair_head.state_dict().items()}
+        note, _ = started_from(other, own, monkeypatch)
+        assert "kept: pair_head.pair_weight, weights of other pairs than there" in note
+        for name in ("pair_weight", "pair_bias", "neighbours"):
+            assert name not in own_head or torch.equal(own.pair_head.state_dict()[name], own_head[name])
