@@ -11,9 +11,10 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_mlpl import comm
-from dist_mlpl.errors import MlplError
+from dist_mlpl.errors import MlplError, RunError
 from dist_mlpl.progress import Action, Row
 
+_MOST_FRUITLESS = 10  # groups of workers in a row that may be lost without anything saved
 _PUSH_SECONDS = 0.3  # shortest time between two pushes of step rows
 
 
@@ -29,6 +30,7 @@ class Board:
         self._action = Action.GO_ON
         self._fatal: MlplError | None = None
         self._is_running = False
+        self._num_fruitless = 0  # groups of workers that ended in an error since the last commit
 
     @ray.method(concurrency_group="fit")
     def fit(self, trainer: TorchTrainer) -> Exception | None:
@@ -42,6 +44,8 @@ class Board:
     def push(self, rows: list[Row]) -> Action:
         """Rank 0: add rows, and return the action that the driver wants."""
         self._rows.extend(rows)
+        if any(row["event"] in ("commit", "scoring") for row in rows):
+            self._num_fruitless = 0
         return self._action
 
     def open(self) -> MlplError | None:
@@ -52,6 +56,17 @@ class Board:
     def lose(self) -> None:
         """Note that a group of workers has ended in an error; Ray may start another when it finds room for one."""
         self._is_running = False
+        self._num_fruitless += 1
+        if self._num_fruitless >= _MOST_FRUITLESS:  # with cluster.max_failures -1 Ray would go on for ever
+            self.give_up(
+                RunError(
+                    f"{self._num_fruitless} groups of workers in a row ended in an error before they saved anything",
+                    expected="a commit now and then",
+                    where="the workers",
+                    next_step="read the last notes and RUN/logs; if nodes are lost faster than the run commits, lower "
+                    "save_every_steps; then start again, it resumes",
+                )
+            )
 
     def take(self) -> tuple[list[Row], bool]:
         """The driver: take the rows, and return whether workers are running."""

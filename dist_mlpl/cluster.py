@@ -35,7 +35,7 @@ from dist_mlpl.data.tars import TarSet, check_num_tars
 from dist_mlpl.data.views import check_size
 from dist_mlpl.display import Display, work_bar
 from dist_mlpl.environment import prepare_environment
-from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError
+from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError, StorageRefusedError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
 from dist_mlpl.tasks import join
@@ -363,8 +363,10 @@ def is_final(error: Exception, run: str, job: str | None) -> bool:
         run: URL of the run folder, RUN.
         job: token of this training job; None for a round of labels, where being overtaken is not final.
     """
-    if not isinstance(error, MlplError) or isinstance(error, StorageError):
+    if not isinstance(error, MlplError):
         return False
+    if isinstance(error, StorageError):
+        return isinstance(error, StorageRefusedError)
     if not isinstance(error, OvertakenError):
         return True
     try:

@@ -7,6 +7,7 @@ MlplError
     ShardError          one shard or its index
     LabelCodeError      a label outside {-1, 0, +1}
     StorageError        a URL that cannot be read or written
+      StorageRefusedError   a store that answered, and would answer the same again
   RunError            a run cannot go on                                   exit 4
     CheckpointError     the commit chain or a file in it
       OvertakenError      another attempt went on from where this one stood
@@ -67,6 +68,10 @@ class LabelCodeError(DataError):
 
 
 class StorageError(DataError):
+    pass
+
+
+class StorageRefusedError(StorageError):
     pass
 
 

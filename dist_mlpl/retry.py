@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
-from dist_mlpl.errors import MlplError, StorageError
+from dist_mlpl.errors import MlplError, StorageError, StorageRefusedError
 from dist_mlpl.urls import is_remote, scrubbed, shown
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ _HTTP_PACKAGES = ("botocore", "aiohttp", "aiobotocore", "urllib3", "requests", "
 _PASSING_WORDS = (
     "Connect", "Timeout", "IncompleteRead", "ClientPayload", "ServerDisconnected", "HTTPClient", "ServiceRequest",
     "ServiceResponse", "ResponseParser",
+    "CredentialRetrieval", "MetadataRetrieval",  # many ranks ask a node's metadata service at once
 )  # fmt: skip
 _STATUS_OF = {  # by error class, the attribute that holds the HTTP status
     "ClientResponseError": "status",  # aiohttp
@@ -221,7 +222,7 @@ def _text(error: Exception, url: str) -> str:
 
 
 def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float) -> StorageError:
-    """The error for an action that failed for good; the caller raises it.
+    """The error for an action that failed for good, StorageRefusedError if it always would; the caller raises it.
 
     Args:
         error: the last fault.
@@ -232,8 +233,8 @@ def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float
     """
     where, text, status = shown(url), _text(error, url), http_status(error)
 
-    def said(found: str, expected: str, next_step: str) -> StorageError:
-        return StorageError(f"{doing} {where} {found}: {text}", expected=expected, where=where, next_step=next_step)
+    def said(found: str, expected: str, next_step: str, kind: type[StorageError] = StorageError) -> StorageError:
+        return kind(f"{doing} {where} {found}: {text}", expected=expected, where=where, next_step=next_step)
 
     if error_code(error) in _EXPIRED_CODES:
         return said(
@@ -243,24 +244,26 @@ def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float
         )
     if isinstance(error, PermissionError) or status in (_UNAUTHORIZED, _FORBIDDEN) or _lacks_credentials(error):
         if not is_remote(url):
-            return said("is not allowed", "a user who may do this", "check the owner and mode of the file and folder")
+            step = "check the owner and mode of the file and folder"
+            return said("is not allowed", "a user who may do this", step, StorageRefusedError)
         keys = "check AWS_ACCESS_KEY_ID / AWS_PROFILE (or data.storage_options) and the bucket's policy"
         signed = "a signed URL may have expired: make a new one; or give data.storage_options what the server asks for"
-        return said("is not allowed", "credentials that may do this", signed if url.startswith("http") else keys)
+        kind = StorageError if _lacks_credentials(error) else StorageRefusedError  # they may come with another node
+        return said("is not allowed", "credentials that may do this", signed if url.startswith("http") else keys, kind)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free some, or name another disk (MLPL_CACHE_DIR places the shard cache, TMPDIR temporary files)"
         return said("found no room", "free space", step)
     if is_tls_fault(error):
         step = "check https:// or http://, this machine's date, and its certificates (AWS_CA_BUNDLE, SSL_CERT_FILE)"
-        return said("found no common TLS", "a server whose certificate is trusted here", step)
+        return said("found no common TLS", "a server whose certificate is trusted here", step, StorageRefusedError)
     if is_unknown_host(error):
         return said("found no such host", "a host that is known", "check its name in the URL or in AWS_ENDPOINT_URL")
     if isinstance(error, TypeError):
         step = "correct data.storage_options; options of one scheme go under its name: {s3: {...}, https: {...}}"
-        return said("was not understood", "storage options that this store takes", step)
+        return said("was not understood", "storage options that this store takes", step, StorageRefusedError)
     if status == _RANGE_NOT_THERE:
         step = "it is shorter than what refers to it says: restore it (a shard: `dist-mlpl shards verify`)"
-        return said("asked for bytes behind its end", "an object that holds them", step)
+        return said("asked for bytes behind its end", "an object that holds them", step, StorageRefusedError)
     hint = " (an expired token is answered like this, too)" if status == _BAD_REQUEST else ""
     return said(
         f"failed after {tries} tries in {waited:.1f} s: {type(error).__name__}",

@@ -22,7 +22,7 @@ from typing import IO, Any
 import pyarrow.fs
 
 from dist_mlpl import local_files, retry, stores
-from dist_mlpl.errors import StorageError
+from dist_mlpl.errors import StorageError, StorageRefusedError
 from dist_mlpl.listings import list_files, list_names, list_sizes
 from dist_mlpl.retry import DEADLINE_SECONDS, Traffic, failure, http_status, is_transient, retried, traffic
 from dist_mlpl.stores import STALL_SECONDS
@@ -75,7 +75,7 @@ def configuration() -> dict[str, Any]:
 def missing(url: str, *, what: str, next_step: str) -> StorageError:
     """The error for an object or folder that must exist and does not; the caller raises it."""
     where = shown(url)
-    return StorageError(f"{what} not found", expected=f"one at {where}", where=where, next_step=next_step)
+    return StorageRefusedError(f"{what} not found", expected=f"one at {where}", where=where, next_step=next_step)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from dist_mlpl.checkpoint import begin_attempt, newest_job, take_over
-from dist_mlpl.errors import ConfigError, OvertakenError, StorageError
+from dist_mlpl.errors import ConfigError, OvertakenError, RunError, StorageError
+from dist_mlpl.retry import failure
 
 pytestmark = pytest.mark.integration
 
@@ -43,3 +47,39 @@ def test_a_restart_may_help_against_storage_and_lost_peers_alone(tmp_path: Path)
     assert is_final(fault(ConfigError), str(tmp_path), "this")
     assert not is_final(fault(StorageError), str(tmp_path), "this")
     assert not is_final(RuntimeError("connection closed by peer"), str(tmp_path), "this")
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_lasting"),
+    [
+        (PermissionError("no"), True),
+        (OSError(errno.ENOSPC, "full"), False),
+        (ConnectionResetError("cut"), False),
+        (TypeError("unexpected keyword argument 'regoin_name'"), True),
+        (NoCredentialsError(), False),
+    ],
+)
+def test_what_a_store_would_answer_again_is_not_asked_again(fault: Exception, is_lasting: bool, tmp_path: Path) -> None:
+    from dist_mlpl.cluster import is_final  # imports Ray
+
+    error = failure(fault, url="s3://bucket/x", doing="reading", tries=1, waited=0.0)
+    assert is_final(error, str(tmp_path), "this") == is_lasting
+    assert is_final(pickle.loads(pickle.dumps(error)), str(tmp_path), "this") == is_lasting
+
+
+def test_groups_of_workers_that_save_nothing_are_given_up_in_the_end() -> None:
+    from dist_mlpl.board import Board  # imports Ray
+
+    board = Board()
+    for _ in range(2):
+        for _ in range(9):
+            assert board.open() is None
+            board.push([{"event": "start"}, {"event": "step"}])
+            board.lose()
+        assert board.fatal() is None
+        board.push([{"event": "commit"}])  # nodes are lost often, but the run gets on
+    for _ in range(10):
+        board.lose()
+    error = board.open()
+    assert isinstance(error, RunError)
+    assert "10 groups of workers" in str(error)
