@@ -43,8 +43,8 @@ from dist_mlpl.chain import (
     versions,
 )
 from dist_mlpl.data.collate import BadSample
+from dist_mlpl.data.delivery import Consumed
 from dist_mlpl.data.order import PADDING, last_position
-from dist_mlpl.data.stream import Consumed
 from dist_mlpl.data.tar_stream import AnyStream, TarStream
 from dist_mlpl.engine import Engine
 from dist_mlpl.engines.state import EngineState

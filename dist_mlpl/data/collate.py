@@ -128,7 +128,10 @@ def put(
 
 
 def clear(batch: Batch, row: int) -> None:
-    """Fill one row as padding or an undecodable sample: black, all labels unknown. `valid` is left as it is."""
+    """Fill one row as padding or an undecodable sample: black, all labels unknown. `valid` is left as it is.
+
+    Training sees other images there; see `dist_mlpl.data.delivery.without_blanks`.
+    """
     batch.images[row].zero_()
     batch.targets[row].zero_()
     if batch.pseudo_targets is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -30,6 +28,7 @@ from dist_mlpl.data.collate import (
     put,
     to_device,
 )
+from dist_mlpl.data.delivery import Delivery
 from dist_mlpl.data.fetch import Fetcher, Spans, Ticket
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.mixture import MixedSet
@@ -38,9 +37,8 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.tars import TarSettings
 from dist_mlpl.data.transform import Transform, use_one_thread_here
 from dist_mlpl.data.views import check_rule
-from dist_mlpl.errors import DataError, ShardError
+from dist_mlpl.errors import ShardError
 from dist_mlpl.settings import Location, Settings
-from dist_mlpl.spans import span
 from dist_mlpl.world import World
 
 ROWS_PER_JOB = 8  # rows that one thread decodes one after the other
@@ -110,15 +108,6 @@ class DataSettings(Settings):
         return self
 
 
-@dataclass
-class Consumed:
-    """The samples handed to a rank since the last commit: the evidence that `audit` reads."""
-
-    positions: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    indices: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    bad: list[BadSample] = field(default_factory=list)
-
-
 class _Share(NamedTuple):
     """One rank's share of one step."""
 
@@ -127,7 +116,7 @@ class _Share(NamedTuple):
     round: int  # the prefetch round it belongs to: a window of the order, or a stretch of an evaluation
 
 
-class Stream:
+class Stream(Delivery):
     """Batches of one split for one rank.
 
     Three things run concurrently: reads of upcoming samples and extents, decoding into the memory of upcoming
@@ -156,16 +145,16 @@ class Stream:
         max_bad_fraction: float,
         decodes_on_device: bool = False,
     ) -> None:
+        super().__init__(
+            rank=world.rank, num_samples=index.num_samples, max_bad_fraction=max_bad_fraction,
+            repair="run `dist-mlpl shards verify --decode`",
+        )  # fmt: skip
         self._decodes_on_device = decodes_on_device
         self._index, self.fetcher, self._transform = index, fetcher, transform
         self._world, self._device = world, device
         self._memory = ImageMemory()
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
-        self._allowed_bad = max_bad_fraction * index.num_samples
-        self._num_bad = 0  # over all ranks, this epoch
-        self._consumed = Consumed()
-        self._waited_seconds = 0.0
 
     def close(self) -> None:
         """Stop reading and decoding."""
@@ -207,18 +196,7 @@ class Stream:
         if start == 0:
             self._num_bad = 0
         host_batches = self.host_batches(order, labels, epoch=epoch, start=start, global_batch=global_batch)
-        batches = to_device(host_batches, self._device, self._finish(epoch))
-        while True:
-            began = time.perf_counter()
-            with span("data"):
-                host = next(batches, None)
-            self._waited_seconds += time.perf_counter() - began
-            if host is None:
-                return
-            self._consumed.positions.append(host.positions)
-            self._consumed.indices.append(host.indices)
-            self._consumed.bad += host.bad
-            yield host.batch
+        yield from self._handed_out(to_device(host_batches, self._device, self._finish(epoch)))
 
     def host_batches(
         self, order: EpochOrder, labels: Labels, *, epoch: int, start: int, global_batch: int
@@ -304,34 +282,6 @@ class Stream:
         for host in to_device(host_batches, self._device, self._finish(0)):
             self._consumed.bad += host.bad
             yield host.batch
-
-    def take_consumed(self) -> Consumed:
-        """Return what was handed out since the last call, and forget it."""
-        consumed, self._consumed = self._consumed, Consumed()
-        return consumed
-
-    def remember_bad(self, num_bad: int) -> None:
-        """Set the number of undecodable samples that earlier attempts met in this epoch, over all ranks."""
-        self._num_bad = num_bad
-
-    def stop_if_bad(self, num_bad: int) -> None:
-        """Add a step's undecodable samples to this epoch's count, and stop the run above the limit.
-
-        Args:
-            num_bad: over all ranks, the same on every rank, so that all stop together.
-
-        Raises:
-            DataError: more than `data.max_bad_fraction` of the split failed in this epoch.
-        """
-        self._num_bad += num_bad
-        if self._num_bad > self._allowed_bad:
-            names = "; ".join(f"{bad.name} ({bad.reason})" for bad in self._consumed.bad[-3:])
-            raise DataError(
-                f"{self._num_bad} undecodable samples in this epoch",
-                expected=f"at most {self._allowed_bad:g} of {self._index.num_samples} (data.max_bad_fraction)",
-                where=f"rank {self._world.rank}: {names or 'none of its own; see the other ranks'}",
-                next_step="run `dist-mlpl shards verify --decode`, or raise data.max_bad_fraction",
-            )
 
     def _finish(self, epoch: int) -> Callable[[HostBatch], HostBatch]:
         """The work left to do on a batch on the device."""

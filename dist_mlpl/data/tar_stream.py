@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +17,13 @@ import torch
 from dist_mlpl import comm, keyed, storage
 from dist_mlpl.batch import Batch, Loading
 from dist_mlpl.data.collate import BadSample, HostBatch, ImageMemory, clear, empty_batch, normalised, put, to_device
+from dist_mlpl.data.delivery import Delivery
 from dist_mlpl.data.label_store import Labels
 from dist_mlpl.data.order import PADDING, EpochOrder, last_position
-from dist_mlpl.data.stream import EVALUATION_BLOCK, Consumed, Stream
+from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream
 from dist_mlpl.data.tars import TarSample, TarSet, check_num_tars, mixed, read_tar
 from dist_mlpl.data.transform import Transform, use_one_thread_here
-from dist_mlpl.errors import DataError, ShardError
-from dist_mlpl.spans import span
+from dist_mlpl.errors import ShardError
 from dist_mlpl.world import World
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ T = TypeVar("T")
 Indices = npt.NDArray[np.int64]
 
 
-class TarStream:
+class TarStream(Delivery):
     """Batches for one rank from tars without an index; the counterpart of `Stream`. See `tars.LIMITS`.
 
     Args:
@@ -60,6 +59,9 @@ class TarStream:
         device: torch.device,
         max_bad_fraction: float,
     ) -> None:
+        super().__init__(
+            rank=world.rank, num_samples=tars.num_samples, max_bad_fraction=max_bad_fraction, repair="repair the tars"
+        )
         if transform.train:
             check_num_tars(tars, world_size=world.size)
         self._tars, self._transform, self._world, self._device = tars, transform, world, device
@@ -67,11 +69,7 @@ class TarStream:
         self._seed, self._num_workers = seed, num_workers
         self._reader = ThreadPoolExecutor(1, "read") if num_workers else None
         self._pool = ThreadPoolExecutor(num_workers, "decode", use_one_thread_here) if num_workers else None
-        self._allowed_bad = max_bad_fraction * tars.num_samples
-        self._num_bad = 0  # over all ranks, this epoch
-        self._consumed = Consumed()
         self._told: set[str] = set()  # tars whose ignored members were reported
-        self._waited_seconds = 0.0
 
     def close(self) -> None:
         """Stop reading and decoding."""
@@ -111,18 +109,8 @@ class TarStream:
         steps = range(start, stop, global_batch)
         shares = (order.share(begin, global_batch, rank=self._world.rank, size=size) for begin in steps)
         host_batches = self._decoded(self._mixed(epoch, start), shares, epoch=epoch)
-        batches = to_device(host_batches, self._device, partial(normalised, transform=self._transform))
-        while True:
-            began = time.perf_counter()
-            with span("data"):
-                host = next(batches, None)
-            self._waited_seconds += time.perf_counter() - began
-            if host is None:
-                return
-            self._consumed.positions.append(host.positions)
-            self._consumed.indices.append(host.positions)
-            self._consumed.bad += host.bad
-            yield host.batch
+        finish = partial(normalised, transform=self._transform)
+        yield from self._handed_out(to_device(host_batches, self._device, finish))
 
     def evaluation_batches(self, labels: Labels) -> Iterator[Batch]:
         """Every sample of the split once, each rank's tars in blocks of 32; ranks that finish early yield padding.
@@ -151,34 +139,6 @@ class TarStream:
                 (host,) = to_device([HostBatch(batch, nothing, nothing, [])], self._device, finish)
             self._consumed.bad += host.bad
             yield host.batch
-
-    def take_consumed(self) -> Consumed:
-        """Return what was handed out since the last call, and forget it."""
-        consumed, self._consumed = self._consumed, Consumed()
-        return consumed
-
-    def remember_bad(self, num_bad: int) -> None:
-        """Set the number of undecodable samples that earlier attempts met in this epoch, over all ranks."""
-        self._num_bad = num_bad
-
-    def stop_if_bad(self, num_bad: int) -> None:
-        """Add a step's undecodable samples to this epoch's count, and stop the run above the limit.
-
-        Args:
-            num_bad: over all ranks, the same on every rank, so that all stop together.
-
-        Raises:
-            DataError: more than `data.max_bad_fraction` of an epoch failed.
-        """
-        self._num_bad += num_bad
-        if self._num_bad > self._allowed_bad:
-            names = "; ".join(f"{bad.name} ({bad.reason})" for bad in self._consumed.bad[-3:])
-            raise DataError(
-                f"{self._num_bad} undecodable samples in this epoch",
-                expected=f"at most {self._allowed_bad:g} of {self._tars.num_samples} (data.max_bad_fraction)",
-                where=f"rank {self._world.rank}: {names or 'none of its own; see the other ranks'}",
-                next_step="repair the tars, or raise data.max_bad_fraction",
-            )
 
     def _mixed(self, epoch: int, start: int) -> Iterator[TarSample]:
         """This rank's samples without end: tars are permuted, dealt to the ranks and mixed, then all of it again."""

@@ -14,7 +14,7 @@ from dist_mlpl import comm
 from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.chain import RunIdentity, commit_url
 from dist_mlpl.checkpoint import Checkpoint, begin_attempt
-from dist_mlpl.data.stream import Consumed
+from dist_mlpl.data.delivery import Consumed
 from dist_mlpl.errors import MlplError
 from tests.support.ranks import run_ranks
 from tests.support.training import make_engine, train
