@@ -23,6 +23,7 @@ from dist_mlpl.data.transform import Transform
 from dist_mlpl.data.view_files import view_url
 from dist_mlpl.data.views import LabelView, View
 from dist_mlpl.engine import Engine
+from dist_mlpl.errors import ConfigError
 from dist_mlpl.methods.base import Method
 from dist_mlpl.world import World
 
@@ -83,29 +84,43 @@ def build_cache(data: DataSettings, index: AnySamples, world: World) -> ExtentCa
     return ExtentCache(limit_bytes=data.cache_bytes, num_processes=world.local_size)
 
 
-def check_cache(config: Config, index: SplitIndex, world: World) -> list[str]:
+def check_cache(config: Config, index: SplitIndex, world: World, *, is_shrunk: bool = False) -> tuple[list[str], bool]:
     """Check data.cache_bytes against what the ranks of this node read at once.
+
+    Args:
+        config: the run's config.
+        index: the split.
+        world: this rank.
+        is_shrunk: the run goes on with fewer ranks, of which each reads more lanes. A cache that is too small for that
+            is then left out, so that lost nodes make a run slower and do not end it.
 
     Returns:
         Lines for the user: what this node's cache needs, and what would keep the whole split; none for local shards.
+        And whether the cache is to be used.
 
     Raises:
         ConfigError: data.cache_bytes is too small.
     """
     data = config.data
     if not index.is_remote:
-        return []
+        return [], False
     if data.cache_bytes == 0:
-        return ["no cache (data.cache_bytes 0): every sample is read from the store by itself, in every epoch"]
+        return ["no cache (data.cache_bytes 0): every sample is read from the store by itself, in every epoch"], False
     first = world.rank - world.local_rank
     lanes = epoch_order(config, index, 0).lanes_read(
         0, config.global_batch, ranks=range(first, first + world.local_size), size=world.size
     )
-    least = check_cache_limit(data.cache_bytes, index, num_lanes=len(lanes), window_samples=data.window_samples)
+    try:
+        least = check_cache_limit(data.cache_bytes, index, num_lanes=len(lanes), window_samples=data.window_samples)
+    except ConfigError as error:
+        if not is_shrunk:
+            raise
+        text = f"{error.found} is too small for {world.size} ranks, fewer than before: every sample is read by itself"
+        return [f"{text}; a cache needs {error.expected}"], False
     return [
         f"cache {cache_folder()}: {data.cache_bytes:,} bytes; this node needs {least:,} for {len(lanes)} lanes, "
         f"{index.num_bytes * 8 // 7:,} would keep all of {index.split!r}"
-    ]
+    ], True
 
 
 def build_stream(

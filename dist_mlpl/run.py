@@ -22,7 +22,7 @@ from dist_mlpl.data.cache import ExtentCache
 from dist_mlpl.data.label_store import Labels, LabelStore
 from dist_mlpl.data.manifest import Manifest
 from dist_mlpl.data.order import check_global_batch
-from dist_mlpl.data.overlays import newest_round
+from dist_mlpl.data.overlays import newest_round, unfinished_round
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet
 from dist_mlpl.engine import Engine
@@ -209,8 +209,14 @@ def open_run(
                 check_dropout(method)
         if attempt.parent is None and config.method.init_from:
             notes.append(start_from(config.method.init_from, engine))
-        notes += LIMITS if isinstance(samples, TarSet) else check_cache(config, samples, world)
-        cache = build_cache(data, samples, world)
+        cache = None
+        if isinstance(samples, TarSet):
+            notes += LIMITS
+        else:
+            is_shrunk = attempt.parent is not None and world.size < attempt.parent.world_size
+            told, is_used = check_cache(config, samples, world, is_shrunk=is_shrunk)
+            notes += told
+            cache = build_cache(data, samples, world) if is_used else None
         stream = opened.enter_context(closing(build_stream(config, samples, cache, world, engine, train=True)))
         judged = opened.enter_context(closing(build_stream(config, judged_samples, cache, world, engine, train=False)))
         identity = RunIdentity(
@@ -223,6 +229,8 @@ def open_run(
             out, engine, stream,
             identity=identity, attempt=attempt, length=length, keep_checkpoints=config.keep_checkpoints,
         )  # fmt: skip
+        if config.curriculum is not None:
+            notes += comm.on_first_rank(lambda: _unfinished(out))
         yield Run(
             config=config,
             manifest=manifest,
@@ -240,6 +248,15 @@ def open_run(
             notes=[str(method.weights_report), *method.notes, *notes],
             log_file=log_file,
         )
+
+
+def _unfinished(out: str) -> list[str]:
+    """A note for the user about a round of labels that was begun and not committed, if there is one."""
+    number = unfinished_round(out)
+    return [] if number is None else [
+        f"round {number} of labels was begun and is not finished: it goes on if it is made from the same models and "
+        "settings; if another job left it behind, drop it with `dist-mlpl labels rollback RUN`"
+    ]  # fmt: skip
 
 
 @contextmanager

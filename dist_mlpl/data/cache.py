@@ -84,6 +84,14 @@ class ExtentCache:
             log.warning("an extent of the cache cannot be read: %s", error)
             return None
 
+    def drop(self, key: str) -> None:
+        """Remove an extent whose bytes turned out wrong, so that it is fetched again."""
+        log.warning("a damaged extent of the cache is removed: %s", self._path(key))
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:  # a fault of this node's disk; the store still has the bytes
+            log.warning("it cannot be removed: %s", error)
+
     def add(self, key: str, num_bytes: int, fetch: Callable[[], bytes]) -> bool:
         """Make sure that an extent is cached; of several callers at once, one fetches and the others wait.
 

@@ -135,33 +135,22 @@ class Fetcher:
         if self._cache is not None:
             extent = self._extent(shard, row)
             content = self._cache.read(extent.key, offset - extent.start, num_bytes)
-            if content is not None and len(content) == num_bytes and _is_sound(content, offset, table, row):
-                self._count("cached")
-                return content
+            if content is not None:
+                if len(content) == num_bytes and _is_sound(content, offset, table, row):
+                    self._count("cached")
+                    return content
+                self._cache.drop(extent.key)
         return self._read_sample(shard, row)  # not cached, evicted meanwhile, or unsound
 
     def _read_local(self, shard: int, row: int, offset: int, num_bytes: int) -> bytes:
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None:
-                url = self._url(shard)
-                try:
-                    file = open(url.removeprefix("file://"), "rb", buffering=0)  # noqa: SIM115 - closed with the last user
-                except FileNotFoundError:
-                    raise _missing(url) from None
-                self._files[shard] = file
-                if len(self._files) > _NUM_OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(shard)
-            self._counts["local"] += 1
         try:
-            content = os.pread(file.fileno(), num_bytes, offset)
+            content = os.pread(self._local_file(shard).fileno(), num_bytes, offset)
         except OSError:  # for example a network disk that failed over: reopen and retry for a while
             with self._lock:
                 self._files.pop(shard, None)
             try:
                 content = storage.read_bytes(self._url(shard), offset, offset + num_bytes)
-            except FileNotFoundError:  # deleted while its handle was kept open here
+            except FileNotFoundError:  # never there, or deleted while its handle was kept open here
                 raise _missing(self._url(shard)) from None
         if len(content) != num_bytes:
             raise _truncated(self._url(shard), f"{len(content)} bytes at {offset}", f"{num_bytes}, as the index says")
@@ -171,6 +160,18 @@ class Fetcher:
                 self._url(shard), f"sample {table.keys[row]} with other bytes than were packed", "the same"
             )
         return content
+
+    def _local_file(self, shard: int) -> IO[bytes]:
+        """A shard's tar, opened; the last used stay open."""
+        with self._lock:
+            if shard not in self._files:
+                url = self._url(shard)
+                self._files[shard] = open(url.removeprefix("file://"), "rb", buffering=0)  # noqa: SIM115 - closed with the last user
+                if len(self._files) > _NUM_OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard)
+            self._counts["local"] += 1
+            return self._files[shard]
 
     def _read_sample(self, shard: int, row: int) -> bytes:
         table = self._index.shard_index(shard)

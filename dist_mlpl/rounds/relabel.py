@@ -34,7 +34,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_span_blocks
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
-from dist_mlpl.errors import ConfigError, MlplError, OvertakenError
+from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
 from dist_mlpl.methods.base import Method
 from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal
 from dist_mlpl.rounds.models import Model, find_members, is_made, load_models, model_record
@@ -185,7 +185,7 @@ def plan_round(
     Raises:
         ConfigError: tars without an index, or a round that could fill the disk.
         CheckpointError: the newest round was made from other shards or another view.
-        OvertakenError: a round is being made from other models or settings.
+        CheckpointError: a round is being made, or was left unfinished, from other models or settings.
 
     Collective: all ranks, one broadcast.
     """
@@ -238,10 +238,12 @@ def _take(run: str, plan: RoundPlan) -> RoundPlan:
     if found != plan:
         ours, theirs = plan.model_dump(), found.model_dump()
         differing = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
-        raise OvertakenError(
+        where = round_url(run, plan.round, "plan.json")
+        begun = storage.written_at(where)
+        raise CheckpointError(  # not OvertakenError: a restarted group of workers would meet it again
             f"round {plan.round} is being made from something else: " + "; ".join(differing)[:600],
-            expected="one round at a time",
-            where=storage.shown(round_url(run, plan.round, "plan.json")),
+            expected="one round at a time" + (f"; that one was begun at {begun:%Y-%m-%d %H:%M} UTC" if begun else ""),
+            where=storage.shown(where),
             next_step="let that job finish, or drop its round with `dist-mlpl labels rollback RUN`",
         )
     return plan

@@ -8,11 +8,14 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dist_mlpl import storage
+from dist_mlpl.build import check_cache
+from dist_mlpl.config import check_config
 from dist_mlpl.data import fetch
 from dist_mlpl.data.cache import ExtentCache
 from dist_mlpl.data.fetch import FetchCounts, Fetcher, Spans, check_cache_limit, least_cache_bytes
@@ -20,10 +23,11 @@ from dist_mlpl.data.manifest import Manifest, load_manifest
 from dist_mlpl.data.order import EpochOrder
 from dist_mlpl.data.shard_index import encode_index
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.errors import ConfigError, ShardError
+from dist_mlpl.errors import ConfigError, ShardError, StorageError
 from dist_mlpl.tools.object_store import EmbeddedS3
+from dist_mlpl.world import World
 from tests.support.proxy import FaultyProxy
-from tests.support.runs import tiny_shards
+from tests.support.runs import tiny_config, tiny_shards
 from tests.support.sets import copy_set, fetch_ahead, images_of, is_running, wait_until
 
 pytestmark = pytest.mark.integration
@@ -183,6 +187,9 @@ def test_an_extent_that_made_room_or_was_damaged_meanwhile_is_read_from_the_stor
     paths[1].write_bytes(paths[1].read_bytes()[:100])
     assert list(fetcher.take(ticket)) == images[:12]
     assert fetcher.counts.direct >= 2
+    assert paths[1] not in set(cache.folder.glob("*.bytes")), "a damaged extent would be read again and again"
+    fetch_ahead(fetcher, [(0, 12)])
+    assert sorted(cache.folder.glob("*.bytes")) == paths
     fetcher.close()
 
 
@@ -315,6 +322,25 @@ def test_a_cache_below_the_least_is_refused_with_numbers_that_work(local: Manife
             check_cache_limit(limit, index, num_lanes=num_lanes, window_samples=8)
 
 
+def test_lost_nodes_cost_a_run_its_small_cache_and_not_its_life(
+    local: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = SplitIndex(local, "train")
+    monkeypatch.setattr(SplitIndex, "is_remote", True)
+    data = {"num_lanes": 8, "window_samples": 4}
+    enough = least_cache_bytes(index, num_lanes=4, window_samples=4)  # of the two ranks' 8 lanes, as dealt to one
+    assert enough < least_cache_bytes(index, num_lanes=8, window_samples=4)
+    config = check_config(tiny_config(local.url, data=data | {"cache_bytes": enough}, group_size=4), where="test")
+    told, is_used = check_cache(config, index, World(rank=0, size=2, local_rank=0, local_size=1))
+    assert is_used
+    assert "for 4 lanes" in told[0]
+    with pytest.raises(ConfigError, match=r"data\.cache_bytes"):
+        check_cache(config, index, World(rank=0, size=1, local_rank=0, local_size=1))
+    told, is_used = check_cache(config, index, World(rank=0, size=1, local_rank=0, local_size=1), is_shrunk=True)
+    assert not is_used
+    assert "too small for 1 ranks, fewer than before" in told[0]
+
+
 def test_no_split_needs_more_cache_than_it_has_bytes(local: Manifest) -> None:
     index = SplitIndex(local, "train")
     least = least_cache_bytes(index, num_lanes=64, window_samples=4096)
@@ -337,6 +363,36 @@ def test_a_network_disk_that_fails_over_is_read_again(
     fetcher.close()
     assert not faults
     assert found == images
+
+
+def test_a_network_disk_that_fails_over_is_opened_again(
+    local: Manifest, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher, faults = Fetcher(SplitIndex(local, "train")), [OSError(errno.ESTALE, "stale file handle")]
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return open(*arguments, **options)
+
+    monkeypatch.setattr("dist_mlpl.data.fetch.open", fail_once, raising=False)
+    found = taken(fetcher, list(range(len(images))))
+    fetcher.close()
+    assert not faults
+    assert found == images
+
+
+def test_a_shard_that_may_not_be_opened_is_a_storage_error(local: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetcher = Fetcher(SplitIndex(local, "train"))
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr("dist_mlpl.data.fetch.open", refuse, raising=False)
+    monkeypatch.setattr("dist_mlpl.storage.open", refuse, raising=False)
+    with pytest.raises(StorageError, match="not allowed"):
+        taken(fetcher, [0])
+    fetcher.close()
 
 
 def test_a_shard_deleted_under_a_kept_handle_of_a_network_disk_is_named(

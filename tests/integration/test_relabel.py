@@ -330,8 +330,9 @@ def test_a_second_job_from_other_settings_is_refused_until_the_first_is_done_or_
     out = copy_of(trained, tmp_path)
     assert relabel_run(job_config(str(out), ["threshold=0.01"], None)) is not None
     (out / "rounds" / "000003" / "commit.json").unlink()  # as if it were still at work
-    with pytest.raises(OvertakenError, match="being made from something else"):
+    with pytest.raises(CheckpointError, match="being made from something else") as refused:
         relabel_run(job_config(str(out), ["threshold=0.02"], None))
+    assert type(refused.value) is CheckpointError, "OvertakenError is for jobs that a restart would find done"
     assert [one.state for one in rounds_of(str(out))] == ["committed", "in force", "unfinished"]
     assert "never finished" in roll_back(str(out))
     made = relabel_run(job_config(str(out), ["threshold=0.02"], None))
