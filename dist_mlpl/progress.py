@@ -26,6 +26,9 @@ import torch
 
 from dist_mlpl import comm, storage
 from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
+from dist_mlpl.errors import StorageError
+
+log = logging.getLogger(__name__)
 
 _ROWS: Final = re.compile(r"(?P<attempt>\d+)-(?P<number>\d+)\.jsonl")
 
@@ -67,6 +70,7 @@ class Report:
     ) -> None:
         self._make_sinks, self._ask = make_sinks, ask
         self._sinks: Sequence[Sink] = ()
+        self._failing: set[int] = set()  # ids of sinks whose last call failed
         self._global_batch = 0
         self._clock = 0.0
         self._loading = Loading()  # at the last row
@@ -142,8 +146,7 @@ class Report:
         """Report that an epoch was evaluated; `progress` is at the start of the next. Flushes the sinks."""
         self._emit({"event": "epoch", **_position(progress), **self.train_metrics(), **metrics})
         self._losses, self._metrics, self._seconds = [], {}, 0.0
-        for sink in self._sinks:
-            sink.flush()
+        self._flush()
         self._clock = time.perf_counter()  # the evaluation does not count against the next step's images/s
 
     def scoring(self, progress: Progress, done: int, total: int) -> None:
@@ -153,8 +156,7 @@ class Report:
     def round(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Report that the round of labels `progress.round` is in force from now on. Flushes the sinks."""
         self._emit({"event": "round", **_position(progress), **metrics})
-        for sink in self._sinks:
-            sink.flush()
+        self._flush()
         self._clock = time.perf_counter()
 
     def is_asked_to_stop(self) -> bool:
@@ -176,8 +178,7 @@ class Report:
     def saved(self, progress: Progress) -> None:
         """Report that a commit exists, and flush the sinks so that the rows before it are durable too."""
         self._emit({"event": "commit", **_position(progress)})
-        for sink in self._sinks:
-            sink.flush()
+        self._flush()
         self._clock = time.perf_counter()
 
     def stopped(self, progress: Progress) -> None:
@@ -188,12 +189,26 @@ class Report:
         """Close all sinks; the run has returned or failed."""
         with ExitStack() as closing:  # every sink is closed, whatever one of them raises
             for sink in self._sinks:
-                closing.callback(sink.close)
+                closing.callback(self._told, sink, sink.close)
         self._sinks = ()
 
     def _emit(self, row: Row) -> None:
         for sink in self._sinks:
-            sink.row(row)
+            self._told(sink, sink.row, row)
+
+    def _flush(self) -> None:
+        for sink in self._sinks:
+            self._told(sink, sink.flush)
+
+    def _told(self, sink: Sink, act: Callable[..., None], *arguments: Row) -> None:
+        """Call a sink. What it cannot write is told in the log, once until it can again; it never ends the run."""
+        try:
+            act(*arguments)
+            self._failing.discard(id(sink))
+        except (OSError, StorageError) as error:
+            if id(sink) not in self._failing:
+                log.warning("%s: rows of this run cannot be written, and it goes on: %s", type(sink).__name__, error)
+            self._failing.add(id(sink))
 
 
 def _position(progress: Progress) -> Row:
@@ -295,16 +310,24 @@ class TensorBoard:
                 self._writer.add_scalar(f"{sections[row['event']]}/{name}", value, row["step"])
 
     def flush(self) -> None:
-        self._writer.flush()
-        if storage.is_remote(self._url):
-            for path in self._folder.iterdir():
-                storage.upload(path, storage.join(self._url, path.name))
+        if storage.is_remote(self._url):  # events since the last flush become an object of their own
+            self._writer.close()  # the next scalar opens another file
+            self._upload()
+        else:
+            self._writer.flush()
+
+    def _upload(self) -> None:
+        for path in sorted(self._folder.iterdir()):
+            storage.upload(path, storage.join(self._url, path.name))
+            path.unlink()
 
     def close(self) -> None:
-        self.flush()
         self._writer.close()
         if storage.is_remote(self._url):
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._upload()
+            finally:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class LogFile:
@@ -339,10 +362,13 @@ class LogFile:
                 os.dup2(self._file.fileno(), number)
 
     def copy(self) -> None:
-        """Flush the log, and copy it to RUN if that is remote."""
-        self._handler.flush()
-        if self._is_remote:
-            storage.upload(self._path, self._url)
+        """Flush the log, and copy it to RUN if that is remote. A copy that fails is told in the log, and made later."""
+        try:
+            self._handler.flush()
+            if self._is_remote:
+                storage.upload(self._path, self._url)
+        except (OSError, StorageError) as error:
+            log.warning("the log could not be copied to %s: %s", storage.shown(self._url), error)
 
     def close(self) -> None:
         """Copy the log a last time, and restore standard output and error."""

@@ -26,7 +26,7 @@ from dist_mlpl.data.overlays import newest_round, unfinished_round
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet
 from dist_mlpl.engine import Engine
-from dist_mlpl.errors import CheckpointError, StorageError
+from dist_mlpl.errors import CheckpointError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
 from dist_mlpl.progress import LogFile, Report, without_nan
@@ -269,10 +269,7 @@ def _logged(out: str, attempt: Attempt, world: World, *, has_output: bool) -> It
         log.exception("the run stops")
         raise
     finally:
-        try:
-            log_file.close()
-        except StorageError as error:  # the log's last lines must not hide what ended the run
-            log.warning("the log could not be copied: %s", error)
+        log_file.close()
 
 
 def _is_about(url: str, commit: Commit) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import subprocess
@@ -9,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_mlpl import board
+from dist_mlpl import board, storage
 from dist_mlpl.batch import METRIC, Loading, Progress, StepOutput
+from dist_mlpl.config import check_config
 from dist_mlpl.display import Display, epoch_line
-from dist_mlpl.progress import Action, JsonLines, Report, read_rows
+from dist_mlpl.errors import StorageError
+from dist_mlpl.progress import Action, JsonLines, LogFile, Report, Row, TensorBoard, read_rows
+from tests.support.runs import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -106,11 +112,11 @@ def test_the_wish_to_stop_is_the_answer_to_a_step() -> None:
 def test_every_sink_is_closed_even_if_one_of_them_fails() -> None:
     class Failing(Rows):
         def close(self) -> None:
-            raise OSError("full")
+            raise ZeroDivisionError("full")
 
     first, last = Rows(), Rows()
     report = begun(first, Failing(), last)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ZeroDivisionError, match="full"):
         report.close()
     assert first[-1]["event"] == last[-1]["event"] == "closed"
 
@@ -195,3 +201,89 @@ def test_a_workers_log_holds_what_it_and_its_libraries_print_to_the_last_word(tm
     assert "chatter" not in text
     assert ("Fatal Python error: Aborted" in text) == (ending == "dies")
     assert done.stdout == ("shown again\n" if ending == "returns" else "")
+
+
+class Broken:
+    """A sink whose disk is full for some calls."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing, self.calls = failing, list[str]()
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def row(self, row: Row) -> None:
+        self._call("row")
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+
+@pytest.mark.parametrize("failing", [("row",), ("flush",), ("close",), ("row", "flush", "close")])
+def test_a_sink_that_cannot_write_is_told_once_and_ends_nothing(
+    failing: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, whole = Broken(*failing), Broken()
+    report = Report(lambda out, attempt: [broken, whole])
+    report.begin("out", "0001", Progress(), global_batch=8, about={})
+    for _ in range(3):
+        report.saved(Progress())
+    report.close()
+    assert broken.calls == whole.calls == ["row", *["row", "flush"] * 3, "close"]
+    told = [record for record in caplog.records if "Broken: rows of this run cannot be written" in record.getMessage()]
+    expected = {("row",): 4, ("flush",): 3, ("close",): 1}  # it worked in between
+    assert len(told) == expected.get(failing, 1)
+
+
+def test_an_error_that_is_no_fault_of_a_disk_or_store_is_raised() -> None:
+    class Wrong(Broken):
+        def row(self, row: Row) -> None:
+            raise ZeroDivisionError
+
+    report = Report(lambda out, attempt: [Wrong()])
+    with pytest.raises(ZeroDivisionError):
+        report.begin("out", "0001", Progress(), global_batch=8, about={})
+
+
+def test_curves_in_a_store_are_sent_once_and_read_back_whole(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}"
+    sink, sent = TensorBoard(url, "0001"), list[int]()
+    for step in range(40):
+        sink.row({"event": "step", "step": step, "loss": float(step)})
+        if step % 10 == 9:
+            sink.flush()
+            sent.append(sum(size for _, size in storage.list_sizes(f"{url}/tensorboard/0001")))
+    sink.close()
+    growth = np.diff(sent)
+    assert growth.max() < 1.1 * sent[0], "each flush sends its own rows, not all since the start"
+    for name in storage.list_names(f"{url}/tensorboard/0001"):
+        storage.download(f"{url}/tensorboard/0001/{name}", tmp_path / name)
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in curves.Scalars("train/loss")] == list(range(40))
+
+
+def test_a_log_that_cannot_be_copied_is_told_and_copied_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, upload = f"memory://{tmp_path.name}", storage.upload
+    log = LogFile(url, "0001", 0)
+
+    def refuse(path: Path, url: str) -> None:
+        raise StorageError("refused", expected="", where="", next_step="")
+
+    monkeypatch.setattr(storage, "upload", refuse)
+    log.copy()
+    assert "the log could not be copied" in caplog.text
+    monkeypatch.setattr(storage, "upload", upload)
+    log.close()
+    assert "the log could not be copied" in storage.read_bytes(f"{url}/logs/0001/rank-0.log").decode()
+
+
+def test_a_run_folder_given_as_a_file_url_is_that_folder(tmp_path: Path) -> None:
+    config = check_config(tiny_config("shards") | {"out": f"file://{tmp_path}/run"}, where="test")
+    assert config.run_folder == f"{tmp_path}/run"
