@@ -14,6 +14,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 import fsspec
+import fsspec.asyn
+import fsspec.callbacks
 
 from dist_mlpl.errors import ConfigError, StorageError
 from dist_mlpl.retry import printable

@@ -17,7 +17,6 @@ from torch import Tensor
 from dist_mlpl.errors import ConfigError, nearest_names
 from dist_mlpl.labels import PRESENT, UNKNOWN
 from dist_mlpl.losses.rowwise import precise, sum_of_rows
-from dist_mlpl.losses.threshold import Reduce, kth_largest
 
 Scheme = Literal["reject", "correct"]
 
@@ -61,41 +60,13 @@ def group_thresholds(
     return torch.where(is_late, math.inf, threshold).view_as(grouped)[group, place]
 
 
-def large_loss_threshold(logits: Tensor, targets: Tensor, *, fraction: float, reduce: Reduce | None = None) -> Tensor:
-    """The logit of the k-th largest loss among unknown labels taken as absent, k = ceil(B * C * fraction).
-
-    That loss grows with the logit, so ranking by logits is the same, and logits do not saturate.
-
-    Args:
-        logits: (B, C), any floating type.
-        targets: (B, C) int8 in {-1, 0, 1}.
-        fraction: share of all B * C entries, in [0, 1]. LL-R and LL-Ct: epochs finished times a rate; LL-Cp: a rate, in
-            every batch after the first epoch. The rates are 0.005, 0.002 and 0.001 in BoostLU (Kim et al., CVPR 2023).
-        reduce: sums a tensor over ranks; B then counts the images of all ranks. None: one rank.
-
-    Returns:
-        () without gradient; infinity for k = 0, minus infinity when fewer than k labels are unknown.
-
-    Collective: through `reduce`, on all ranks: one integer, then see `kth_largest`.
-
-    Source: Kim et al., CVPR 2022.
-    Differs: over the batch of all ranks; the original's is per device, where ranks with easy images reject too much.
-    """
-    num_images = torch.tensor([logits.shape[0]], device=logits.device)
-    num_images = num_images if reduce is None else reduce(num_images)
-    k = math.ceil(int(num_images) * logits.shape[1] * fraction)
-    doubted = logits.detach().masked_select(targets == UNKNOWN).to(precise(logits))
-    return kth_largest(doubted, k, reduce=reduce)
-
-
 def large_loss(logits: Tensor, targets: Tensor, threshold: Tensor, *, scheme: Scheme) -> Tensor:
     """Sum of binary cross-entropies; unknown is absent, but at or above the threshold rejected or taken as present.
 
     Args:
         logits: (B, C), any floating type; computed in float32, or float64 if given so.
         targets: (B, C) int8 in {-1, 0, 1}.
-        threshold: () from `large_loss_threshold` or (B, C) from `group_thresholds`. Infinity gives plain
-            assume-negative.
+        threshold: (B, C) from `group_thresholds`. Infinity gives plain assume-negative.
         scheme: `reject` (LL-R): no loss, no gradient; `correct` (LL-Ct, LL-Cp): the loss of a present label.
 
     Returns:
@@ -121,7 +92,7 @@ def large_loss(logits: Tensor, targets: Tensor, threshold: Tensor, *, scheme: Sc
             return -F.logsigmoid(torch.where(y == PRESENT, x, -x)) * ~is_large
         return -F.logsigmoid(torch.where((y == PRESENT) | is_large, x, -x))
 
-    return sum_of_rows(losses, logits, targets, threshold.expand(logits.shape))
+    return sum_of_rows(losses, logits, targets, threshold)
 
 
 def permanent_corrections(logits: Tensor, targets: Tensor, threshold: Tensor) -> Tensor:
@@ -130,7 +101,7 @@ def permanent_corrections(logits: Tensor, targets: Tensor, threshold: Tensor) ->
     Args:
         logits: (B, C), any floating type.
         targets: (B, C) int8 in {-1, 0, 1}.
-        threshold: () from `large_loss_threshold` or (B, C) from `group_thresholds`.
+        threshold: (B, C) from `group_thresholds`.
 
     Returns:
         (B, C) bool.

@@ -34,7 +34,7 @@ class LargeLoss(UnknownLoss):
     Differs: the largest losses are those of each group of `group_size` images, not of a rank's batch: no rank and no
         micro-batch cuts a group, so none changes the choice. Of a group of n valid images, floor(n C r + u) losses are
         large, r the share and u in [0, 1) keyed by seed, step and the group's first valid image, so that their mean is
-        n C r; the code's ceil(B C r) is one at any r, which in groups would be many times what is asked for.
+        n C r; the code's ceil(B C r) is never below 1, which in groups could be many times what is asked for.
 
     Args:
         variant: `ll_r`, `ll_ct` or `ll_cp`.
@@ -94,17 +94,16 @@ class LargeLoss(UnknownLoss):
         self._corrections.write(index[chosen], {"rows": packed, "stamps": stamps})
 
     def _num_large(self, rows: ValidRows, recalled: Named) -> list[int]:
-        """How many losses of each group are large; on average over steps exactly the share of its labels."""
+        """How many losses of each group are large: on average over steps, the share of its labels."""
         fraction, step = float(recalled["fraction"]), int(recalled["step"])
-        if fraction == 0.0:
-            return [0] * len(rows.group_sizes)
-        starts = np.cumsum([0, *rows.group_sizes])
-        index = rows.index.cpu()
-        num_large = []
-        for start, size in zip(starts, rows.group_sizes, strict=False):
-            u = keyed.uniform(keyed.key("large losses", self._seed, step, int(index[start])), 1)[0] if size else 0.0
-            num_large.append(math.floor(size * self._num_classes * fraction + u))
-        return num_large
+
+        def count(group: Tensor) -> int:
+            if len(group) == 0 or fraction == 0.0:
+                return 0
+            u = keyed.uniform(keyed.key("large losses", self._seed, step, int(group[0])), 1)[0]
+            return math.floor(len(group) * self._num_classes * fraction + u)
+
+        return [count(group) for group in rows.index.cpu().split(rows.group_sizes)]
 
 
 def _unpacked(rows: np.ndarray, num_classes: int) -> np.ndarray:

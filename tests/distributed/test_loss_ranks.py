@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dist_mlpl import comm
-from dist_mlpl.losses.large_loss import large_loss, large_loss_threshold, permanent_corrections
 from dist_mlpl.losses.selective import selective_loss
 from dist_mlpl.losses.single_positive import count_penalty
 from tests.support.losses import gradient_of, random_case
@@ -33,20 +32,12 @@ def shares(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
             reduce=comm.reduce_sum, **keys,
         )  # fmt: skip
 
-    def large(x: Tensor, scheme: str) -> Tensor:
-        threshold = large_loss_threshold(x, y, fraction=0.05, reduce=comm.reduce_sum)
-        return large_loss(x, y, threshold, scheme=scheme)
-
     found = [
         gradient_of(selective, x),
         gradient_of(lambda x: selective(x, prior=prior, prior_threshold=0.7), x),
         gradient_of(lambda x: selective(x, prior=prior, prior_threshold=0.7, exclude_prior_ignored=False), x),
-        gradient_of(lambda x: large(x, "reject"), x),
-        gradient_of(lambda x: large(x, "correct"), x),
         gradient_of(lambda x: count_penalty(x, expected_positives=2.9, reduce=comm.reduce_sum), x),
     ]
-    threshold = large_loss_threshold(x, y, fraction=0.05, reduce=comm.reduce_sum)
-    found.append((torch.zeros(()), permanent_corrections(x, y, threshold).double()))
     return [(comm.reduce_sum(value), comm.gather_rows(gradient)) for value, gradient in found]
 
 

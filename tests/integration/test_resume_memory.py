@@ -124,7 +124,7 @@ def test_another_loss_whose_memory_the_run_does_not_hold_is_refused(
     refused = run("train", config, "--local", "--out", str(undisturbed), "--allow-change", check=False)
     assert refused.returncode == 4
     assert "BankError" in refused.stderr
-    assert "no bank 'large_loss_threshold'" in refused.stderr
+    assert "no bank 'corrections'" in refused.stderr
 
 
 def test_csl_takes_its_prior_from_a_run_that_ignored_unknown_labels(shards: str, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_csl_takes_its_prior_from_a_run_that_ignored_unknown_labels(shards: str,
 
 
 def prior() -> TableBank:
-    return TableBank("prior", NUM_CLASSES, {"sums": Column(dtype="i64"), "counts": Column(dtype="i64")})
+    return TableBank("prior", NUM_CLASSES, {name: Column(dtype="i64") for name in ("sums", "counts", "known")})
 
 
 def test_a_commit_of_the_first_format_is_still_read(undisturbed: Path) -> None:

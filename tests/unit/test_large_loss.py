@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dist_mlpl.errors import ConfigError
 from dist_mlpl.losses.large_loss import (
+    group_thresholds,
     hill_loss,
     large_loss,
-    large_loss_threshold,
     permanent_corrections,
     splc_loss,
 )
@@ -32,6 +33,13 @@ LOGITS = torch.tensor([[2, -1, 0.5, -3], [0, 1.5, -2, 0.25]], dtype=torch.float6
 TARGETS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.int8)
 SIZE = 8  # B * C
 
+
+def batch_thresholds(logits: Tensor, targets: Tensor, *, fraction: float) -> Tensor:
+    """Of the paper's k in one group of the whole batch."""
+    k = math.ceil(targets.numel() * fraction)
+    return group_thresholds(logits, targets, num_large=[k], group_sizes=[len(targets)])
+
+
 cases = given(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 7)),
@@ -41,8 +49,8 @@ cases = given(
 
 @pytest.mark.parametrize(("scheme", "expected"), [("reject", 0.188783), ("correct", 0.320035)])
 def test_large_loss_takes_the_published_values(scheme, expected):
-    threshold = large_loss_threshold(LOGITS, TARGETS, fraction=0.25)
-    assert float(large_loss(LOGITS, TARGETS, threshold, scheme=scheme)) / SIZE == pytest.approx(expected, abs=6e-7)
+    thresholds = batch_thresholds(LOGITS, TARGETS, fraction=0.25)
+    assert float(large_loss(LOGITS, TARGETS, thresholds, scheme=scheme)) / SIZE == pytest.approx(expected, abs=6e-7)
 
 
 def test_hill_and_splc_take_the_published_values():
@@ -59,7 +67,7 @@ def test_large_loss_agrees_with_loops(seed, shape, known_fraction):
         for fraction in (0.0, 0.1, 0.4, 1.0):
             assert_agrees(
                 lambda x, scheme=scheme, fraction=fraction: large_loss(
-                    x, targets, large_loss_threshold(x, targets, fraction=fraction), scheme=scheme
+                    x, targets, batch_thresholds(x, targets, fraction=fraction), scheme=scheme
                 ),
                 lambda x, scheme=scheme, fraction=fraction: large_loss_oracle(
                     x, targets, fraction=fraction, scheme=scheme
@@ -83,10 +91,8 @@ def test_hill_and_splc_agree_with_loops(seed, shape, known_fraction):
 
 def test_a_fraction_of_nothing_is_plain_cross_entropy_and_known_absent_labels_are_never_doubted():
     logits, targets = random_case(0, (5, 8))
-    nothing = large_loss_threshold(logits, targets, fraction=0.0)
-    assert float(nothing) == math.inf
-    everything = large_loss_threshold(logits, targets, fraction=1.0)
-    assert float(everything) == -math.inf
+    nothing, everything = (batch_thresholds(logits, targets, fraction=fraction) for fraction in (0.0, 1.0))
+    assert bool((nothing == math.inf).all())
     _, gradient = gradient_of(lambda x: large_loss(x, targets, everything, scheme="reject"), logits.double())
     assert torch.equal(gradient != 0, targets != 0)
     assert torch.equal(large_loss(logits, targets, nothing, scheme="reject"),
@@ -96,8 +102,8 @@ def test_a_fraction_of_nothing_is_plain_cross_entropy_and_known_absent_labels_ar
 def test_the_number_of_doubted_labels_is_the_fraction_of_all_entries_rounded_up():
     logits, targets = random_case(1, (10, 13), known_fraction=0.2)
     for fraction in (0.001, 0.05, 0.2):
-        threshold = large_loss_threshold(logits, targets, fraction=fraction)
-        assert int(((targets == 0) & (logits >= threshold)).sum()) == math.ceil(130 * fraction)
+        thresholds = batch_thresholds(logits, targets, fraction=fraction)
+        assert int(((targets == 0) & (logits >= thresholds)).sum()) == math.ceil(130 * fraction)
 
 
 def test_an_unknown_scheme_is_refused():
@@ -105,13 +111,44 @@ def test_an_unknown_scheme_is_refused():
         large_loss(LOGITS, TARGETS, torch.tensor(0.0), scheme="rejekt")
 
 
-def test_permanent_corrections_are_the_doubted_labels_but_the_last():
-    logits, targets = random_case(2, (10, 13), known_fraction=0.2)
-    threshold = large_loss_threshold(logits, targets, fraction=0.1)
-    corrected = permanent_corrections(logits, targets, threshold)
-    assert int(corrected.sum()) == 12
-    assert bool((targets[corrected] == 0).all())
-    assert float(logits[corrected].min()) > float(threshold)
+def largest_of_groups(logits: Tensor, targets: Tensor, num_large: list[int], group_sizes: list[int]) -> Tensor:
+    """(B, C) bool, the unknown labels of each group with the k largest losses, the first of equal ones; by sorting."""
+    found, start = torch.zeros(targets.shape, dtype=torch.bool), 0
+    for k, size in zip(num_large, group_sizes, strict=True):
+        cells = [
+            (-float(logits[b, c]), b, c)
+            for b in range(start, start + size) for c in range(targets.shape[1]) if int(targets[b, c]) == 0
+        ]  # fmt: skip
+        for _, b, c in sorted(cells)[:k]:
+            found[b, c] = True
+        start += size
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_classes=st.integers(1, 7),
+    group_sizes=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    known_fraction=st.sampled_from([0.0, 0.2, 0.6, 1.1]),
+    decimals=st.sampled_from([0, 1, 7]),  # with few, many are equal
+    data=st.data(),
+)
+def test_exactly_k_losses_of_each_group_are_large_whatever_groups_stand_beside_it(
+    seed, num_classes, group_sizes, known_fraction, decimals, data
+):
+    logits, targets = random_case(seed, (sum(group_sizes), num_classes), known_fraction)
+    logits = logits.round(decimals=decimals)
+    num_large = [data.draw(st.integers(0, size * num_classes)) for size in group_sizes]
+    expected = largest_of_groups(logits, targets, num_large, group_sizes)
+    thresholds = group_thresholds(logits, targets, num_large=num_large, group_sizes=group_sizes)
+    assert torch.equal((targets == 0) & (logits >= thresholds), expected)
+    assert torch.equal(permanent_corrections(logits, targets, thresholds), expected)
+    start = 0
+    for k, size in zip(num_large, group_sizes, strict=True):
+        mine = slice(start, start := start + size)
+        alone = group_thresholds(logits[mine], targets[mine], num_large=[k], group_sizes=[size])
+        assert torch.equal((targets[mine] == 0) & (logits[mine] >= alone), expected[mine])
 
 
 def test_a_likely_missing_positive_has_no_slope_under_hill():

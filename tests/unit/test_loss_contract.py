@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_mlpl.losses.asymmetric import asymmetric_loss
-from dist_mlpl.losses.large_loss import hill_loss, large_loss, large_loss_threshold, splc_loss
+from dist_mlpl.losses.large_loss import group_thresholds, hill_loss, large_loss, splc_loss
 from dist_mlpl.losses.partial_bce import image_mean_bce, masked_mean_bce, partial_bce
 from dist_mlpl.losses.rowwise import precise
 from dist_mlpl.losses.selective import selective_loss
@@ -34,7 +35,11 @@ def selective(**keys) -> Loss:
 
 
 def large(scheme: str, fraction: float) -> Loss:
-    return lambda x, y: large_loss(x, y, large_loss_threshold(x, y, fraction=fraction), scheme=scheme)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        thresholds = group_thresholds(x, y, num_large=[math.ceil(y.numel() * fraction)], group_sizes=[len(y)])
+        return large_loss(x, y, thresholds, scheme=scheme)
+
+    return loss
 
 
 KNOWN_ONLY: dict[str, Loss] = {

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import tests.support.methods as contract
+from dist_mlpl import keyed
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.methods.base import Method
 from dist_mlpl.methods.large_loss import LargeLoss
@@ -28,6 +29,7 @@ from tests.support.losses import (
     hill_oracle,
     large_loss_oracle,
     observed_oracle,
+    random_targets,
     splc_oracle,
 )
 from tests.support.methods import CONTRACT, NUM_CLASSES, gradients, random_batch, tiny_method
@@ -67,13 +69,19 @@ def batch_with_padding(seed: int = 3) -> Batch:
     return batch._replace(valid=valid, index=index, pseudo_targets=pseudo, soft_targets=soft)
 
 
+def num_large(share: float, num_images: int, first_index: int, step: int, *, num_classes: int = NUM_CLASSES) -> int:
+    """Losses of a group that are large, in a run with seed 0."""
+    u = keyed.uniform(keyed.key("large losses", 0, step, first_index), 1)[0]
+    return math.floor(num_images * num_classes * share + u)
+
+
 def mean_over(batch: Batch, total: Tensor) -> float:
     return float(total) / (int(batch.valid.sum()) * NUM_CLASSES)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_is_the_one_named_over_valid_rows_alone(loss):
-    """On a method's first visit in the third epoch; Large Loss knows no threshold yet and rejects nothing."""
+    """On a method's first visit in the third epoch."""
     method = tiny_method("single_positive", loss=loss, **LOSSES[loss]).eval()
     batch = batch_with_padding()
     recalled = method.recall(batch, LATER)
@@ -82,7 +90,6 @@ def test_the_loss_is_the_one_named_over_valid_rows_alone(loss):
     x = output.logits[valid].double()
     human = batch.targets[valid]
     believed = torch.where(human != 0, human, batch.pseudo_targets[valid])
-    absent = torch.where(believed == 0, -1, believed)
     groups = [output.logits[start : start + 8][valid[start : start + 8]].double() for start in (0, 8)]
     if loss == "role":
         estimates = recalled["estimates"].double()  # in ascending order of the index, as the rows are
@@ -92,6 +99,17 @@ def test_the_loss_is_the_one_named_over_valid_rows_alone(loss):
     elif loss == "epr":
         count = sum(len(g) * count_penalty_oracle(g, 1.5) for g in groups)
         expected = mean_over(batch, observed_oracle(x, believed)) + float(count) / len(x)
+    elif loss in ("ll_r", "ll_ct", "ll_cp"):
+        share = LOSSES[loss]["large_fraction"] * (LATER.epoch if loss != "ll_cp" else 1)
+        total, start = torch.zeros((), dtype=torch.float64), 0
+        for group, first in zip(groups, (0, 8), strict=True):
+            k = num_large(share, len(group), int(batch.index[first]), LATER.step)
+            labels, start = believed[start : start + len(group)], start + len(group)
+            fraction = (k - 0.5) / labels.numel()  # rounded up to k
+            total += large_loss_oracle(
+                group, labels, fraction=fraction, scheme="reject" if loss == "ll_r" else "correct"
+            )
+        expected = mean_over(batch, total)
     else:
         pseudo, soft = batch.pseudo_targets[valid], batch.soft_targets[valid].double()
         totals = {
@@ -106,8 +124,7 @@ def test_the_loss_is_the_one_named_over_valid_rows_alone(loss):
             "splc": lambda: splc_oracle(x, believed, is_correcting=True) * NUM_CLASSES,
             "hill": lambda: hill_oracle(x, believed) * NUM_CLASSES,
         }
-        plain = lambda: -torch.nn.functional.logsigmoid(x * absent).sum()  # noqa: E731  # what Large Loss starts from
-        expected = mean_over(batch, totals.get(loss, plain)())
+        expected = mean_over(batch, totals[loss]())
     assert float(output.loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -203,37 +220,127 @@ def test_expected_negatives_leaves_out_the_likeliest_by_earlier_scores_and_nothi
 # Large Loss ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("loss", "scheme"), [("ll_r", "reject"), ("ll_ct", "correct")])
-def test_the_second_step_rejects_by_the_first_ones_threshold(loss, scheme):
-    method = tiny_method("single_positive", loss=loss, large_fraction=0.1).eval()
-    batch = random_batch(16, seed=1, known_fraction=0.2)
-    step(method, batch)
-    output = step(method, batch)
-    total = large_loss_oracle(output.logits.double(), batch.targets, fraction=0.2, scheme=scheme)
-    assert float(output.loss.detach()) == pytest.approx(mean_over(batch, total), rel=1e-5)
+LARGE = ("ll_r", "ll_ct", "ll_cp")
 
 
-def test_the_threshold_follows_with_a_tenth_of_every_step_and_waits_while_nothing_is_rejected():
-    method = tiny_method("single_positive", loss="ll_r", large_fraction=0.1).eval()
-    table = method.banks()["large_loss_threshold"]
-    step(method, random_batch(16, seed=1), Progress())
-    assert int(table.read_all()["num_steps"]) == 0
-    thresholds = []
-    for seed in range(4):
-        batch = random_batch(16, seed=seed, known_fraction=0.2)
-        output = step(method, batch)
-        unknown = output.logits[batch.targets == 0]
-        thresholds.append(float(unknown.sort(descending=True).values[math.ceil(16 * NUM_CLASSES * 0.2) - 1]))
-    expected = thresholds[0]
-    for newest in thresholds[1:]:
-        expected += 0.1 * (newest - expected)
-    assert float(table.read_all()["logit"]) == pytest.approx(expected, rel=1e-5)
+def large_loss_of(variant: str, *, num_classes: int, fraction: float, num_samples: int) -> LargeLoss:
+    loss = LargeLoss(variant, num_classes=num_classes, fraction=fraction, folder=None)
+    loss.begin_run(num_samples=num_samples, seed=0)
+    return loss
 
 
-def test_too_few_unknown_labels_leave_the_threshold_as_it_is():
-    method = tiny_method("single_positive", loss="ll_ct", large_fraction=0.4).eval()
-    step(method, random_batch(16, seed=1, known_fraction=0.9))
-    assert int(method.banks()["large_loss_threshold"].read_all()["num_steps"]) == 0
+def doubt(
+    loss: LargeLoss, index: Tensor, logits: Tensor, targets: Tensor, progress: Progress, *, group_sizes: list[int],
+    rank_index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(n, C) bool, the labels that a micro-batch rejects or takes as present, by their gradient; then observe.
+
+    Args:
+        loss: of the method.
+        index: (n,) of the micro-batch; all its rows are valid.
+        logits: (n, C).
+        targets: (n, C).
+        progress: where the run stands.
+        group_sizes: of the micro-batch.
+        rank_index: indices of the rank's share; None: those of the micro-batch.
+    """
+    share = index if rank_index is None else rank_index
+    recalled = loss.recall(SimpleNamespace(index=share, valid=torch.ones(len(share), dtype=torch.bool)), progress)
+    x = logits.clone().requires_grad_()
+    rows = ValidRows(x, targets, targets, None, None, index, group_sizes, torch.tensor(float(len(index))))
+    terms, extras = loss.losses(rows, recalled)
+    (gradient,) = torch.autograd.grad(terms["large_loss"], x)
+    loss.observe(index, logits, targets, extras)
+    return (targets == 0) & (gradient <= 0)
+
+
+@pytest.mark.parametrize("variant", LARGE)
+def test_of_each_group_exactly_as_many_losses_are_large_as_asked_for_and_their_mean_is_the_share(variant):
+    sizes, share, num_steps = [8, 5, 0, 3], 0.013, 600
+    loss = large_loss_of(variant, num_classes=7, fraction=share, num_samples=16 * num_steps)
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for step in range(num_steps):
+        index = torch.randperm(16, generator=generator) + 16 * step  # in one epoch: a sample once
+        logits = torch.randn(16, 7, generator=generator).round(decimals=1)
+        targets = random_targets((16, 7), 0.4, generator)
+        found = doubt(loss, index, logits, targets, Progress(epoch=1, step=step), group_sizes=sizes)
+        for group, of_group, first in zip(found.split(sizes), logits.split(sizes), (0, 8, 13, 13), strict=True):
+            expected = num_large(share, len(group), int(index[first]), step, num_classes=7)
+            assert int(group.sum()) == expected
+            unknown = targets[first : first + len(group)] == 0
+            assert not group.any() or float(of_group[group].min()) >= float(of_group[unknown & ~group].max())
+        made.append(int(found.sum()))
+    asked = share * 16 * 7
+    assert sum(made) / num_steps == pytest.approx(asked, abs=4 * math.sqrt(0.75 / num_steps))  # of three roundings
+    assert set(made) == {0, 1, 2, 3}, "groups are rounded alike"
+
+
+@pytest.mark.parametrize("variant", LARGE)
+def test_neither_ranks_nor_micro_batches_nor_a_resume_change_which_losses_are_large(variant):
+    num_groups, size, C, N = 6, 4, 9, 100
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randperm(N, generator=generator)[: num_groups * size]
+    logits, others = torch.randn(2, len(index), C, generator=generator)
+    targets = random_targets(logits.shape, 0.4, generator)
+
+    def fresh() -> LargeLoss:
+        return large_loss_of(variant, num_classes=C, fraction=0.06, num_samples=N)
+
+    before = fresh()
+    doubt(before, index, others, targets, Progress(epoch=2, step=39), group_sizes=[size] * num_groups)
+
+    def choose(rows: Tensor, share: Tensor) -> Tensor:
+        loss = fresh()
+        for name, bank in before.banks().items():  # all that a resumed run has
+            loss.banks()[name].write(torch.arange(N), bank.read(torch.arange(N)))
+        return doubt(
+            loss, index[rows], logits[rows], targets[rows], Progress(epoch=2, step=40),
+            group_sizes=[size] * (len(rows) // size), rank_index=index[share],
+        )  # fmt: skip
+
+    everything = torch.arange(len(index))
+    whole = choose(everything, everything)
+    assert 0 < int(whole.sum()) < int((targets == 0).sum())
+    for num_ranks in (1, 2, 3):
+        for micro_groups in (1, 2, 4):
+            found = torch.zeros_like(whole)
+            for rank in range(num_ranks):
+                share = everything.view(num_groups, size)[rank::num_ranks].flatten()
+                for rows in share.split(size * micro_groups):
+                    found[rows] = choose(rows, share)
+            assert torch.equal(found, whole), (num_ranks, micro_groups)
+
+
+def test_a_learning_model_is_corrected_as_often_as_asked_for():
+    """Corrected labels raise their own logits: a threshold of earlier steps falls behind, and takes in ever more."""
+    num_samples, C, share, B = 640, 40, 0.002, 64
+    torch.manual_seed(0)
+    features = torch.randn(num_samples, 32)
+    truth = (features @ torch.randn(32, C) / math.sqrt(32) > 1.5).to(torch.int8)
+    targets = torch.where(torch.rand(num_samples, C) < 0.1, 2 * truth - 1, 0).to(torch.int8)
+    loss = large_loss_of("ll_ct", num_classes=C, fraction=share, num_samples=num_samples)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, C))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    step, made, asked = 0, [], []
+    for epoch in range(5):
+        made.append(0)
+        asked.append(share * epoch * num_samples * C)
+        for index in torch.randperm(num_samples).split(B):
+            logits, y = model(features[index]), targets[index]
+            recalled = loss.recall(SimpleNamespace(index=index, valid=torch.ones(B, dtype=torch.bool), targets=y),
+                                   Progress(epoch=epoch, step=step))  # fmt: skip
+            rows = ValidRows(logits, y, y, None, None, index, [8] * (B // 8), torch.tensor(float(B)))
+            terms, extras = loss.losses(rows, recalled)
+            logits.retain_grad()
+            optimizer.zero_grad()
+            terms["large_loss"].backward()
+            made[-1] += int(((y == 0) & (logits.grad < 0)).sum())
+            optimizer.step()
+            loss.observe(index, logits.detach(), y, extras)
+            step += 1
+    assert made[0] == asked[0] == 0
+    assert all(k / 1.5 <= n <= 1.5 * k for n, k in zip(made, asked, strict=True)), (made, asked)
 
 
 def test_corrections_last_and_grow_and_never_touch_a_known_label():
@@ -258,27 +365,22 @@ def test_corrections_last_and_grow_and_never_touch_a_known_label():
 
 
 def test_lasting_corrections_are_about_the_share_of_all_labels_that_is_asked_for_however_long_a_run_goes_on():
-    num_samples, num_classes, share = 480, 40, 0.005
+    num_samples, C, share = 480, 40, 0.005
     generator = torch.Generator().manual_seed(0)
-    answers = 1.5 * torch.randn(num_samples, num_classes, generator=generator) - 3.0  # of a model that learns nothing
-    loss = LargeLoss("ll_cp", num_classes=num_classes, fraction=share, folder=None)
-    loss.begin_run(num_samples=num_samples, seed=0)
-    targets, thresholds, num_corrected = torch.zeros(16, num_classes, dtype=torch.int8), [], []
+    answers = 1.5 * torch.randn(num_samples, C, generator=generator) - 3.0  # of a model that learns nothing
+    loss = large_loss_of("ll_cp", num_classes=C, fraction=share, num_samples=num_samples)
+    targets, num_corrected, step = torch.zeros(16, C, dtype=torch.int8), [], 0
     for epoch in range(7):
         for index in torch.randperm(num_samples, generator=generator).split(16):
-            batch = SimpleNamespace(index=index, valid=torch.ones(16, dtype=torch.bool), targets=targets)
-            logits = answers[index] + 0.5 * torch.randn(16, num_classes, generator=generator)
-            recalled = loss.recall(batch, Progress(epoch=epoch))
-            rows = ValidRows(logits, targets, targets, None, None, index, [16], torch.tensor(16.0))
-            loss.observe(index, logits, targets, loss.losses(rows, recalled)[1])
-            thresholds.append(float(recalled["threshold"]))
+            logits = answers[index] + 0.5 * torch.randn(16, C, generator=generator)
+            doubt(loss, index, logits, targets, Progress(epoch=epoch, step=step), group_sizes=[8, 8])
+            step += 1
         kept = loss.banks()["corrections"].read(torch.arange(num_samples))["rows"].numpy()
-        num_corrected.append(int(np.unpackbits(kept, axis=1, count=num_classes).sum()))
-    most = share * num_samples * num_classes
+        num_corrected.append(int(np.unpackbits(kept, axis=1, count=C).sum()))
+    asked = share * num_samples * C
     assert num_corrected[0] == 0
-    assert all(0 < later - earlier < 1.5 * most for earlier, later in pairwise(num_corrected))
-    finite = [threshold for threshold in thresholds if math.isfinite(threshold)]
-    assert any(later > earlier for earlier, later in pairwise(finite))
+    made = [later - earlier for earlier, later in pairwise(num_corrected)]
+    assert made == pytest.approx([asked] * 6, abs=4 * math.sqrt(0.25 * num_samples / 8))  # of one rounding a group
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
