@@ -15,6 +15,7 @@ from dist_mlpl.errors import MlplError, RunError
 from dist_mlpl.progress import Action, Row
 
 _MOST_FRUITLESS = 10  # groups of workers in a row that may be lost without anything saved
+_CLOSE_SECONDS = 5.0  # longest wait for the last rows to arrive
 _PUSH_SECONDS = 0.3  # shortest time between two pushes of step rows
 
 
@@ -130,6 +131,7 @@ class BoardSink:
 
     def close(self) -> None:
         self._push()
+        ray.wait([self._answer], timeout=_CLOSE_SECONDS)  # rows of a process that ends at once would be lost
 
 
 class LostWorkers(UserCallback):

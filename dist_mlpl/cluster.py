@@ -42,6 +42,7 @@ from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
 
+_LONGEST_TEMPORARY = 20  # characters of the temporary folder; Ray adds some 80 to it, and a socket's path has 107
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 40.0  # when to say that workers are awaited; with room on the cluster, they start in about 15 s
 
@@ -409,6 +410,12 @@ def _failed(error: BaseException, config: Config) -> MlplError:
     )
 
 
+def _socket_folder() -> str:
+    """A temporary folder for a local cluster, with a path so short that its sockets' fit into 107 bytes."""
+    temporary = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="mlpl-ray-", dir=temporary if len(temporary) <= _LONGEST_TEMPORARY else "/tmp")
+
+
 @contextlib.contextmanager
 def cluster_at(address: str | None, config: Config) -> Iterator[None]:
     """Join a running cluster, or start one on this machine for as long as the block runs.
@@ -452,7 +459,7 @@ def cluster_at(address: str | None, config: Config) -> Iterator[None]:
             where="cluster.num_workers, cluster.cpus_per_worker",
             next_step="lower one of them, or join a larger cluster with --address",
         )
-    folder = tempfile.mkdtemp(prefix="mlpl-ray-")
+    folder = _socket_folder()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # this cluster listens on this machine only
     try:
         ray.init(

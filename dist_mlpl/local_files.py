@@ -8,6 +8,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+from dist_mlpl.errors import StorageRefusedError
+
+_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
@@ -35,6 +40,29 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def link_exclusively(file: Path, path: Path) -> None:
+    """Give a file a second name, which must be new: of any number of callers, exactly one succeeds.
+
+    Raises:
+        FileExistsError: the name exists, of another file.
+        StorageRefusedError: the file system has no hard links.
+    """
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        if not os.path.samefile(file, path):  # else a network disk did it, and its answer was lost
+            raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise StorageRefusedError(
+            f"no hard link can be made: {error.strerror}",
+            expected="a file system with hard links, by which one of several writers wins",
+            where=str(path.parent),
+            next_step="use another disk (FAT and some FUSE mounts have no links), or an object store",
+        ) from error
 
 
 def sync_folder(path: Path) -> None:

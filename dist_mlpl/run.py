@@ -26,7 +26,7 @@ from dist_mlpl.data.overlays import newest_round, unfinished_round
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.data.tars import LIMITS, AnySamples, TarSet
 from dist_mlpl.engine import Engine
-from dist_mlpl.errors import CheckpointError
+from dist_mlpl.errors import CheckpointError, RankMismatchError
 from dist_mlpl.evaluate import evaluate
 from dist_mlpl.methods.base import Method
 from dist_mlpl.progress import LogFile, Report, without_nan
@@ -186,6 +186,7 @@ def open_run(
     out, data = config.run_folder, config.data
     samples, judged_samples = open_samples(data, data.train_split, data.eval_split)
     manifest = samples.manifest
+    check_same_data(manifest.digest)
     length = RunLength(config.num_epochs, samples.epoch_samples)
     check_global_batch(
         config.global_batch, group_size=config.group_size, world_size=world.size, num_samples=length.num_samples
@@ -257,6 +258,21 @@ def _unfinished(out: str) -> list[str]:
         f"round {number} of labels was begun and is not finished: it goes on if it is made from the same models and "
         "settings; if another job left it behind, drop it with `dist-mlpl labels rollback RUN`"
     ]  # fmt: skip
+
+
+def check_same_data(digest: str) -> None:
+    """Refuse ranks that read different manifests, as when a set was packed anew between their starts.
+
+    Collective: all ranks, one gather of digests.
+    """
+    digests = comm.gather_objects(digest)
+    if len(set(digests)) > 1:
+        raise RankMismatchError(
+            "manifests of " + ", ".join(sorted({one[:16] for one in digests})),
+            expected="one data set on all ranks",
+            where=f"data.manifest on rank {comm.rank()} of {comm.world_size()}",
+            next_step="start again; if it stays, each node reads a copy of its own: make the copies the same",
+        )
 
 
 @contextmanager

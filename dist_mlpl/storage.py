@@ -262,7 +262,7 @@ def create_exclusive(url: str, content: bytes, *, durable: bool = True) -> bool:
         if not is_remote(url):
             with local_files.temporary_beside(local_path(url)) as temporary:
                 (local_files.write_durably if durable else Path.write_bytes)(temporary, content)
-                os.link(temporary, local_path(url))
+                local_files.link_exclusively(temporary, local_path(url))
             if durable:
                 local_files.sync_folder(local_path(url))
             return

@@ -15,7 +15,8 @@ from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.chain import RunIdentity, commit_url
 from dist_mlpl.checkpoint import Checkpoint, begin_attempt
 from dist_mlpl.data.delivery import Consumed
-from dist_mlpl.errors import MlplError
+from dist_mlpl.errors import MlplError, RankMismatchError
+from dist_mlpl.run import check_same_data
 from tests.support.ranks import run_ranks
 from tests.support.training import make_engine, train
 
@@ -73,3 +74,19 @@ def test_what_stops_a_save_on_one_rank_stops_it_on_all(fault: str, expected: str
 @pytest.mark.parametrize(("fault", "expected"), [("none", "saved"), ("attempt", "OvertakenError")])
 def test_no_rank_takes_a_newer_attempts_head_for_its_own(fault: str, expected: str, tmp_path: Path) -> None:
     assert run_ranks(stopped_by, 2, str(tmp_path), fault, "head") == [expected] * 2
+
+
+def told_of_the_data(rank: int, world_size: int, digests: list[str]) -> str:
+    try:
+        check_same_data(digests[rank])
+    except RankMismatchError as error:
+        return error.found
+    return "same"
+
+
+@pytest.mark.parametrize(
+    ("digests", "expected"),
+    [(["a" * 64, "a" * 64], "same"), (["a" * 64, "b" * 64], f"manifests of {'a' * 16}, {'b' * 16}")],
+)
+def test_ranks_that_read_different_manifests_are_refused_on_all_of_them(digests: list[str], expected: str) -> None:
+    assert run_ranks(told_of_the_data, 2, digests) == [expected] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,15 @@ def test_groups_of_workers_that_save_nothing_are_given_up_in_the_end() -> None:
     error = board.open()
     assert isinstance(error, RunError)
     assert "10 groups of workers" in str(error)
+
+
+def test_a_long_temporary_folder_is_not_where_a_local_cluster_puts_its_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_mlpl.cluster import _socket_folder  # imports Ray
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local_scratch_slurm_job_1234567"))
+    folder = Path(_socket_folder())
+    session = "session_2026-11-30_12-26-55_123456_4194304/sockets/plasma_store"
+    assert len(str(folder / session)) <= 107
+    folder.rmdir()

@@ -496,6 +496,33 @@ def test_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
         storage.download(f"{tmp_path}/x", Path("/dev/full"))
 
 
+def test_a_disk_without_hard_links_is_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what FAT answers
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="no hard link can be made") as caught:
+        storage.create_exclusive(f"{tmp_path}/x", b"mine")
+    assert "another disk" in caught.value.next_step
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_whose_answer_a_network_disk_lost_was_made_by_this_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def lose(file: Path, path: Path) -> None:
+        link(file, path)
+        raise FileExistsError(errno.EEXIST, "File exists")  # NFS has repeated the request
+
+    monkeypatch.setattr(os, "link", lose)
+    assert storage.create_exclusive(f"{tmp_path}/x", b"mine")
+    monkeypatch.undo()
+    assert not storage.create_exclusive(f"{tmp_path}/x", b"another's")
+    assert storage.read_bytes(f"{tmp_path}/x") == b"mine"
+
+
 def test_a_download_into_no_folder_is_not_called_a_missing_object(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/x", b"1")
     with pytest.raises(StorageError, match="folder to write to not found"):
