@@ -119,6 +119,24 @@ def read_commit(out: str, step: int) -> Commit:
     return commit
 
 
+def read_commit_at(out: str, step: int) -> Commit:
+    """Read the commit of a step that a person named.
+
+    Raises:
+        CheckpointError: no commit there, with the steps that have one; or see `read_commit`.
+    """
+    steps = numbered_records(storage.join(out, "commits"))
+    if step not in steps:
+        near = ", ".join(map(str, sorted(sorted(steps, key=lambda other: abs(other - step))[:6])))
+        raise CheckpointError(
+            f"no commit at step {step}",
+            expected=f"one of the {len(steps)}, the nearest: {near}" if steps else "a commit",
+            where=storage.shown(storage.join(out, "commits")),
+            next_step="name one of these" if steps else "wait for the run's first commit",
+        )
+    return read_commit(out, step)
+
+
 def _unreadable(why: str, url: str) -> CheckpointError:
     return CheckpointError(
         f"a commit of the chain cannot be read: {why}",

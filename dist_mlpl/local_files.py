@@ -23,7 +23,10 @@ def temporary_beside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     """
     folder = scratch or path.parent
     for needed in {path.parent, folder}:
-        needed.mkdir(parents=True, exist_ok=True)
+        try:
+            needed.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # else a caller would take it for its own file
+            raise NotADirectoryError(errno.ENOTDIR, "a file of this name exists", str(needed)) from error
     handle, text = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     os.close(handle)
     temporary = Path(text)

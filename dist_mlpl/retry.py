@@ -258,6 +258,13 @@ def failure(error: Exception, *, url: str, doing: str, tries: int, waited: float
         return said("found no common TLS", "a server whose certificate is trusted here", step, StorageRefusedError)
     if is_unknown_host(error):
         return said("found no such host", "a host that is known", "check its name in the URL or in AWS_ENDPOINT_URL")
+    if isinstance(error, (NotADirectoryError, IsADirectoryError)):
+        step = "correct the path: a file stands where a folder is needed, or a folder where a file is"
+        return said("is not possible", "a path of the right kind", step, StorageRefusedError)
+    if type(error).__name__ == "ParamValidationError":  # botocore's, of a bucket's name mostly
+        step = "correct the URL: s3://BUCKET/KEY, without user or password"
+        return StorageRefusedError(f"{where} is no name in a store", expected="a bucket and a key", where=where,
+                                   next_step=step)  # fmt: skip
     if isinstance(error, TypeError):
         step = "correct data.storage_options; options of one scheme go under its name: {s3: {...}, https: {...}}"
         return said("was not understood", "storage options that this store takes", step, StorageRefusedError)

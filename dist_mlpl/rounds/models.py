@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch, StepOutput
-from dist_mlpl.chain import Commit, read_commit, read_head, read_model
+from dist_mlpl.chain import Commit, read_commit, read_commit_at, read_head, read_model
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.overlays import RoundModel, newest_round, read_round
 from dist_mlpl.engine import Engine
@@ -120,7 +120,7 @@ def load_models(
 def _member(text: str) -> tuple[str, Commit]:
     """Read the member that `RUN` or `RUN@STEP` names: (RUN, commit)."""
     url, separator, step = text.rpartition("@")
-    commit = read_commit(url, int(step)) if separator and step.isdecimal() else read_head(text)
+    commit = read_commit_at(url, int(step)) if separator and step.isdecimal() else read_head(text)
     if commit is None:
         raise CheckpointError(
             "no commit",

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from dist_mlpl import comm, storage
 from dist_mlpl.build import build_cache, build_stream, build_view, open_samples
-from dist_mlpl.chain import Commit, read_commit, read_head
-from dist_mlpl.config import Config, check_config, parse_yaml, read_run_config
+from dist_mlpl.chain import Commit, read_commit_at, read_head
+from dist_mlpl.config import Config, check_config, read_run_config
 from dist_mlpl.curriculum.schedule import USED_BY
 from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.overlays import RoundCommit
+from dist_mlpl.documents import parse_yaml
 from dist_mlpl.engine import start
 from dist_mlpl.errors import CheckpointError, ConfigError
 from dist_mlpl.rounds.relabel import relabel
@@ -121,7 +122,7 @@ def relabel_run(
 
 
 def _commit(run: str, step: int | None) -> Commit:
-    commit = read_head(run) if step is None else read_commit(run, step)
+    commit = read_head(run) if step is None else read_commit_at(run, step)
     if commit is None:
         raise CheckpointError(
             "no commit",

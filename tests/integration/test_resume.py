@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dist_mlpl import storage
-from dist_mlpl.chain import read_chain
+from dist_mlpl.chain import read_chain, read_commit_at
 from dist_mlpl.config import read_run_config
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.progress import Row, read_rows
@@ -310,6 +310,13 @@ def test_a_run_that_committed_nothing_may_start_again_under_another_config(shard
     assert (tmp_path / "run" / "config.yaml").exists()
     train_in_process(tiny_config(shards), tmp_path / "run", max_steps=1)
     assert read_run_config(str(tmp_path / "run")).seed == 0
+
+
+def test_a_step_without_a_commit_is_answered_with_those_that_have_one(undisturbed: Path) -> None:
+    with pytest.raises(CheckpointError, match="no commit at step 5") as caught:
+        read_commit_at(str(undisturbed), 5)
+    assert "of the 6, the nearest: 2, 4, 6, 8, 10, 12" in caught.value.expected
+    assert read_commit_at(str(undisturbed), 6).step == 6
 
 
 def test_files_that_are_not_of_the_run_are_left_alone_in_its_folder(
