@@ -42,7 +42,7 @@ def open_samples(data: DataSettings, *splits: str) -> list[AnySamples]:
 
 def build_method(config: Config, manifest: Manifest) -> Method:
     """The run's method; its random weights are drawn under the run's seed."""
-    torch.manual_seed(keyed.key("weights", config.seed) & (2**63 - 1))
+    torch.manual_seed(keyed.torch_seed("weights", config.seed))
     return config.method.build(num_classes=manifest.num_classes, image_size=config.transform.size)
 
 

@@ -73,8 +73,25 @@ def uniform(key: int, count: int) -> npt.NDArray[np.float64]:
     Returns:
         (count,) float64, uniform in [0, 1): multiples of 2**-53.
     """
-    bits = hash_integers(key, np.arange(count, dtype=np.uint64)) >> _SHIFT_11
-    return bits.astype(np.float64) * _TO_UNIT
+    return uniform_of(key, np.arange(count, dtype=np.uint64))
+
+
+def uniform_of(key: int, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Draw a number for every value; equal values get equal numbers, whatever stands beside them.
+
+    Args:
+        key: in [0, 2**64).
+        values: (..., n) uint64, at least one dimension.
+
+    Returns:
+        Same shape, float64, uniform in [0, 1): multiples of 2**-53.
+    """
+    return (hash_integers(key, values) >> _SHIFT_11).astype(np.float64) * _TO_UNIT
+
+
+def torch_seed(*parts: int | str) -> int:
+    """A key as a seed for torch's generators, which take it as a signed integer: in [0, 2**63)."""
+    return key(*parts) & (_MASK >> 1)
 
 
 def permutation(key: int, n: int) -> npt.NDArray[np.int64]:

@@ -76,8 +76,7 @@ class Role(UnknownLoss):
         """(n, C) float32 initial estimates, for samples that were never visited."""
         classes = np.arange(self._num_classes, dtype=np.uint64)
         cells = index.numpy().astype(np.uint64)[:, None] * np.uint64(self._num_classes) + classes
-        bits = keyed.hash_integers(self._key, cells) >> np.uint64(11)
-        uniform = torch.from_numpy(bits.astype(np.float64)) * 2.0**-53  # in [0, 1)
+        uniform = torch.from_numpy(keyed.uniform_of(self._key, cells))  # in [0, 1)
         start = ((2.0 * uniform - 1.0) * _logit(0.6)).float()
         return start.masked_fill(targets == PRESENT, _logit(0.995)).masked_fill(targets == ABSENT, _logit(0.005))
 
