@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,8 +99,8 @@ def shards_build(
             convert=convert, decode=decode, max_bad_fraction=max_bad_fraction, workers=workers, mapper=mapper,
             on_progress=on_progress,
         )  # fmt: skip
-    state = "was complete already" if summary.was_complete else "written"
-    _show_set(summary.manifest, state, as_json, began, was_complete=summary.was_complete)
+    state = "was complete already, checked" if summary.was_complete else "written"
+    _show_set(summary.manifest, state, as_json, began, notes=summary.notes, was_complete=summary.was_complete)
 
 
 @shards_app.command("extend")
@@ -122,6 +123,7 @@ def shards_extend(
 ) -> None:
     """Add images that a packed set lacks, as new shards after the existing ones."""
     from shards.extend import extend
+    from shards.report import counted
 
     began, mapper = time.monotonic(), _mapper(ray_address, workers, storage_options)
     with _bar() as on_progress:
@@ -129,7 +131,8 @@ def shards_extend(
         summary = extend(
             data, url, max_bad_fraction=max_bad_fraction, workers=workers, mapper=mapper, on_progress=on_progress
         )
-    state = f"has {summary.num_added} images more" if summary.num_added else "had all that can be packed of it"
+    added = f"extended by {counted(summary.num_added, 'image')}"
+    state = added if summary.num_added else "had all that can be packed of it, checked"
     _show_set(summary.manifest, state, as_json, began, num_added=summary.num_added)
 
 
@@ -152,6 +155,7 @@ def shards_repair(
 ) -> None:
     """Verify a packed set, and repack damaged or missing shards from the source, to the same bytes."""
     from shards.repair import repair
+    from shards.report import counted
 
     mapper = _mapper(ray_address, workers, storage_options)
     with _bar() as on_progress:
@@ -165,7 +169,8 @@ def shards_repair(
         for file in summary.rewritten:
             console.print(f"packed again: {file}", highlight=False)
         _print_faults(console, summary.faults)
-        console.print(f"{len(summary.faults)} faults left" if summary.faults else "whole", highlight=False)
+        left = f"{counted(len(summary.faults), 'fault')} left"
+        console.print(left if summary.faults else "whole", highlight=False)
     if summary.faults:
         sys.exit(3)
 
@@ -187,6 +192,7 @@ def shards_index(
 ) -> None:
     """Index existing tars in place, by their headers."""
     from shards.index import index_tars
+    from shards.report import counted
 
     with _bar() as on_progress:
         summary = index_tars(
@@ -204,12 +210,13 @@ def shards_index(
         return
     console = Console()
     for name, counts in splits.items():
-        console.print(f"{name}: {counts['num_samples']} images, {counts['num_tars']} tars", highlight=False)
+        sizes = f"{counted(counts['num_samples'], 'image')}, {counted(counts['num_tars'], 'tar')}"
+        console.print(f"{name}: {sizes}", highlight=False)
     for kind, count in summary.ignored.items():
         console.print(f"[yellow]passed over: {count} of kind '{kind}'[/]", highlight=False)
     state = "was complete already" if summary.was_complete else "written"
     console.print(
-        f"{manifest.num_classes} classes, those that a sample does not list are {manifest.unlisted}; "
+        f"{counted(manifest.num_classes, 'class')}, those that a sample does not list are {manifest.unlisted}; "
         f"{manifest.url} {state}, digest {manifest.digest[:16]}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -225,6 +232,7 @@ def shards_verify(
     as_json: AsJson = False,
 ) -> None:
     """Read a whole set again and compare it with the manifest."""
+    from shards.report import counted
     from shards.verify import verify
 
     mapper = _mapper(ray_address, workers, storage_options)
@@ -239,14 +247,16 @@ def shards_verify(
         console = Console()
         _print_faults(console, report.faults)
         num_samples = sum(split.num_samples for split in report.manifest.splits.values())
-        verdict = (
-            f"{len(report.faults)} faults" if report.faults else f"whole: {num_samples} samples as the manifest says"
-        )
-        console.print(verdict, highlight=False)
+        whole = f"whole: {counted(num_samples, 'sample')} as the manifest says"
+        console.print(counted(len(report.faults), "fault") if report.faults else whole, highlight=False)
         if report.num_without_digest:
+            one = report.num_without_digest == 1
+            were = (
+                "was indexed where it lies and its digest was" if one else "were indexed where they lie; digests were"
+            )
             console.print(
-                f"[yellow]{report.num_without_digest} tars were indexed where they lie and their digests were never "
-                "known: pixels that changed since go unseen[/]",
+                f"[yellow]{counted(report.num_without_digest, 'tar')} {were} never known: pixels that changed since go "
+                "unseen[/]",
                 highlight=False,
             )
     if report.faults:
@@ -306,29 +316,35 @@ def _source(
     return map_classes(source, mapping, order=order, others=others) if mapping or order else source
 
 
-def _show_set(manifest: Manifest, state: str, as_json: bool, began: float, **told: Any) -> None:
-    """Print a set's size and URL."""
+def _show_set(
+    manifest: Manifest, state: str, as_json: bool, began: float, *, notes: Sequence[str] = (), **told: Any
+) -> None:
+    """Print a set's size and URL, and the notes on it."""
+    from shards.report import counted, size_text
+
     splits = {
-        name: {"num_samples": s.num_samples, "num_shards": len(s.shards), "megabytes": round(s.num_bytes / 1e6, 1)}
+        name: {"num_samples": s.num_samples, "num_shards": len(s.shards), "num_bytes": s.num_bytes,
+               "megabytes": round(s.num_bytes / 1e6, 1)}
         for name, s in manifest.splits.items()
-    }
+    }  # fmt: skip
     seconds = time.monotonic() - began
     if as_json:
         print_json(
             {"url": manifest.url, "digest": manifest.digest, "num_classes": manifest.num_classes, "splits": splits,
-             "skipped": manifest.skipped, "seconds": round(seconds, 1), **told}
+             "skipped": manifest.skipped, "notes": list(notes), "seconds": round(seconds, 1), **told}
         )  # fmt: skip
         return
     console = Console()
-    for name, counts in splits.items():
-        console.print(
-            f"{name}: {counts['num_samples']} images, {counts['num_shards']} shards, {counts['megabytes']} MB",
-            highlight=False,
-        )
+    for name, part in manifest.splits.items():
+        sizes = (counted(part.num_samples, "image"), counted(len(part.shards), "shard"), size_text(part.num_bytes))
+        console.print(f"{name}: {', '.join(sizes)}", highlight=False)
     for reason, count in manifest.skipped.items():
         console.print(f"[yellow]left out: {count} {reason} (listed in {manifest.url}/skipped.csv)[/]", highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"{manifest.num_classes} classes; {manifest.url} {state} in {seconds:.0f} s, digest {manifest.digest[:16]}",
+        f"{counted(manifest.num_classes, 'class')}; {manifest.url} {state} in {seconds:.0f} s, "
+        f"digest {manifest.digest[:16]}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -395,6 +411,7 @@ def shards_inspect(
 
     from dist_mlpl import storage
     from shards.inspect import inspect
+    from shards.report import counted
 
     storage.configure_storage(parse_storage_options(storage_options))
     sheet = inspect(
@@ -404,18 +421,30 @@ def shards_inspect(
     if as_json:
         print_json(asdict(sheet))
         return
-    unreadable = f", {sheet.num_unreadable} of them do not decode" if sheet.num_unreadable else ""
-    Console().print(f"{sheet.num_shown} images{unreadable}: {sheet.out}", highlight=False, soft_wrap=True)
+    unreadable = f", {sheet.num_unreadable} of them not decodable" if sheet.num_unreadable else ""
+    shown = counted(sheet.num_shown, "image")
+    Console().print(f"{shown}{unreadable}: {sheet.out}", highlight=False, soft_wrap=True)
 
 
 @shards_app.command("rules")
-def shards_rules() -> None:
+def shards_rules(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them.")] = None,
+) -> None:
     """List the rules of `shards simulate`."""
+    from dist_mlpl.errors import nearest_names
     from shards.view_rules import RULES
 
+    if name is not None and name not in RULES:
+        raise ConfigError(
+            f"unknown rule {name!r}", expected=nearest_names(name, RULES), where="NAME", next_step="correct the name"
+        )
     console = Console(highlight=False, soft_wrap=True)
-    for name, rule in RULES.items():
-        console.print(f"[bold]{name}[/]  {rule.summary}")
+    for key in RULES if name is None else [name]:
+        rule = RULES[key]
+        options = (
+            "; needs --fraction" * rule.takes_fraction + "; takes --flip-present, --flip-absent" * rule.takes_flips
+        )
+        console.print(f"[bold]{key}[/]  {rule.summary}{options if name else ''}")
 
 
 @shards_app.command("simulate")

@@ -12,11 +12,12 @@ from dist_mlpl import storage
 from dist_mlpl.data.manifest import Manifest, ShardEntry, load_manifest, write_manifest
 from dist_mlpl.environment import installed_version
 from dist_mlpl.errors import ConfigError, DataError, StorageError
+from shards.images import NOT_JPEG
 from shards.ledger import Ledger
 from shards.pack import OnProgress, PackedShard, Skipped
-from shards.plan import Plan
+from shards.plan import Plan, input_digest
 from shards.processes import Mapper
-from shards.work import TooManySkippedError, pack_all
+from shards.work import TooManySkippedError, pack_all, still_holds
 
 SKIPPED_FILE = "skipped.csv"
 _SYNCERS = 4  # threads that wait for the disk
@@ -47,6 +48,7 @@ def plan_document(plan: Plan, *, base: str = "") -> dict[str, Any]:
         "source": plan.source.name,
         "images": len(plan.source.records),
         "digest": plan.digest,
+        "records": input_digest(plan.source, None),
         "packing": plan.packing.model_dump(),
         "base": base,
         "version": installed_version("dist-mlpl"),
@@ -90,17 +92,19 @@ def pack_plan(
     max_skipped = max_bad_fraction * (num_images or len(plan.source.records))
     known = set(known)
     filled = {name.rpartition("-")[0] for name in known}
-    expected = f"a fraction of at most {max_bad_fraction}, and an image that can be packed in every split"
+    allowed = f"at most {int(max_skipped):,} (--max-bad-fraction {max_bad_fraction:g})"
+    expected = f"{allowed}, and an image that can be packed in every split"
     if len(plan.skipped) > max_skipped or set(plan.splits) - filled - {shard.split for shard in plan.shards}:
         raise refusal(plan, plan.skipped, folder, expected=expected)
-    is_first = ledger.begin(about, known=known)
+    shards = {shard.stem: shard for shard in plan.shards}
+    is_first = ledger.begin(about, known=known, keeps=lambda stem, packed: still_holds(plan, shards.get(stem), packed))
     try:
         packed = pack_all(plan, ledger, mapper, is_first=is_first, max_skipped=max_skipped, tell=tell)
     except TooManySkippedError as stop:
         raise refusal(plan, stop.skipped, folder, expected=expected) from None
     if set(plan.splits) - filled - entries_by_split(plan, packed).keys():
         skipped = [*plan.skipped, *(image for shard in packed.values() for image in shard.skipped)]
-        raise refusal(plan, skipped, folder, expected=expected)
+        raise refusal(plan, skipped, folder, expected=expected, is_all=True)
     return packed
 
 
@@ -125,19 +129,21 @@ def finish(manifest: Manifest, skipped: Sequence[tuple[str, str]], ledger: Ledge
     Returns:
         The manifest as written, with its `url` and `digest`.
     """
-    sync_shards(ledger.out, [entry for split in manifest.splits.values() for entry in split.shards], tell)
-    try:
-        write_skipped(skipped, ledger.out, scratch=ledger.folder)
-        written = write_manifest(manifest, ledger.out, scratch=ledger.folder)
-    except StorageError:
-        if ledger.is_open:
-            raise
-        written = load_manifest(ledger.out)  # another builder finished, and removed our temporary files with the ledger
+    with ledger.finishing():
+        sync_shards(ledger.out, [entry for split in manifest.splits.values() for entry in split.shards], tell)
+        try:
+            write_skipped(skipped, ledger.out, scratch=ledger.folder)
+            written = write_manifest(manifest, ledger.out, scratch=ledger.folder)
+        except StorageError:
+            if ledger.is_open:
+                raise
+            # Another builder finished, and removed our temporary files with the ledger.
+            written = load_manifest(ledger.out)
     ledger.close()
     return written
 
 
-def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: str) -> DataError:
+def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: str, is_all: bool = False) -> DataError:
     """Write the unfit images to FOLDER/skipped.csv, and make the error that stops a build; the caller raises it.
 
     Args:
@@ -145,15 +151,19 @@ def refusal(plan: Plan, skipped: Sequence[Skipped], folder: str, *, expected: st
         skipped: images known to be unfit.
         folder: folder or URL for skipped.csv.
         expected: what is allowed, for the message.
+        is_all: whether every image was looked at; otherwise the message says that there may be more.
     """
     write_skipped([(image, reason) for _, image, reason in sorted(skipped)], folder)
-    first = ", ".join(f"{image!r} ({reason})" for _, image, reason in sorted(skipped)[:3])
+    first = ", ".join(f"{image!r} ({reason})" for _, image, reason in sorted(skipped)[:3]) + " ..." * (len(skipped) > 3)
+    num_images, so_far = len(plan.source.records), "" if is_all else " so far (the build stopped there)"
+    convert = "add --convert, which makes JPEGs of PNG, TIFF, BMP and WebP; or "
+    can_convert = not plan.packing.convert and any(image.reason == NOT_JPEG for image in skipped)
     return DataError(
-        f"{len(skipped)} of {len(plan.source.records)} images cannot be packed: {first}" + " ..." * (len(skipped) > 3),
+        f"{len(skipped)} of {num_images} images cannot be packed{so_far}: {first}",
         expected=expected,
-        where=f"those found so far are listed in {storage.join(storage.shown(folder), SKIPPED_FILE)}",
-        next_step="allow for them with --max-bad-fraction, and this build goes on; "
-        "or repair the images and pack them into an empty folder",
+        where=f"they are listed in {storage.join(storage.shown(folder), SKIPPED_FILE)}",
+        next_step=f"{convert * can_convert}repair them; or allow for them with --max-bad-fraction (`dist-mlpl shards "
+        "extend` adds them later, once repaired): the same command then goes on",
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from dist_mlpl import storage
@@ -40,10 +42,12 @@ class BuildSummary:
         manifest: as written, with its `url` and `digest`, sizes and numbers of skipped images.
         was_complete: True when the folder already held this data set, every file with its size, and nothing was
             written.
+        notes: what a person should know of the set, in whole sentences.
     """
 
     manifest: Manifest
     was_complete: bool
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -80,7 +84,7 @@ def build(
         on_progress: called with what is being done, how much is done, the total, and bytes where known.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument out of range, or an `out` that is the folder of the images.
         DataError: records that cannot be packed, too many unfit images, or an image that changed meanwhile.
         ManifestError: `out` holds another data set, or an unfinished build of another.
         StorageError: reading or writing failed.
@@ -92,12 +96,14 @@ def build(
         decode=decode,
     )  # fmt: skip
     check_fraction(max_bad_fraction)
+    ledger = Ledger(out)
+    _check_place(source, ledger)
     mapper = mapper or on_processes(workers)
     plan = make_plan(source, packing, tell=tell)
-    ledger = Ledger(out)
+    notes = (*source.notes, *_split_notes(source))
     if existing := _existing(out, plan):
         ledger.sweep(existing.digest)
-        return _made_whole(plan, existing, mapper, tell)
+        return _made_whole(plan, existing, notes, mapper, tell)
     try:
         packed = pack_plan(
             plan, ledger, mapper, plan_document(plan), max_bad_fraction=max_bad_fraction, folder=out, tell=tell
@@ -105,7 +111,7 @@ def build(
     except FinishedElsewhereError:
         existing = load_manifest(out)
         ledger.sweep(existing.digest)
-        return BuildSummary(existing, was_complete=False)
+        return BuildSummary(existing, was_complete=False, notes=notes)
     skipped = sorted({*plan.skipped, *(image for shard in packed.values() for image in shard.skipped)})
     manifest = Manifest(
         version=version("dist-mlpl"),
@@ -118,7 +124,55 @@ def build(
         skipped=dict(sorted(Counter(image.reason for image in skipped).items())),
     )
     left_out = [(image.image, image.reason) for image in skipped]
-    return BuildSummary(finish(manifest, left_out, ledger, tell), was_complete=False)
+    notes += _orientation_notes(sum(shard.num_oriented for shard in packed.values()))
+    return BuildSummary(finish(manifest, left_out, ledger, tell), was_complete=False, notes=notes)
+
+
+def _check_place(source: Source, ledger: Ledger) -> None:
+    """Refuse to write shards among the images, or to take their folder for that of the build's records.
+
+    Raises:
+        ConfigError: the images lie in `out` itself, or below OUT/build, which is removed at the end.
+    """
+    images, out, records = (_real(url) for url in (source.images, ledger.out, ledger.folder))
+    if images == out and not storage.exists(manifest_url(ledger.out)):
+        raise ConfigError(
+            "the folder of the images as --out",
+            expected="a folder of its own for tars, indexes and manifest",
+            where=storage.shown(ledger.out),
+            next_step=f"give another, such as --out {storage.shown(ledger.out.rstrip('/'))}-shards",
+        )
+    if f"{images}/".startswith(f"{records}/"):
+        raise ConfigError(
+            "images in the folder that a build keeps its records in, and removes at its end",
+            expected=f"images elsewhere than in {storage.shown(ledger.folder)}",
+            where=storage.shown(source.images),
+            next_step="give another --out",
+        )
+
+
+def _real(url: str) -> str:
+    """A URL without trailing slashes, on a local disk also without links."""
+    return url.rstrip("/") if storage.is_remote(url) else os.path.realpath(url.removeprefix("file://"))
+
+
+def _split_notes(source: Source) -> tuple[str, ...]:
+    """A note on each split that holds a single image beside larger ones."""
+    counts = np.bincount(source.records.splits, minlength=len(source.records.split_names)).tolist()
+    sizes = {name: count for name, count in zip(source.records.split_names, counts, strict=True) if count}
+    return tuple(
+        f"split {name!r} is of a single image; the others: {', '.join(repr(other) for other in sizes if other != name)}"
+        for name, count in sizes.items()
+        if count == 1 < max(sizes.values())
+    )
+
+
+def _orientation_notes(num_oriented: int) -> tuple[str, ...]:
+    if not num_oriented:
+        return ()
+    carry, it = ("1 image carries", "it") if num_oriented == 1 else (f"{num_oriented:,} images carry", "them")
+    kept = f"kept as stored, and training does not turn {it}; --max-side N makes {it} upright"
+    return (f"{carry} an EXIF orientation: {kept}",)
 
 
 def _packing(**settings: Any) -> Packing:
@@ -154,7 +208,9 @@ def _existing(out: str, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def _made_whole(plan: Plan, manifest: Manifest, mapper: Mapper, tell: OnProgress) -> BuildSummary:
+def _made_whole(
+    plan: Plan, manifest: Manifest, notes: tuple[str, ...], mapper: Mapper, tell: OnProgress
+) -> BuildSummary:
     """Rewrite the missing or truncated files of a finished set.
 
     Raises:
@@ -168,7 +224,7 @@ def _made_whole(plan: Plan, manifest: Manifest, mapper: Mapper, tell: OnProgress
         if sizes.get(entry.file) != entry.num_bytes or not sizes.get(entry.index)
     ]
     if not bad:
-        return BuildSummary(manifest, was_complete=True)
+        return BuildSummary(manifest, was_complete=True, notes=notes)
     written = rewrite(plan, manifest.before(0), bad, mapper, tell)
     if left := [entry.file for entry in bad if entry.file not in written]:
         raise ManifestError(
@@ -177,4 +233,4 @@ def _made_whole(plan: Plan, manifest: Manifest, mapper: Mapper, tell: OnProgress
             where=storage.shown(manifest.url),
             next_step="run `dist-mlpl shards repair` with the source that they were added from",
         )
-    return BuildSummary(manifest, was_complete=False)
+    return BuildSummary(manifest, was_complete=False, notes=notes)

@@ -16,10 +16,13 @@ MAX_PIXELS: Final = 100_000_000  # equal to `dist_mlpl.data.jpeg.MAX_PIXELS`, wi
 
 FORMATS: Final = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # formats that `convert` reads
 
+NOT_JPEG: Final = "not a JPEG"  # the reason why an image in another format is left out
+
 _JPEG = b"\xff\xd8\xff"
 _SCAN, _END = 0xDA, 0xD9
 _FRAME = struct.Struct(">HH")  # height, width
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_EXIF = b"Exif\0\0"
 _REDUCING_GAP = 3.0  # Pillow: indistinguishable from resizing the full image, several times as fast
 # By degrees counter-clockwise.
 _TURNS = {
@@ -40,7 +43,7 @@ def check_image(content: bytes, *, decode: bool) -> str | None:
     if not content:
         return "empty file"
     if not content.startswith(_JPEG):
-        return "not a JPEG"
+        return NOT_JPEG
     scan, width, height = _find_scan(content)
     # A thumbnail in the header has its own end marker, so only one after the start of the first scan counts. Some
     # cameras append bytes after it.
@@ -81,6 +84,31 @@ def _find_scan(content: bytes) -> tuple[int, int, int]:
                 height, width = _FRAME.unpack_from(content, place + 5)
             place += 2 + max(2, content[place + 2] << 8 | content[place + 3])
     return -1, width, height
+
+
+def orientation_of(content: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8; 1 (upright) where it says none. Reads the header's first segments."""
+    place = 2
+    while content[place : place + 1] == b"\xff" and 0xE0 <= int.from_bytes(content[place + 1 : place + 2]) <= 0xEF:
+        length = int.from_bytes(content[place + 2 : place + 4])
+        if content[place + 1] == 0xE1 and content.startswith(_EXIF, place + 4):
+            return _orientation_in(content[place + 4 + len(_EXIF) : place + 2 + length])
+        place += 2 + max(2, length)
+    return 1
+
+
+def _orientation_in(tiff: bytes) -> int:
+    """The orientation in the first directory of an EXIF segment; 1 where there is none or it makes no sense."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    count = struct.unpack_from(f"{order}H", tiff, start)[0] if start + 2 <= len(tiff) else 0
+    for place in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, place)
+        if tag == _ORIENTATION:
+            return int(value) if kind == 3 and 1 <= value <= 8 else 1  # kind 3: an unsigned integer of 16 bits
+    return 1
 
 
 def fit_image(content: bytes, rotation: int, packing: Packing) -> tuple[bytes, str | None]:

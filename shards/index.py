@@ -7,7 +7,9 @@ OUT/manifest.json       written last; `tars` in it names the tars' folder when t
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -35,10 +37,10 @@ from dist_mlpl.data.manifest import (
 from dist_mlpl.data.shard_index import ClassLists, ShardIndex, encode_index
 from dist_mlpl.data.tar_members import check_num_classes, expand_tars, read_classes
 from dist_mlpl.environment import installed_version
-from dist_mlpl.errors import ConfigError, ManifestError, nearest_names
+from dist_mlpl.errors import ConfigError, DataError, ManifestError, nearest_names
 from dist_mlpl.labels import Unlisted
 from shards.pack import OnProgress
-from shards.scan import NO_JPEG, NOT_JPEG, encode_scan, read_scan, scan_tar
+from shards.scan import NO_JPEG, NOT_JPEG, TarScan, encode_scan, read_scan, scan_tar
 
 T = TypeVar("T")
 
@@ -64,6 +66,14 @@ class IndexSummary:
     ignored: dict[str, int]
     num_reused: int
     was_complete: bool
+
+
+class _Classes(NamedTuple):
+    """A list of classes."""
+
+    url: str
+    ids: list[str]  # in column order
+    header: str  # first cell of the header line
 
 
 class _Tar(NamedTuple):
@@ -120,12 +130,12 @@ def index_tars(
     folder = _one_folder(urls)
     out = folder if out is None else storage.absolute(out)
     splits = [split or _split_of(url, split_pattern or SPLIT_PATTERN) for url in urls]
-    listed = None if classes is None else read_classes(classes)
+    listed = None if classes is None else _Classes(classes, read_classes(classes), _first_cell(classes))
     existing = _existing(out)
     tell = on_progress or (lambda *_: None)
 
     scanned = _each(partial(_scan, out=out, classes=listed), urls, "reading headers", workers, tell)
-    ids = listed or _sorted_ids({name for tar in scanned for name in tar.class_ids}, tars)
+    ids = listed.ids if listed else _sorted_ids({name for tar in scanned for name in tar.class_ids}, tars)
     unlisted = unlisted or ("unknown" if any(tar.has_negatives for tar in scanned) else "absent")
     starts = np.cumsum([0] + [tar.num_samples for tar in scanned]).tolist()
     write = partial(_write, out=out, class_ids=ids, expected=_entries(existing))
@@ -231,20 +241,30 @@ def _entries(existing: Manifest | None) -> frozenset[ShardEntry] | None:
 
 
 def _each(task: Callable[[Any], T], items: Sequence[Any], doing: str, workers: int, tell: OnProgress) -> list[T]:
-    """Run a task on every item in threads; results are in order. The first error cancels the rest and is raised."""
-    results: dict[int, T] = {}
+    """Run a task on every item in threads; results are in order.
+
+    An error cancels what has not begun. Items begin in their order, so the first that is faulty has begun by then: once
+    all that run have ended, its error is raised.
+    """
     pool = ThreadPoolExecutor(min(workers, len(items)), "index")
     try:
-        futures = {pool.submit(task, item): number for number, item in enumerate(items)}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            tell(doing, len(results), len(items))
+        futures = [pool.submit(task, item) for item in items]
+        for done, future in enumerate(as_completed(futures), 1):
+            if future.exception() is not None:
+                break
+            tell(doing, done, len(items))
     finally:
         pool.shutdown(cancel_futures=True)
-    return [results[number] for number in range(len(items))]
+    return [future.result() for future in futures]
 
 
-def _scan(url: str, *, out: str, classes: Sequence[str] | None) -> _Tar:
+def _first_cell(url: str) -> str:
+    """The first cell of a CSV file that `read_classes` accepts."""
+    text = storage.read_bytes(url).decode("utf-8-sig")
+    return (next(csv.reader(io.StringIO(text)), []) or [""])[0]
+
+
+def _scan(url: str, *, out: str, classes: _Classes | None) -> _Tar:
     """Scan one tar, or reuse its earlier scan; refuses unlisted classes early, if `classes` is given."""
     try:
         num_bytes, tag = storage.size(url), storage.version(url)
@@ -257,7 +277,8 @@ def _scan(url: str, *, out: str, classes: Sequence[str] | None) -> _Tar:
         scan = scan_tar(url, num_bytes)
         storage.write_bytes(where, encode_scan(scan, num_bytes=num_bytes, version=tag))
     if classes is not None:
-        scan.columns(classes, url)
+        _refuse_lost_header(scan, classes, url)
+        scan.columns(classes.ids, url)
     return _Tar(
         url=url,
         num_bytes=num_bytes,
@@ -267,6 +288,19 @@ def _scan(url: str, *, out: str, classes: Sequence[str] | None) -> _Tar:
         has_negatives=any(labels.negatives for labels in scan.labels),
         ignored=scan.ignored,
         is_reused=is_reused,
+    )
+
+
+def _refuse_lost_header(scan: TarScan, classes: _Classes, where: str) -> None:
+    """Refuse a list of classes whose first line, taken for its header, is a class of the tar."""
+    if classes.header in classes.ids or classes.header not in scan.class_ids:
+        return
+    shown = storage.shown(classes.url)
+    raise DataError(
+        f"unknown class {classes.header!r}: the first line of {shown}, {classes.header!r}, was taken for the header",
+        expected="a list of classes that begins with a header line, such as `class`",
+        where=storage.shown(where),
+        next_step=f"add a header line to {shown} and run again",
     )
 
 

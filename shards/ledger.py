@@ -14,21 +14,26 @@ import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from dist_mlpl import storage
-from dist_mlpl.data.manifest import ShardEntry
+from dist_mlpl.data.manifest import ShardEntry, manifest_url
 from dist_mlpl.errors import ManifestError, MlplError
 from shards.pack import PackedShard, Skipped
 from shards.plan import differences
 
 FOLDER = "build"
+_PLAN = "plan.json"
+_CHANGING = "changing"  # in plan.json while the plan is replaced
+_FINISH = "manifest"  # the lease of the builder that writes the manifest
+_SHARD_FILE = re.compile(r"[\w-]+-\d{6,}\.(tar|arrow)")
 LEASE_SECONDS = 30.0  # a lease that does not change for this long while being watched has expired
 _BEAT_SECONDS = 5.0
 _READERS = 16
@@ -61,21 +66,29 @@ class Ledger:
     def __init__(self, out: str) -> None:
         self.out = out
         self.folder = storage.join(out, FOLDER)
-        self._plan_url = storage.join(self.folder, "plan.json")
+        self._plan_url = storage.join(self.folder, _PLAN)
+        self.plan_digest = ""  # of the plan that `begin` recorded or joined
 
-    def begin(self, about: dict[str, Any], *, known: Collection[str]) -> bool:
+    def begin(
+        self, about: dict[str, Any], *, known: Collection[str], keeps: Callable[[str, PackedShard], bool]
+    ) -> bool:
         """Record this plan for all builders of OUT, or join builders that follow it.
 
         Args:
             about: description of the plan in JSON types, equal for equal plans.
             known: shards and indexes that may be in OUT before a plan is.
+            keeps: whether a shard of this stem that was packed by another plan of the same records is as this plan
+                would pack it.
 
         Returns:
-            True when this call recorded the plan, False when it joined.
+            True when this call recorded the plan, False when it joined, or went on with a build whose image files have
+            changed in size since or that was begun without `convert`.
 
         Raises:
             ManifestError: others follow another plan, or OUT holds shards of no plan and no manifest.
         """
+        ours, content = _as_read(about), _content(about)
+        self.plan_digest = _digest(ours)
         there = storage.list_names(self.out)  # listed before reading the plan, as builders write shards after it
         plan = self._plan()
         if plan is None:
@@ -88,21 +101,80 @@ class Ledger:
                     next_step="give another --out, or remove them",
                 )
             storage.check_exclusive_create(self.folder)
-            content = (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
             if storage.create_exclusive(self._plan_url, content):
                 return True
             plan = self._plan()
             if plan is None:  # its builder has finished meanwhile, which packing will notice
                 return False
-        ours = _as_read(about)
-        if plan != ours:
+        if plan != ours and _may_follow(plan, ours):
+            self._take_over(plan, about, known, keeps)
+        elif plan != ours:
+            out = storage.shown(self.out)
             raise ManifestError(
                 f"an unfinished build of another data set or with other options: {differences(plan, ours)}",
                 expected="one plan for all that is written into a folder",
                 where=storage.shown(self._plan_url),
-                next_step="finish that build with its own inputs and options, give another --out, or empty this one",
+                next_step="finish that build with its own inputs and options; give another --out; or, to give that "
+                f"build up, remove {out}/{FOLDER} and its tars and indexes in {out}",
             )
         return False
+
+    def _take_over(
+        self,
+        plan: dict[str, Any],
+        about: dict[str, Any],
+        known: Collection[str],
+        keeps: Callable[[str, PackedShard], bool],
+    ) -> None:
+        """Replace the plan of an unfinished build, and remove the shards that do not hold under the new one.
+
+        Builders look for leases after they have changed the plan, and at the plan after they have taken a lease: none
+        writes by the old plan after this, as that would replace shards of the new one. A call that is killed here is
+        finished by the next.
+
+        Raises:
+            ManifestError: another builder is at work, or has finished the set.
+        """
+        storage.write_bytes(self._plan_url, _content({**about, _CHANGING: True}))
+        if running := [name for name, held in self._leases() if held.content and not held.is_dead]:
+            storage.write_bytes(self._plan_url, _content(plan))
+            raise ManifestError(
+                f"image files that changed, or --convert, while another builder is at work: {running[0]}",
+                expected="no other builder while a build goes on by another plan",
+                where=storage.shown(self.folder),
+                next_step="wait until it has ended, or end it; if it did on another machine, remove its *.lease-* here",
+            )
+        if self._manifest_digest() != about["base"]:
+            raise ManifestError(
+                "a set that another builder has finished meanwhile",
+                expected="an unfinished build",
+                where=storage.shown(self.out),
+                next_step="run the same command again",
+            )
+        noted = {name.removesuffix(".json") for name in storage.list_names(self.folder) if name.endswith(".json")}
+        packed = self.all_committed(noted - {_PLAN.removesuffix(".json")})
+        kept = {stem for stem, shard in packed.items() if keeps(stem, shard)}
+        for name in storage.list_names(self.out):
+            stem = name.rpartition(".")[0]
+            if _SHARD_FILE.fullmatch(name) and name not in known and stem not in kept:
+                storage.remove(storage.join(self.out, name))
+        for stem in noted - kept - {_PLAN.removesuffix(".json")}:
+            self.forget(stem)
+        storage.write_bytes(self._plan_url, _content(about))
+
+    def _leases(self) -> Iterator[tuple[str, Held]]:
+        """Every lease, by name."""
+        for name in storage.list_names(self.folder):
+            stem, sign, generation = name.rpartition(".lease-")
+            if sign and generation.isdecimal():
+                yield name, self.held(stem, int(generation))
+
+    def _manifest_digest(self) -> str:
+        """Digest of the manifest in OUT; empty without one."""
+        try:
+            return storage.sha256_of_bytes(storage.read_bytes(manifest_url(self.out)))
+        except FileNotFoundError:
+            return ""
 
     def _plan(self) -> dict[str, Any] | None:
         try:
@@ -118,10 +190,44 @@ class Ledger:
         """Whether the build is still in progress; False once some builder has finished."""
         return storage.exists(self._plan_url)
 
+    def is_open_for(self, plan_digest: str) -> bool:
+        """Whether the build is still in progress; False once some builder has finished.
+
+        Args:
+            plan_digest: `plan_digest` of the caller's plan.
+
+        Raises:
+            ManifestError: it goes on by another plan.
+        """
+        plan = self._plan()
+        if plan is not None and _digest(plan) != plan_digest:
+            raise ManifestError(
+                "a build that another builder went on with, by another plan",
+                expected="the plan that this builder began with",
+                where=storage.shown(self._plan_url),
+                next_step="leave it to the other, or run the same command again when it has ended",
+            )
+        return plan is not None
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Hold a lease while the set is finished, so that the plan stays.
+
+        Raises:
+            ManifestError: the build goes on by another plan.
+        """
+        lease, generation = self.claim(_FINISH, 0), 0
+        while isinstance(lease, Held) and lease.is_dead:
+            generation += 1
+            lease = self.claim(_FINISH, generation)
+        with contextlib.nullcontext() if isinstance(lease, Held) else lease:  # another builder of the plan has it
+            self.is_open_for(self.plan_digest)
+            yield
+
     def commit(self, stem: str, packed: PackedShard) -> None:
         """Record that a shard is done. The first record stays, as any other would be equal."""
         entry = None if packed.entry is None else packed.entry.model_dump()
-        document = {"entry": entry, "index_bytes": packed.index_bytes, "skipped": packed.skipped}
+        document = {**packed._asdict(), "entry": entry}
         content = json.dumps(document, ensure_ascii=False).encode()
         storage.create_exclusive(self._commit_url(stem), content, durable=False)
 
@@ -134,6 +240,8 @@ class Ledger:
                 None if entry is None else ShardEntry.model_validate(entry),
                 document["index_bytes"],
                 tuple(Skipped(*skipped) for skipped in document["skipped"]),
+                document["inputs"],
+                document["num_oriented"],
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # a power loss may leave half a record
             return None
@@ -187,6 +295,30 @@ class Ledger:
 
     def _lease_url(self, stem: str, generation: int) -> str:
         return storage.join(self.folder, f"{stem}.lease-{generation}")
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    return storage.sha256_of_bytes(json.dumps(plan, sort_keys=True).encode())
+
+
+def _content(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _may_follow(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a build by one plan may go on by another: the same records, packed the same way, but for `convert`."""
+
+    def compared(plan: dict[str, Any]) -> dict[str, Any]:
+        packing = plan.get("packing")
+        packing = {**packing, "convert": None} if isinstance(packing, dict) else packing
+        return {**plan, "digest": None, _CHANGING: None, "packing": packing, "pillow": None}
+
+    def of(plan: dict[str, Any], name: str) -> Any:
+        return plan.get("packing", {}).get(name) if name == "convert" else plan.get(name)
+
+    if compared(there) != compared(here) or (of(there, "convert") and not of(here, "convert")):
+        return False
+    return of(there, "pillow") in ("", of(here, "pillow"))  # empty: no image was made anew so far
 
 
 def _as_read(document: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dist_mlpl import storage
 from dist_mlpl.data.manifest import Packing, ShardEntry
 from dist_mlpl.data.shard_index import ShardIndex, encode_index
 from dist_mlpl.errors import DataError, StorageError
-from shards.images import fit_image
+from shards.images import fit_image, orientation_of
 from shards.sources.base import Record, Records, keys_of
 
 # (what is being done, how much is done, total[, bytes done])
@@ -50,6 +50,7 @@ class Setting:
         scratch: folder for unfinished files, removed at the end; on the same disk as a local `out`.
         class_ids: class ids in column order.
         packing: how images and shards are made.
+        plan: digest of the build's plan in the ledger; empty where there is no ledger.
     """
 
     images: str
@@ -57,6 +58,7 @@ class Setting:
     scratch: str
     class_ids: tuple[str, ...]
     packing: Packing
+    plan: str = ""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,11 +69,13 @@ class ShardJob:
         stem: file name without ending, `SPLIT-000000`.
         records: n images in tar order.
         sizes: (n,) int64, sizes of their files in bytes when the plan was made.
+        inputs: `Plan.inputs_of` the shard.
     """
 
     stem: str
     records: Records
     sizes: npt.NDArray[np.int64]
+    inputs: str
 
 
 class Skipped(NamedTuple):
@@ -88,6 +92,8 @@ class PackedShard(NamedTuple):
     entry: ShardEntry | None  # None: no image could be packed, and nothing was written
     index_bytes: int  # size of the index; 0 without one
     skipped: tuple[Skipped, ...]
+    inputs: str  # `Plan.inputs_of` the shard
+    num_oriented: int = 0  # images that stayed as they are though their EXIF orientation is not upright
 
 
 def packing_order(seed: int, split: str, source_rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
@@ -241,7 +247,7 @@ def write_shard(setting: Setting, job: ShardJob, expected: ShardEntry | None = N
     try:
         with storage.create_file(tar_url, scratch=setting.scratch) as file:
             tar = TarWriter(file)
-            index = _write_samples(tar, setting, job, skipped)
+            index, num_oriented = _write_samples(tar, setting, job, skipped)
             sha256, content = tar.close(), encode_index(index)
             entry = ShardEntry(
                 file=storage.name(tar_url),
@@ -256,17 +262,17 @@ def write_shard(setting: Setting, job: ShardJob, expected: ShardEntry | None = N
     except _NothingToPackError as error:
         if expected is not None:
             raise _changed("no image of it can be packed any more", tar_url) from error
-        return PackedShard(None, 0, tuple(skipped))
+        return PackedShard(None, 0, tuple(skipped), job.inputs)
     # Not synced to disk here: `storage.sync` follows once, before the manifest.
     storage.write_bytes(index_url, content, durable=False, scratch=setting.scratch)
     if storage.is_remote(setting.out):
         _check_size(tar_url, entry.num_bytes)
-    return PackedShard(entry, len(content), tuple(skipped))
+    return PackedShard(entry, len(content), tuple(skipped), job.inputs, num_oriented)
 
 
-def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: list[Skipped]) -> ShardIndex:
-    """Fill a tar, append to `skipped`, and return the index."""
-    has_machine = job.records.machine is not None
+def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: list[Skipped]) -> tuple[ShardIndex, int]:
+    """Fill a tar, append to `skipped`, and return the index and the number of images that stayed turned or mirrored."""
+    has_machine, num_oriented = job.records.machine is not None, 0
     rows, offsets, sizes, checksums = [], [], [], []
     samples = zip(keys_of(job.records.images).to_pylist(), job.records, _contents(setting.images, job), strict=True)
     for row, (key, record, content) in enumerate(samples):
@@ -274,6 +280,7 @@ def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: lis
         if fault is not None:
             skipped.append(Skipped(record.source_row, record.image, fault))
             continue
+        num_oriented += image is content and orientation_of(image) != 1
         labels = record_json(key, record, setting.class_ids, has_machine=has_machine)
         offsets.append(tar.add(key, image, labels))
         rows.append(row)
@@ -282,7 +289,7 @@ def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: lis
     if not rows:
         raise _NothingToPackError
     packed = job.records if not skipped else job.records.take(np.array(rows))
-    return ShardIndex(
+    index = ShardIndex(
         keys=keys_of(packed.images),
         offsets=np.array(offsets, dtype=np.uint64),
         num_bytes=np.array(sizes, dtype=np.uint32),
@@ -293,6 +300,7 @@ def _write_samples(tar: TarWriter, setting: Setting, job: ShardJob, skipped: lis
         machine=packed.machine,
         confidences=packed.confidences,
     )
+    return index, num_oriented
 
 
 def _contents(images: str, job: ShardJob) -> Iterator[bytes]:

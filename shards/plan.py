@@ -73,7 +73,12 @@ class Plan:
 
     def job(self, shard: PlannedShard) -> ShardJob:
         """The job for a worker to write a shard."""
-        return ShardJob(shard.stem, self.source.records.take(shard.rows), self.sizes[shard.rows])
+        return ShardJob(shard.stem, self.source.records.take(shard.rows), self.sizes[shard.rows], self.inputs_of(shard))
+
+    def inputs_of(self, shard: PlannedShard) -> str:
+        """sha256 over which records a shard holds, in which order, and the sizes of their files."""
+        sizes = self.sizes[shard.rows]
+        return hashlib.sha256(shard.rows.astype("<i8").tobytes() + sizes.astype("<i8").tobytes()).hexdigest()
 
     @property
     def splits(self) -> list[str]:
@@ -159,8 +164,11 @@ def _bytes_in_tar(source: Source, sizes: npt.NDArray[np.int64], packing: Packing
     return (2 + image_blocks + label_blocks) * BLOCK
 
 
-def input_digest(source: Source, sizes: npt.NDArray[np.int64]) -> str:
-    """sha256 over all that the output depends on except the packing: the source's records and file sizes."""
+def input_digest(source: Source, sizes: npt.NDArray[np.int64] | None) -> str:
+    """sha256 over all that the output depends on except the packing: the source's records, and file sizes unless None.
+
+    Records with other sizes may be cut into other shards.
+    """
     records = source.records
     classes = [(entry.id, entry.name) for entry in source.classes]
     names = sorted(set(split_names(records)))

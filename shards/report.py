@@ -1,4 +1,4 @@
-"""Owns the display of a set's statistics: a page with charts, and tables for a terminal."""
+"""Owns the display of a set's statistics: a page with charts, tables for a terminal, and counts and sizes as text."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ thead th { position: sticky; top: 0; background: #fff; border-bottom: 2px solid 
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-start; }
 svg { max-width: 100%; height: auto; } summary { cursor: pointer; margin: 1rem 0 .5rem; }
 """
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: `1 shard`, `2,000 shards`, `3 classes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural if count != 1 else ''}"
+
+
+def size_text(num_bytes: int) -> str:
+    """A size in the unit that suits it: `512 B`, `5.1 kB`, `26.3 MB`, `2,700.0 GB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    for unit, name in ((1e3, "kB"), (1e6, "MB")):
+        if num_bytes < 999.95 * unit:  # more would read 1000.0
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1e9:,.1f} GB"
 
 
 def stats_page(statistics: Statistics) -> str:
@@ -107,14 +123,14 @@ def _view_words(statistics: Statistics) -> str:
 
 
 def _summary(statistics: Statistics) -> tuple[list[str], list[list[str]]]:
-    header = ["split", "images", "shards", "GB", "present", "absent", "known", "present an image", "without any known",
-              "without any present", "classes never present"]  # fmt: skip
+    header = ["split", "images", "shards", "size", "present", "absent", "known", "present an image",
+              "without any known", "without any present", "classes never present"]  # fmt: skip
     rows = [
         [
             split.name,
             f"{split.num_samples:,}",
             f"{split.num_shards:,}",
-            f"{split.num_bytes / 1e9:.3g}",
+            size_text(split.num_bytes),
             f"{int(split.positives.sum()):,}",
             f"{int(split.negatives.sum()):,}",
             f"{split.density:.3g}" if 0 < split.density < 0.001 else f"{split.density:.1%}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import NamedTuple
 
 from dist_mlpl import storage
 from dist_mlpl.errors import StorageError
+from shards.images import NOT_JPEG
 from shards.ledger import LEASE_SECONDS, Held, Ledger
 from shards.pack import OnProgress, PackedShard, Setting, ShardJob, Skipped, write_shard
-from shards.plan import Plan
+from shards.plan import Plan, PlannedShard
 from shards.processes import Mapper
 
 _POLL_SECONDS = 0.5
@@ -41,6 +43,22 @@ def setting_of(plan: Plan, out: str) -> Setting:
     return Setting(plan.source.images, out, Ledger(out).folder, class_ids, plan.packing)
 
 
+def still_holds(plan: Plan, shard: PlannedShard | None, packed: PackedShard) -> bool:
+    """Whether a shard packed by an earlier plan of the same records is what this plan would pack.
+
+    Between the two, image files may have changed in size, and `convert` may have been added: it bears on nothing but
+    the images that were left out for want of it.
+
+    Args:
+        plan: the plan to go on with.
+        shard: its shard of that name; None without one.
+        packed: what was packed under that name.
+    """
+    if shard is None or packed.inputs != plan.inputs_of(shard):
+        return False
+    return not plan.packing.convert or all(image.reason != NOT_JPEG for image in packed.skipped)
+
+
 def pack_one(setting: Setting, job: ShardJob, generation: int) -> PackedShard | Held | None:
     """Write one shard, unless it is done or another builder holds its lease.
 
@@ -54,6 +72,7 @@ def pack_one(setting: Setting, job: ShardJob, generation: int) -> PackedShard | 
         whole set.
 
     Raises:
+        ManifestError: another builder went on with this build by another plan.
         DataError, StorageError: see `write_shard`.
     """
     ledger = Ledger(setting.out)
@@ -72,7 +91,7 @@ def _pack_one(setting: Setting, job: ShardJob, generation: int, ledger: Ledger) 
     with lease:
         if packed := ledger.committed(job.stem):
             return packed
-        if not ledger.is_open:
+        if not ledger.is_open_for(setting.plan):
             return None
         packed = write_shard(setting, job)
         ledger.commit(job.stem, packed)
@@ -103,16 +122,22 @@ def pack_all(
     """
     state = _State(plan, max_skipped, tell)
     shards = {shard.stem: shard for shard in plan.shards}
-    for stem, packed in [] if is_first else _trusted(ledger, shards):
+    trusted = {} if is_first else dict(_trusted(ledger, shards))
+    if len(plan.skipped) + sum(len(packed.skipped) for packed in trusted.values()) > max_skipped:
+        for stem in [stem for stem, packed in trusted.items() if packed.skipped]:
+            del trusted[stem]  # their images are looked at again: they may have been repaired to files of the same size
+            ledger.forget(stem)
+    for stem, packed in trusted.items():
         state.take(stem, packed)
     left = {stem: 0 for stem in shards if stem not in state.packed}  # stem -> generation of the lease to take
+    setting = dataclasses.replace(setting_of(plan, ledger.out), plan=ledger.plan_digest)
     watched: dict[str, _Watched] = {}
     while left or watched:
         stems = list(left)
         if not is_first:
             random.shuffle(stems)
         calls = ((plan.job(shards[stem]), left[stem]) for stem in stems)
-        with closing(mapper(partial(pack_one, setting_of(plan, ledger.out)), calls)) as outcomes:
+        with closing(mapper(partial(pack_one, setting), calls)) as outcomes:
             for number, found in outcomes:
                 if found is None:
                     raise FinishedElsewhereError

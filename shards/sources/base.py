@@ -165,6 +165,7 @@ class Source:
         arguments: the labels' origin for the manifest (digests of the files read, options, counts of dropped labels by
             reason), in JSON types. Without paths, as the output depends only on the input's content.
         records: in the source's order.
+        notes: what a person should know of the labels, in whole sentences; not part of the output.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Source:
     unlisted: Unlisted
     arguments: dict[str, Any]
     records: Records
+    notes: tuple[str, ...] = ()
 
 
 def key_of(image: str) -> str:

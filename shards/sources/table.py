@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from pydantic import Field
@@ -17,6 +19,8 @@ from dist_mlpl.settings import Settings
 from shards.sources.base import Record, Records, Source, key_of
 
 _SEPARATOR = "|"
+_FORMS = "a header line image,labels (classes not listed are absent) or image,positives,negatives (they are unknown)"
+_SHOWN = 20  # classes that a note lists
 
 
 class TableSettings(Settings):
@@ -24,8 +28,8 @@ class TableSettings(Settings):
 
     images: str = Field(description="folder of the images")
     labels: str = Field(description="CSV: image,labels with all else absent, or image,positives,negatives")
-    classes: str | None = Field(None, description="CSV whose first column lists the classes in order")
-    splits: str | None = Field(None, description="CSV: image,split; without it all are train")
+    classes: str | None = Field(None, description="CSV with a header line; its first column lists the classes in order")
+    splits: str | None = Field(None, description="CSV: image,split for the same images; without it all are train")
 
 
 class _Row(NamedTuple):
@@ -53,12 +57,19 @@ class _Table(NamedTuple):
             DataError: no such column.
         """
         if name not in self.columns:
-            raise self.fault(1, f"columns {', '.join(self.columns)}", f"a column named {name!r}")
+            raise self.fault(1, self.header, f"a header line with a column named {name!r}")
         return self.columns.index(name)
+
+    @property
+    def header(self) -> str:
+        """The columns, for messages."""
+        return f"columns {', '.join(self.columns)}"
 
 
 def read_table(images: str, labels: str, *, classes: str | None = None, splits: str | None = None) -> Source:
     """Read a data set from CSV files, each a local path or URL, in UTF-8 with a header line.
+
+    Blanks around cells and around the names in a cell are left out.
 
     Args:
         images: folder or URL that image names are relative to.
@@ -85,6 +96,8 @@ def read_table(images: str, labels: str, *, classes: str | None = None, splits: 
     split_table = None if splits is None else _read(splits)
     split_of = (lambda _: "train") if split_table is None else _split_of(split_table, table, rows)
     columns = {name: column for column, name in enumerate(names)}
+    if class_table is not None:
+        _refuse_lost_header(table, rows, columns, class_table)
     records = [
         Record(
             image=row.image,
@@ -106,7 +119,46 @@ def read_table(images: str, labels: str, *, classes: str | None = None, splits: 
         unlisted=unlisted,
         arguments={f"{part}_sha256": read.sha256 for part, read in parts.items() if read is not None},
         records=Records.of(records),
+        notes=() if classes is not None else _notes(names, records, labels),
     )
+
+
+def _notes(names: Sequence[str], records: Sequence[Record], labels: str) -> tuple[str, ...]:
+    """What a person should know of classes that no list fixes: which were found, and which may be typing mistakes."""
+    listed = _listed(names)
+    notes = [f"without a list of classes, {len(names)} were found in {storage.shown(labels)}: {listed}"]
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    same = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if same:
+        notes.append(f"classes that differ in case or blanks alone, yet count as different ones: {_listed(same)}")
+    times = Counter(chain.from_iterable(record.positives for record in records))
+    single = [name for column, name in enumerate(names) if times[column] <= 1]
+    if single:
+        notes.append(f"present in one image at most, perhaps a typing mistake: {_listed(single)}")
+    return tuple(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _refuse_lost_header(table: _Table, rows: Sequence[_Labelled], columns: dict[str, int], class_table: _Table) -> None:
+    """Refuse a list of classes whose first line, taken for its header, is a class of the labels."""
+    first = class_table.columns[0]
+    if first in columns:
+        return
+    shown = storage.shown(class_table.url)
+    for row in rows:
+        if any(first in text and first in _names(text) for text in (row.positives, row.negatives)):
+            raise table.fault(
+                row.line,
+                f"unknown class {first!r}: the first line of {shown}, {first!r}, was taken for the header",
+                "a list of classes that begins with a header line, such as `class`",
+                f"add a header line to {shown} and run again",
+            )
 
 
 def _fault(url: str, line: int, found: str, expected: str) -> DataError:
@@ -132,15 +184,15 @@ def _read(url: str) -> _Table:
         return _fault(url, max(line, 1), found, expected)
 
     try:
-        for cells in csv.reader(lines(), strict=True):
+        for cells in csv.reader(lines(), strict=True, skipinitialspace=True):
             if not cells:
                 continue  # a blank line
             if not columns:
-                columns = tuple(cells)
+                columns = tuple(map(str.strip, cells))
             elif len(cells) != len(columns):
                 raise fault(f"{len(cells)} cells", f"{len(columns)}, as many as columns ({', '.join(columns)})")
             else:
-                rows.append(_Row(line, tuple(cells)))
+                rows.append(_Row(line, tuple(map(str.strip, cells))))
     except FileNotFoundError as error:
         raise storage.missing(url, what="the table", next_step="correct the path or URL") from error
     except csv.Error as error:
@@ -173,9 +225,7 @@ class _Labelled(NamedTuple):
 
 
 def _labels(table: _Table) -> tuple[list[_Labelled], Unlisted]:
-    image = table.column("image")
-    if "labels" in table.columns and "positives" in table.columns:
-        raise table.fault(1, "both `labels` and `positives`", "image,labels or image,positives,negatives")
+    image = _image_column(table)
     unlisted: Unlisted
     if "positives" in table.columns:
         positives, negatives, unlisted = table.column("positives"), table.column("negatives"), "unknown"
@@ -201,6 +251,19 @@ def _labels(table: _Table) -> tuple[list[_Labelled], Unlisted]:
     return rows, unlisted
 
 
+def _image_column(table: _Table) -> int:
+    """Position of the images, after checking that the columns are those of one of the two forms."""
+    there = set(table.columns)
+    if "labels" in there and "positives" in there:
+        raise table.fault(1, "both `labels` and `positives`", _FORMS)
+    if {"image", "positives"} <= there and "negatives" not in there:
+        step = "rename `positives` to `labels` if classes not listed are absent; else add a column `negatives`, its "
+        raise table.fault(1, table.header, _FORMS, f"{step}cells empty where no class is known to be absent")
+    if "image" not in there or not there & {"labels", "positives"}:
+        raise table.fault(1, table.header, _FORMS)
+    return table.column("image")
+
+
 def _checked_path(table: _Table, line: int, path: str) -> str:
     parts = path.split("/")
     if not path or "://" in path or "\\" in path or any(part in ("", ".", "..") for part in parts):
@@ -209,11 +272,13 @@ def _checked_path(table: _Table, line: int, path: str) -> str:
 
 
 def _sorted_names(rows: Sequence[_Labelled]) -> list[str]:
-    return sorted({name for row in rows for text in (row.positives, row.negatives) for name in _names(text)})
+    texts = {text for row in rows for text in (row.positives, row.negatives)}  # cells repeat
+    return sorted({name for text in texts for name in _names(text)})
 
 
 def _names(text: str) -> list[str]:
-    return text.split(_SEPARATOR) if text else []
+    """The names in a cell, without blanks around them."""
+    return list(map(str.strip, text.split(_SEPARATOR))) if text else []
 
 
 def _class_names(table: _Table) -> list[str]:

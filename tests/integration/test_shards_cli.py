@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dist_mlpl import storage
 from dist_mlpl.cli import main
@@ -58,10 +60,11 @@ def test_a_set_is_built_found_complete_verified_damaged_and_repaired(
     out = str(tmp_path / "out")
     build = ["build", *source(inputs), "--out", out, "--workers", "1", "--no-decode"]
     printed, _ = shards(*build)
-    assert "train: 24 images, 1 shards" in printed
+    assert "train: 24 images, 1 shard, 71.7 kB" in printed
     assert f"5 classes; {out} written" in printed
     told = shards.told(*build)
     assert told["was_complete"]
+    assert f"{out} was complete already, checked in " in shards(*build)[0]
     assert told["splits"]["val"]["num_samples"] == 6
     assert contents(out) == contents(packed(inputs, tmp_path / "oracle", target_shard_bytes=256 << 20).manifest.url)
     assert "whole: 30 samples" in shards("verify", out, "--workers", "1")[0]
@@ -71,13 +74,16 @@ def test_a_set_is_built_found_complete_verified_damaged_and_repaired(
         "is_whole": True, "rewritten": ["val-000000.tar"], "faults": [],
     }  # fmt: skip
     (tmp_path / "out" / "stray.tar").write_bytes(b"")
-    assert "1 faults left" in shards("repair", out, *source(inputs), "--workers", "1", code=3)[0]
+    assert "1 fault left" in shards("repair", out, *source(inputs), "--workers", "1", code=3)[0]
 
 
 def test_a_set_is_extended(inputs: Path, tmp_path: Path, shards: Command) -> None:
     out = str(tmp_path / "out")
     packed(inputs, out)
-    assert "had all that can be packed of it" in shards("extend", out, *source(inputs), "--workers", "1")[0]
+    assert (
+        f"5 classes; {out} had all that can be packed of it"
+        in shards("extend", out, *source(inputs), "--workers", "1")[0]
+    )
     (inputs / "images" / "new.jpg").write_bytes((inputs / "images" / NAMES[0]).read_bytes())
     with open(inputs / "labels.csv", "a") as file:
         file.write("new.jpg,sky,\n")
@@ -97,6 +103,69 @@ def test_left_out_images_are_counted_and_their_list_is_named(inputs: Path, tmp_p
     assert "left out: 1 empty file" in shards(*build, "--max-bad-fraction", "0.05")[0]
 
 
+def write_loose(folder: Path) -> list[str]:
+    """Labels without a list of classes, with typing mistakes; options for them."""
+    rows = [f"{name},{'car | tree' if number % 2 else 'Car|tree '}\n" for number, name in enumerate(NAMES)]
+    (folder / "loose.csv").write_text("image, labels\n" + "".join(rows))
+    (folder / "slips.csv").write_text(
+        "image,split\n" + "".join(f"{name},{'trian' if name == NAMES[0] else 'train'}\n" for name in NAMES)
+    )
+    return [
+        "--images",
+        str(folder / "images"),
+        "--labels",
+        str(folder / "loose.csv"),
+        "--splits",
+        f"{folder}/slips.csv",
+    ]
+
+
+def test_what_looks_like_a_typing_mistake_is_told(inputs: Path, tmp_path: Path, shards: Command) -> None:
+    build = ["build", *write_loose(inputs), "--out", str(tmp_path / "out"), "--workers", "1", "--no-decode"]
+    content, exif = (inputs / "images" / NAMES[3]).read_bytes(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(content)).save(inputs / "images" / NAMES[3], "JPEG", exif=exif)
+    printed, _ = shards(*build)
+    notes = [line.removeprefix("note: ") for line in printed.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"without a list of classes, 3 were found in {inputs}/loose.csv: Car, car, tree",
+        "classes that differ in case or blanks alone, yet count as different ones: 'Car' and 'car'",
+        "split 'trian' is of a single image; the others: 'train'",
+        "1 image carries an EXIF orientation: kept as stored, and training does not turn it; --max-side N makes it "
+        "upright",
+    ]
+    assert shards.told(*build)["notes"] == notes[:3]
+
+
+def test_shards_are_not_written_among_the_images(inputs: Path, tmp_path: Path, shards: Command) -> None:
+    images, there = inputs / "images", sorted((inputs / "images").rglob("*"))
+    _, said = shards("build", *source(inputs), "--out", f"{images}/", code=2)
+    assert "the folder of the images as --out" in said
+    assert f"such as --out {images}-shards" in said
+    link = tmp_path / "link"
+    link.symlink_to(images)
+    assert "the folder of the images" in shards("build", *source(inputs), "--out", str(link), code=2)[1]
+    images.rename(inputs / "build")
+    options = ["--images", str(inputs / "build"), *source(inputs)[2:]]
+    assert "removes at its end" in shards("build", *options, "--out", str(inputs), code=2)[1]
+    assert len(sorted((inputs / "build").rglob("*"))) == len(there)
+    shards("build", *options, "--out", str(inputs / "build" / "packed"), "--workers", "1", "--no-decode")
+
+
+def test_a_refused_build_says_what_to_do_and_then_goes_on(inputs: Path, tmp_path: Path, shards: Command) -> None:
+    path = inputs / "images" / NAMES[1]
+    whole = path.read_bytes()
+    Image.open(io.BytesIO(whole)).save(path, "PNG")
+    build = ["build", *source(inputs), "--workers", "1", "--no-decode", "--out"]
+    _, said = shards(*build, str(tmp_path / "out"), code=3)
+    assert f"1 of 30 images cannot be packed so far (the build stopped there): '{NAMES[1]}' (not a JPEG)" in said
+    assert "add --convert, which makes JPEGs of PNG, TIFF, BMP and WebP; or repair them; or allow for them" in said
+    path.write_bytes(whole)
+    shards(*build, str(tmp_path / "out"))
+    shards(*build, str(tmp_path / "quiet"))
+    assert contents(str(tmp_path / "out")) == contents(str(tmp_path / "quiet"))
+
+
 def test_classes_are_mapped_on_the_way(inputs: Path, tmp_path: Path, shards: Command) -> None:
     (tmp_path / "map.csv").write_text("id,new_id\nsky,nature\ntree,nature\ncar,car\n")
     arguments = [*source(inputs), "--mapping", str(tmp_path / "map.csv"), "--others", "drop", "--no-decode"]
@@ -109,6 +178,15 @@ def test_sources_are_listed_with_their_options(shards: Command) -> None:
     (option,) = [option for option in shards.told("sources", "table")["table"]["options"] if option["key"] == "splits"]
     assert option["default"] == ""
     assert "no source named" in shards("sources", "tabel", code=2)[1]
+
+
+def test_rules_are_listed_and_one_of_them_by_its_name(shards: Command) -> None:
+    printed, _ = shards("rules")
+    assert len(printed.splitlines()) > 5
+    (line,) = shards("rules", "keyed_bernoulli")[0].splitlines()
+    assert line.startswith("keyed_bernoulli  every label is kept")
+    assert line.endswith("needs --fraction")
+    assert "unknown rule 'keyed'" in shards("rules", "keyed", code=2)[1]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,20 @@ def rows_and_keys(manifest: Manifest) -> dict[int, str]:
     return found
 
 
+def test_a_refused_extension_goes_on_when_the_image_is_repaired(inputs: Path, out: Path, tmp_path: Path) -> None:
+    quiet = tmp_path / "quiet"
+    packed(inputs, quiet)
+    grown(inputs, quiet)
+    bad = inputs / "images" / NEW[3]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match="of 20 images cannot be packed so far"):
+        grown(inputs, out)
+    bad.write_bytes(whole)
+    assert grown(inputs, out).num_added == 20
+    assert contents(str(out)) == contents(str(quiet))
+
+
 def test_an_extension_adds_what_is_lacking_behind_what_is_there_and_changes_none_of_it(inputs: Path, out: Path) -> None:
     before, old = contents(str(out)), load_manifest(str(out))
     summary = grown(inputs, out)

@@ -449,6 +449,26 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         index_tars(folder, classes=str(tmp_path / "no.csv"))
 
 
+def test_a_list_of_classes_without_a_header_line_is_refused_by_name(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", samples(0, 4))
+    (tmp_path / "classes.csv").write_text("\n".join(CLASSES))
+    with pytest.raises(DataError, match=f"first line of .*classes.csv, {CLASSES[0]!r}, was taken for the header"):
+        index_tars(str(tmp_path), classes=str(tmp_path / "classes.csv"))
+    write_tar(tmp_path / "val-0.tar", [("a.jpg", tiny_jpeg(0)), ("a.cls", b"0")])
+    (tmp_path / "numbers.csv").write_text("0\n1\n2\n")  # the label 0 would count as the column of class 1
+    with pytest.raises(DataError, match="'0', was taken for the header"):
+        index_tars(str(tmp_path / "val-0.tar"), classes=str(tmp_path / "numbers.csv"))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_of_several_missing_tars_the_first_is_named(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"train-{number:06d}.tar", samples(number, number + 1))
+    with pytest.raises(StorageError) as caught:
+        index_tars(f"{tmp_path}/train-{{000000..000019}}.tar")
+    assert caught.value.where == f"{tmp_path}/train-000003.tar"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("class\n", "0 classes"), ("class\na\nb\na\n", "class 'a'"), ("class\na\n''\n\n,x\n", "class ''"),
@@ -535,9 +555,9 @@ def test_the_verbs_index_and_verify(tmp_path: Path) -> None:
         "ignored": {"other member": 1}, "num_reused": 0, "was_complete": False,
     }  # fmt: skip
     again = told("index", str(tmp_path / "in"), "--out", out)
-    assert "train: 5 images, 1 tars passed over: 1 of kind 'other member'" in again
+    assert "train: 5 images, 1 tar passed over: 1 of kind 'other member'" in again
     assert "was complete already" in again
-    assert "1 tars were indexed where they lie and their digests were never known" in told("verify", out)
+    assert "1 tar was indexed where it lies and its digest was never known" in told("verify", out)
     assert json.loads(told("verify", out, "--json"))["num_without_digest"] == 1
     with pytest.raises(DataError, match="no tar"):
         told("index", str(tmp_path / "none"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -16,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dist_mlpl import storage
 from dist_mlpl.errors import DataError, ManifestError
+from shards import assemble, work
 from shards import ledger as ledger_module
-from shards import work
 from shards.ledger import Held, Lease, Ledger
 from shards.processes import run_tasks
+from tests.support.images import truncated
 from tests.support.packing import NAMES, contents, packed, write_inputs
 from tests.support.processes import call_forked
 
@@ -188,6 +192,128 @@ def test_another_plan_is_refused_while_a_build_is_unfinished(inputs: Path, tmp_p
     with pytest.raises(ManifestError, match=": decode False there, True here"):
         packed(inputs, out, target_shard_bytes=TARGET, decode=True)
     assert sorted(path.name for path in out.rglob("*")) == there
+
+
+def refused(inputs: Path, out: Path, **options: Any) -> None:
+    with pytest.raises(DataError, match="of 30 images cannot be packed so far"):
+        packed(inputs, out, target_shard_bytes=TARGET, **options)
+
+
+@pytest.mark.parametrize("size", ["another", "the same"])
+def test_a_refused_build_goes_on_when_the_image_is_repaired(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    bad = folder / "images" / NAMES[29]
+    whole = bad.read_bytes()
+    bad.write_bytes(truncated(whole) if size == "another" else bytes(len(whole)))
+    refused(folder, out)
+    done = {path.stem for path in (out / "build").glob("*-*.json")}
+    stray = out / "val-000099.tar"  # of a builder that was killed before it recorded the shard
+    stray.write_bytes(b"")
+    bad.write_bytes(whole)
+    written = stems_written(monkeypatch)
+    if size == "the same":
+        stray.unlink()  # nothing says that the plan is another
+    assert again(folder, out) == quiet
+    assert done - set(written), "shards without the repaired image stay, but for some that are cut elsewhere now"
+
+
+def test_a_refused_build_goes_on_with_convert_and_what_it_packed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    bad = folder / "images" / NAMES[29]
+    Image.open(io.BytesIO(bad.read_bytes())).save(bad, "PNG")
+    refused(folder, out)
+    done = {path.stem: path.read_bytes() for path in (out / "build").glob("*-*.json")}
+    held = {stem for stem, record in done.items() if b"not a JPEG" not in record}
+    assert len(done) == len(held) + 1
+    quiet = again(folder, tmp_path / "quiet", convert=True)
+    written = stems_written(monkeypatch)
+    assert again(folder, out, convert=True) == quiet
+    assert not held & set(written)
+    refused(folder, out := tmp_path / "other")
+    with pytest.raises(ManifestError, match="seed 0 there, 1 here"):
+        packed(folder, out, target_shard_bytes=TARGET, convert=True, seed=1)
+
+
+def test_labels_that_changed_do_not_go_on_with_what_was_packed_of_others(inputs: Path, tmp_path: Path) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    kill_after(folder, out, 2)
+    lines = (folder / "labels.csv").read_text().splitlines(keepends=True)
+    (folder / "labels.csv").write_text("".join(lines[:1] + lines[2:] + lines[1:2]))
+    with pytest.raises(ManifestError, match="unfinished build of another data set") as caught:
+        packed(folder, out, target_shard_bytes=TARGET)
+    assert f"remove {out}/build and its tars and indexes in {out}" in caught.value.next_step
+
+
+def test_a_build_does_not_go_on_by_another_plan_while_another_builder_is_at_work(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    bad = folder / "images" / NAMES[29]
+    whole = bad.read_bytes()
+    bad.write_bytes(truncated(whole))
+    refused(folder, out)
+    plan, lease = (out / "build" / "plan.json").read_bytes(), leased(out, "train-000001")
+    bad.write_bytes(whole)
+    with pytest.raises(ManifestError, match=r"another builder is at work: train-000001\.lease-0"):
+        packed(folder, out, target_shard_bytes=TARGET)
+    assert (out / "build" / "plan.json").read_bytes() == plan
+    lease.unlink()
+    assert again(folder, out) == quiet
+
+
+def test_a_builder_stops_when_another_went_on_by_another_plan(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    bad = folder / "images" / NAMES[29]
+    whole = bad.read_bytes()
+    bad.write_bytes(truncated(whole))
+    again_there: list[str] = []
+
+    def late(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], /) -> Iterator[tuple[int, Any]]:
+        if not again_there:
+            again_there.append("begun")
+            bad.write_bytes(whole)
+            kill_after(folder, out, 1)  # another builder takes over, and is at work
+        yield from run_tasks(task, calls, 1)
+
+    with pytest.raises(ManifestError, match="another builder went on with, by another plan"):
+        packed(folder, out, target_shard_bytes=TARGET, max_bad_fraction=0.5, mapper=late)
+    assert again(folder, out) == quiet
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_build_killed_while_it_changes_plans_ends_with_the_same_bytes(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
+    bad = folder / "images" / NAMES[29]
+    whole = bad.read_bytes()
+    bad.write_bytes(truncated(whole))
+    refused(folder, out)
+    bad.write_bytes(whole)
+    random, place = np.random.default_rng(seed), [0]
+
+    def change_alone() -> None:
+        """A build that ends before it packs."""
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
+            patch.setattr(assemble, "pack_all", interrupted)
+            packed(folder, out, target_shard_bytes=TARGET)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise InterruptedError
+
+    copy = shutil.copytree(out, tmp_path / "copy")
+    place[0] = num_calls(change_alone)
+    shutil.rmtree(out)
+    copy.rename(out)
+    for _ in range(3):
+        killed(change_alone, int(random.integers(place[0] // 2, place[0])))
+    assert again(folder, out) == quiet
 
 
 def test_a_folder_with_shards_of_nobody_is_refused_untouched(inputs: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dist_mlpl.errors import ConfigError, ManifestError, StorageError
 from dist_mlpl.labels import Unlisted
 from shards import pairs, sample
 from shards.pairs import Pairs
-from shards.report import stats_page, stats_tables
+from shards.report import counted, size_text, stats_page, stats_tables
 from shards.sample import choose, every, header_size
 from shards.simulate import simulate
 from shards.stats import SplitStatistics, stats, stats_document
@@ -386,3 +386,11 @@ def test_a_set_of_one_or_two_classes_can_be_shown(num_classes: int, tmp_path: Pa
     found = stats(manifest.url, sample=0)
     assert_counts(found.splits["train"], source)
     assert stats_page(found).count("<svg") >= 4
+
+
+def test_counts_and_sizes_are_told_in_words() -> None:
+    assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+    assert counted(3, "class") == "3 classes"
+    sizes = [0, 999, 1000, 71_680, 999_949, 999_950, 26_300_000, 999_949_999, 999_950_000, 2_700_000_000_000]
+    told = ["0 B", "999 B", "1.0 kB", "71.7 kB", "999.9 kB", "1.0 MB", "26.3 MB", "999.9 MB", "1.0 GB", "2,700.0 GB"]
+    assert [size_text(size) for size in sizes] == told

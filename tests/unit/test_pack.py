@@ -117,6 +117,58 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert source.records.row(0).image == "a.jpg"
 
 
+def test_blanks_around_cells_names_and_columns_are_left_out(tmp_path: Path) -> None:
+    neat = table(tmp_path, "image,positives,negatives\na.jpg,car|house,tree\nb.jpg,house,\n")
+    loose = table(tmp_path, 'image, positives , negatives\n a.jpg , car | house, tree\nb.jpg, "house ",  \n')
+    assert loose.classes == neat.classes
+    assert rows_of(loose) == rows_of(neat)
+    listed = table(
+        tmp_path, "image,labels\na.jpg,x | y\n", classes=" class \n y \nx\n", splits="image, split\na.jpg, val\n"
+    )
+    assert [entry.id for entry in listed.classes] == ["y", "x"]
+    assert rows_of(listed)[0].split == "val"
+
+
+def test_classes_that_no_list_fixes_are_told_with_those_that_look_like_typing_mistakes(tmp_path: Path) -> None:
+    rows = [("bus|red car", 3), ("Bus", 2), ("red  car|redcar", 2), ("tre", 1)]
+    lines = [f"{name}-{number}.jpg,{name}" for name, count in rows for number in range(count)]
+    notes = table(tmp_path, "\n".join(["image,labels", *lines])).notes
+    assert notes == (
+        f"without a list of classes, 6 were found in {tmp_path}/labels.csv: Bus, bus, red  car, red car, redcar, tre",
+        "classes that differ in case or blanks alone, yet count as different ones: 'Bus' and 'bus', "
+        "'red  car' and 'red car' and 'redcar'",
+        "present in one image at most, perhaps a typing mistake: tre",
+    )
+    many = "|".join(f"c{number:02d}" for number in range(30))
+    (note,) = table(tmp_path, f"image,labels\na.jpg,{many}\nb.jpg,{many}\n").notes
+    assert note.endswith("c18, c19 and 10 more")
+    assert table(tmp_path, "image,labels\na.jpg,x\n", classes="class\nx\n").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("image,positives", "rename `positives` to `labels` if classes not listed are absent; else add a column"),
+        ("a.jpg,x", "correct the file"),
+        ("image,label", "correct the file"),
+    ],
+)
+def test_a_header_of_neither_form_is_told_both(tmp_path: Path, header: str, says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        table(tmp_path, f"{header}\na.jpg,x\n")
+    assert "image,labels" in caught.value.expected
+    assert "image,positives,negatives" in caught.value.expected
+    assert caught.value.next_step.startswith(says)
+
+
+def test_a_list_of_classes_whose_first_line_was_a_class_is_told_from_a_wrong_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        table(tmp_path, "image,labels\na.jpg,birds\nb.jpg,tree|bird\n", classes="bird\nbirds\ntree\n")
+    assert caught.value.found.endswith(f"first line of {tmp_path}/classes.csv, 'bird', was taken for the header")
+    assert caught.value.where == f"{tmp_path}/labels.csv, line 3"
+    assert "add a header line" in caught.value.next_step
+
+
 def test_arguments_name_contents_and_not_places(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -19,7 +19,7 @@ from PIL import Image
 from dist_mlpl.data import jpeg
 from dist_mlpl.data.manifest import Packing
 from shards import images
-from shards.images import check_image, fit_image
+from shards.images import check_image, fit_image, orientation_of
 from tests.support.images import bomb, tiny_jpeg, truncated, undecodable
 
 pytestmark = pytest.mark.unit
@@ -155,6 +155,26 @@ def test_orientation_then_rotation_are_applied_and_the_orientation_is_gone(
     assert difference(decoded(image), wanted) < 4  # colours run at the edges
     with Image.open(io.BytesIO(image)) as opened:
         assert opened.getexif().get(ORIENTATION, 1) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_read_from_the_header_in_either_byte_order(orientation: int) -> None:
+    content = encoded(quadrants(), orientation=orientation)
+    assert orientation_of(content) == orientation
+    entry = struct.pack(">HHIHH", ORIENTATION, 3, 1, orientation, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    plain = encoded(quadrants())
+    assert orientation_of(plain[:2] + segment + plain[2:]) == orientation
+    assert orientation_of(plain[:20] + segment + plain[20:]) == orientation  # after the JFIF segment
+    assert orientation_of(plain) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(start=st.integers(0, 60), noise=st.binary(max_size=30), keep=st.integers(0, 120))
+def test_a_damaged_header_has_an_orientation_too(start: int, noise: bytes, keep: int) -> None:
+    content = encoded(quadrants(), orientation=6)
+    assert 1 <= orientation_of((content[:start] + noise + content[start + len(noise) :])[:keep]) <= 8
 
 
 def test_without_a_limit_only_the_rotated_images_are_made_anew() -> None:
