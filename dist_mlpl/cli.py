@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 
 from dist_mlpl.cli_labels import add_label_verbs
-from dist_mlpl.cli_options import AsJson, StorageOptions, parse_storage_options, print_json
+from dist_mlpl.cli_options import INTERRUPTED, AsJson, StorageOptions, parse_storage_options, print_json
 from dist_mlpl.cli_shards import shards_app
-from dist_mlpl.environment import prepare_environment
-from dist_mlpl.errors import MlplError
+from dist_mlpl.environment import installed_version, prepare_environment
+from dist_mlpl.errors import MlplError, RunError
 
 app = typer.Typer(
     name="dist-mlpl",
@@ -46,7 +46,22 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"dist-mlpl {installed_version('dist-mlpl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -56,7 +71,7 @@ def train(
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="Without Ray: this process, or torchrun's ranks.")] = False,
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Commit and return after so many steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Commit and return after so many steps.")] = None,
     allow_change: Annotated[
         bool,
         typer.Option(
@@ -83,7 +98,7 @@ def train(
             loaded, address=address, allow_change=allow_change, max_steps=max_steps, is_profiled=profile
         )
     if is_stopped:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 @app.command()
@@ -128,10 +143,11 @@ def audit(
     else:
         console = Console()
         for proof in report.epochs:
+            commits = f"{proof.commits} {'commit' if proof.commits == 1 else 'commits'}"
             state = f"{proof.num_dropped} left for another epoch" if proof.is_finished else "still running"
             console.print(
                 f"epoch {proof.epoch}: {proof.num_planned} positions, {proof.num_distinct} different samples, "
-                f"{proof.num_bad} undecodable, {state}, {proof.commits} commits",
+                f"{proof.num_bad} undecodable, {state}, {commits}",
                 highlight=False,
             )
         for fault in report.faults:
@@ -139,7 +155,7 @@ def audit(
         verdict = "NOT exact" if report.faults else "exact: every planned position of every epoch once, in order"
         console.print(f"{verdict} (commit {report.head.step})", highlight=False)
     if report.faults:
-        sys.exit(4)
+        sys.exit(RunError.exit_code)
 
 
 add_label_verbs(app)
@@ -194,10 +210,11 @@ def sweep(
         console = Console()
         for table in sweep_tables(rows, baseline=baseline):
             console.print(table)
-        console.print(f"{len(outcome.results)} of {len(runs)} runs; {out}/index.html", highlight=False, soft_wrap=True)
+        page = f"; {out}/index.html" if outcome.results else ""
+        console.print(f"{len(outcome.results)} of {len(runs)} runs{page}", highlight=False, soft_wrap=True)
     check_outcome(outcome, out)
     if outcome.num_left:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 @app.command()
@@ -253,7 +270,7 @@ def pictures(
 @app.command()
 def demo(
     folder: Annotated[str, typer.Option(help="Where images, logs and the embedded bucket's copy go.")] = "runs/demo",
-    epochs: Annotated[int | None, typer.Option(help="Epochs; the config's by default.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; the config's by default.")] = None,
 ) -> None:
     """Run the whole system on this machine: S3, shards, two Ray workers, a killed worker, recovery, the result."""
     prepare_environment(os.environ, num_ranks=2)
@@ -272,18 +289,19 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @config_app.command("check")
 def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config and list what is wrong with it."""
+    """Check a config by itself and list what is wrong with it; `train` also looks at data, weights and run folder."""
     from dist_mlpl.config import load_config
 
-    print(f"valid, digest {load_config(config, overrides=overrides).digest[:16]}")
+    digest = load_config(config, overrides=overrides).digest[:16]
+    print(f"valid, digest {digest}; not looked at: data, weights and the run folder, which `train` opens")
 
 
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of configs, for editors."""
-    from dist_mlpl.config import Config
+    from dist_mlpl.tools.schema import config_schema as schema
 
-    print(json.dumps(Config.model_json_schema(), indent=1))
+    print(json.dumps(schema(), indent=1))
 
 
 if __name__ == "__main__":

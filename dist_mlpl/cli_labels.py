@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dist_mlpl.cli_options import AsJson, StorageOptions, parse_storage_options, print_json
+from dist_mlpl.cli_options import INTERRUPTED, AsJson, StorageOptions, parse_storage_options, print_json
 from dist_mlpl.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def relabel(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of the curriculum, say strategy=score_fraction."),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Commit whose model scores; the newest by default.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Commit whose model scores; the newest by default.")] = None,
     manifest: ManifestUrl = None,
     local: Annotated[bool, typer.Option("--local", help="Without Ray: this process, or torchrun's ranks.")] = False,
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
@@ -58,7 +58,7 @@ def relabel(
 
         made = relabel_on_ray(config, step=step, manifest_url=manifest, address=address)
     if made is None:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -92,8 +92,8 @@ def labels_show(
     sample: Annotated[
         list[int] | None, typer.Option(help="Draw this sample, its place in the train split; may repeat.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Where the picture goes; RUN/pictures by default.")] = None,
-    top: Annotated[int, typer.Option(help="Classes listed, those with the most beliefs.")] = 20,
+    out: Annotated[str | None, typer.Option(help="A .png for the picture; in RUN/pictures by default.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes listed, those with the most beliefs.")] = 20,
     manifest: ManifestUrl = None,
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
@@ -132,7 +132,7 @@ def labels_diff(
     run: RunUrl,
     first: Annotated[int, typer.Argument(help="A committed round.")],
     second: Annotated[int, typer.Argument(help="A later one.")],
-    top: Annotated[int, typer.Option(help="Classes listed, those that changed most.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Classes listed, those that changed most.")] = 20,
     manifest: ManifestUrl = None,
     storage_options: StorageOptions = None,
     as_json: AsJson = False,
@@ -158,7 +158,9 @@ def labels_diff(
 @labels_app.command("rollback")
 def labels_rollback(
     run: RunUrl,
-    to: Annotated[int | None, typer.Option(help="Round to restore, 0 for no beliefs; else the one before.")] = None,
+    to: Annotated[
+        int | None, typer.Option(min=0, help="Round to restore, 0 for no beliefs; else the one before.")
+    ] = None,
     storage_options: StorageOptions = None,
 ) -> None:
     """Drop an unfinished round, else restore an earlier one as a new round."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from dist_mlpl.errors import ConfigError
+
+INTERRUPTED: Final = 130  # exit code of what was asked to stop; the other codes belong to the classes in `errors`
 
 StorageOptions = Annotated[
     str | None, typer.Option("--storage-options", metavar="JSON", help="fsspec keywords; runs write none down.")

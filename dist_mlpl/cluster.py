@@ -28,7 +28,7 @@ from dist_mlpl import comm, storage
 from dist_mlpl.board import BoardSink, LostWorkers, make_board
 from dist_mlpl.build import build_view, open_samples
 from dist_mlpl.checkpoint import newest_job
-from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url, with_absolute_paths
+from dist_mlpl.config import Config, with_absolute_paths
 from dist_mlpl.curriculum.schedule import check_bounded
 from dist_mlpl.data.order import check_global_batch
 from dist_mlpl.data.tars import TarSet, check_num_tars
@@ -38,6 +38,7 @@ from dist_mlpl.environment import prepare_environment
 from dist_mlpl.errors import ConfigError, MlplError, OvertakenError, RunError, StorageError, StorageRefusedError
 from dist_mlpl.local import LastEpoch, StopRequest, run_sinks, show_last
 from dist_mlpl.progress import Action, Report, Row, Sink
+from dist_mlpl.run import changes_since
 from dist_mlpl.tasks import join
 from dist_mlpl.tools.relabel_job import Relabelled, relabel_run
 from dist_mlpl.train import train
@@ -235,8 +236,7 @@ def check_before_start(config: Config, *, allow_change: bool) -> None:
     if config.curriculum is not None:
         check_bounded(config.curriculum, num_samples=samples.num_samples, num_classes=samples.manifest.num_classes)
     storage.check_exclusive_create(config.run_folder)
-    if storage.exists(run_config_url(config.run_folder)):
-        check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
+    changes_since(config, allow_change=allow_change)
 
 
 def _trainer(

@@ -1,10 +1,11 @@
-"""Owns the config of a run: all settings in one class, read from YAML and checked before any work starts."""
+"""Owns the config of a run: all settings in one class, checked before any work starts, compared on resume."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import yaml
@@ -14,10 +15,12 @@ from dist_mlpl import storage
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.data.transform import TransformSettings
+from dist_mlpl.documents import Layer, decoded, merged, parse_yaml, read_layers, set_value, source_of
 from dist_mlpl.engine import EngineSettings
 from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
 from dist_mlpl.evaluate import EvaluationSettings
 from dist_mlpl.methods.table import METHODS, AnyMethodSettings
+from dist_mlpl.models.backbone import backbone_names
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings
 from dist_mlpl.settings import Location, Settings, with_locations
 
@@ -26,8 +29,8 @@ class ClusterSettings(Settings):
     """The workers of a run on Ray, and the cluster that they run on."""
 
     num_workers: int | tuple[int, int] = 1  # number of ranks, or [fewest, most] to follow the cluster's size
-    use_gpu: bool = False
-    cpus_per_worker: float = Field(1.0, gt=0.0)
+    use_gpu: bool = False  # a GPU for each rank
+    cpus_per_worker: float = Field(1.0, gt=0.0)  # CPUs that Ray sets aside for each rank
     max_failures: int = Field(3, ge=-1)  # how many lost worker groups the run survives; -1: any number
     # address of a running Ray cluster (`auto` on one of its nodes); null: RAY_ADDRESS, else a local one
     address: str | None = None
@@ -43,22 +46,22 @@ class ClusterSettings(Settings):
 class Config(Settings):
     """The config of one run."""
 
-    seed: int = 0
+    seed: int = 0  # of weights, order, augmentation and dropout
     out: Location | None = None  # the run folder, a path or URL; `--out` on the command line
-    num_epochs: int = Field(gt=0)
+    num_epochs: int = Field(gt=0)  # passes over the train split
     global_batch: int = Field(gt=0)  # samples per update, over all ranks
     save_every_steps: int | None = Field(None, gt=0)  # in addition to the save at each epoch's end
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints whose model and optimiser are kept; commits all stay
     group_size: int = Field(8, gt=0)  # number of consecutive positions that stay on one rank and may interact
-    data: DataSettings
-    transform: TransformSettings = TransformSettings()
-    method: AnyMethodSettings
-    optimizer: OptimizerSettings = OptimizerSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    engine: EngineSettings = EngineSettings()
+    data: DataSettings  # which images are read, and which of their labels a run may see
+    transform: TransformSettings = TransformSettings()  # how images are cropped, augmented and normalised
+    method: AnyMethodSettings  # the paper: model, loss and memory, chosen by `name`
+    optimizer: OptimizerSettings = OptimizerSettings()  # the update rule
+    schedule: ScheduleSettings = ScheduleSettings()  # the learning rate over the run
+    engine: EngineSettings = EngineSettings()  # how a step is computed
     curriculum: CurriculumSettings | None = None  # null: no relabelling by the run itself
-    evaluation: EvaluationSettings = EvaluationSettings()
-    cluster: ClusterSettings = ClusterSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()  # when the model is evaluated, and how
+    cluster: ClusterSettings = ClusterSettings()  # the ranks on Ray; without Ray it is left alone
 
     @model_validator(mode="after")
     def _check_curriculum(self) -> Config:
@@ -75,6 +78,23 @@ class Config(Settings):
             raise ValueError(f"curriculum.checkpoints {self.curriculum.checkpoints} needs as many keep_checkpoints")
         if self.curriculum.strategy == "uncertainty" and self.engine.compile:
             raise ValueError("curriculum.strategy uncertainty does not work with engine.compile, which fixes dropout")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Config:
+        if self.global_batch % self.group_size:
+            nearest = max(1, round(self.global_batch / self.group_size)) * self.group_size
+            raise ValueError(
+                f"global_batch {self.global_batch} is no multiple of group_size {self.group_size}: "
+                f"set global_batch to {nearest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Config:
+        name = self.method.backbone.name
+        if name not in backbone_names():
+            raise ValueError(f"method.backbone.name: no backbone {name!r}; {nearest_names(name, backbone_names())}")
         return self
 
     @model_validator(mode="after")
@@ -100,7 +120,7 @@ class Config(Settings):
                 where="out",
                 next_step="add `--out DIR_OR_URL` or set `out:` in the config",
             )
-        return self.out
+        return storage.absolute(self.out) if self.out.startswith("file:") else self.out
 
     @property
     def digest(self) -> str:
@@ -134,7 +154,8 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown (nearest names), a value is out of range.
     """
-    document = _read_document(path if storage.is_remote(path) else os.path.normpath(path), seen=())
+    layers = read_layers(path)
+    document, changes = merged(layers), Layer("--set", {})
     for override in overrides or []:
         name, separator, text = override.partition("=")
         if not separator:
@@ -144,18 +165,21 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
                 where="--set",
                 next_step="write it like --set optimizer.learning_rate=3e-4",
             )
-        _set(document, name.split("."), parse_yaml(text, where=f"--set {name}"))
+        value = parse_yaml(text, where=f"--set {name}")
+        for changed in (document, changes.document):
+            set_value(changed, name.split("."), value)
     if out is not None:
         document["out"] = out
-    return check_config(document, where=path)
+    return check_config(document, where=path, layers=[changes, *layers])
 
 
-def check_config(document: dict[str, Any], *, where: str) -> Config:
+def check_config(document: dict[str, Any], *, where: str, layers: Sequence[Layer] = ()) -> Config:
     """Validate a document and turn pydantic's findings into one message.
 
     Args:
         document: the config as plain dicts.
         where: the file, for messages.
+        layers: what the document was merged from, nearest first; a message names the layer that a wrong key is from.
 
     Raises:
         ConfigError: the message lists every wrong key.
@@ -163,7 +187,7 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        lines = [_explain(finding) for finding in error.errors()]
+        lines = [_explain(finding) + _from(finding, layers, where) for finding in error.errors()]
         count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
         raise ConfigError(
             f"{count} wrong:\n    " + "\n    ".join(lines),
@@ -173,9 +197,22 @@ def check_config(document: dict[str, Any], *, where: str) -> Config:
         ) from None  # pydantic's error contains all values, including secrets
 
 
+def _key(finding: Any) -> list[str]:
+    """Path of the key that a finding of pydantic's is about, as it stands in a file."""
+    place = [str(part) for part in finding["loc"]]
+    return place[:1] + place[2:] if place[:1] == ["method"] and place[1:2] and place[1] in METHODS else place
+
+
+def _from(finding: Any, layers: Sequence[Layer], where: str) -> str:
+    """Where a wrong key comes from, if not from the file that the message names anyway."""
+    key = _key(finding)
+    source = source_of(layers, key) if key else None
+    return "" if source in (None, where) or source == os.path.normpath(where) else f" (from {source})"
+
+
 def _explain(finding: Any) -> str:
     place = [str(part) for part in finding["loc"]]
-    name = ".".join(place[:1] + place[2:] if place[:1] == ["method"] and place[1:2] and place[1] in METHODS else place)
+    name = ".".join(_key(finding))
     if finding["type"] == "extra_forbidden":
         valid = _fields_at(place[:-1])
         return f"{name}: no such key; {nearest_names(place[-1], valid)}"
@@ -197,7 +234,7 @@ def _fields_at(place: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for part in place:
         field = model.model_fields.get(part)
-        candidates = [] if field is None else _models_in(field.annotation)
+        candidates = [] if field is None else models_in(field.annotation)
         if len(candidates) == 1:
             model = candidates[0]
         elif candidates:
@@ -206,88 +243,11 @@ def _fields_at(place: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes in a key's type, such as those of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
-
-
-def _read_document(path: str, *, seen: tuple[str, ...]) -> dict[str, Any]:
-    if path in seen:
-        raise ConfigError(
-            "configs that extend each other: " + " -> ".join([*seen, path]),
-            expected="a chain of `extends` with an end",
-            where="extends",
-            next_step="remove one of them",
-        )
-    try:
-        text = storage.read_bytes(path).decode()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no config at {path!r}",
-            expected="a YAML file",
-            where=f"extends of {seen[-1]}" if seen else "CONFIG",
-            next_step="check the path; configs/ holds examples",
-        ) from None
-    document = parse_yaml(text, where=path)
-    if not isinstance(document, dict):
-        raise ConfigError(
-            f"a {type(document).__name__}", expected="keys and values", where=path, next_step="see configs/ucm.yaml"
-        )
-    parent = document.pop("extends", None)
-    if parent is None:
-        return document
-    folder = path.rsplit("/", 1)[0] if "/" in path else "."
-    base = parent if storage.is_remote(parent) or parent.startswith("/") else storage.join(folder, parent)
-    if not storage.is_remote(base):
-        base = os.path.normpath(base)  # one name per file, else a cycle through `..` would go unnoticed
-    return _merged(_read_document(base, seen=(*seen, path)), document)
-
-
-def parse_yaml(text: str, *, where: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        ConfigError: the text is not YAML.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:  # its text repeats the line, which may hold secrets
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(
-            f"{place}{problem or 'text that cannot be read'}", expected="YAML", where=where,
-            next_step="correct the file, or the option",
-        ) from None  # fmt: skip
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads 3e-4 and 1.5e6 as numbers; YAML 1.1 takes them as strings (no dot, no sign)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge two documents: dicts deeply, everything else replaced by `over`."""
-    merged = dict(base)
-    for name, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(name), dict):
-            merged[name] = _merged(merged[name], value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _set(document: dict[str, Any], place: list[str], value: Any) -> None:
-    for part in place[:-1]:
-        inner = document.get(part)
-        if not isinstance(inner, dict):
-            inner = document[part] = {}
-        document = inner
-    document[place[-1]] = value
+    return [model for part in getattr(annotation, "__args__", ()) for model in models_in(part)]
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -375,12 +335,12 @@ def read_run_config(run: str) -> Config:
     """Read the config under which a run was last started.
 
     Raises:
-        CheckpointError: no run there.
+        CheckpointError: no run there, or another program's config.yaml.
         ConfigError: the config is damaged.
     """
     url = run_config_url(run)
     try:
-        return check_config(parse_yaml(storage.read_bytes(url).decode(), where=url), where=url)
+        document = _run_document(run)
     except FileNotFoundError:
         raise CheckpointError(
             "no run folder there",
@@ -388,6 +348,32 @@ def read_run_config(run: str) -> Config:
             where=run,
             next_step="check the path; `dist-mlpl train CONFIG --out RUN` starts a run",
         ) from None
+    return check_config(document, where=url)
+
+
+def check_run_folder(run: str) -> None:
+    """Refuse a folder with a config.yaml of another program, which a new run would overwrite.
+
+    Raises:
+        CheckpointError: there is one.
+        ConfigError: it is not YAML.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _run_document(run)
+
+
+def _run_document(run: str) -> dict[str, Any]:
+    url = run_config_url(run)
+    document = parse_yaml(decoded(storage.read_bytes(url), where=url), where=url)
+    required = {name for name, field in Config.model_fields.items() if field.is_required()}
+    if not isinstance(document, dict) or not required <= document.keys():
+        raise CheckpointError(
+            "a config.yaml that no run wrote",
+            expected="a run folder, or for a new run a folder without a config.yaml",
+            where=run,
+            next_step="choose another folder",
+        )
+    return document
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,8 +20,8 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimizerSettings(Settings):
     """The update rule and its constants."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0.0)
+    name: Literal["adamw", "sgd"] = "adamw"  # the update rule
+    learning_rate: float = Field(1e-3, gt=0.0)  # the highest of the schedule
     weight_decay: float = Field(0.0, ge=0.0)  # not applied to one-dimensional parameters (biases, norms)
     head_multiplier: float = Field(1.0, gt=0.0)  # the head's learning rate is `learning_rate` times this
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw
@@ -36,7 +36,7 @@ class OptimizerSettings(Settings):
 class ScheduleSettings(Settings):
     """How the learning rate changes, as a function of samples seen, so that it does not depend on the global batch."""
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: Literal["cosine", "step", "constant"] = "cosine"  # how the rate falls after the warm-up
     warmup_samples: int = Field(0, ge=0)  # linear from 0
     final_fraction: float = Field(0.0, ge=0.0, le=1.0)  # cosine: share of the learning rate left at the end
     drop_every_samples: int | None = Field(None, gt=0)  # step: samples between drops, counted from the run's start

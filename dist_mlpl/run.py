@@ -15,7 +15,7 @@ from dist_mlpl.batch import Progress, RunLength
 from dist_mlpl.build import build_cache, build_method, build_stream, build_view, check_cache, open_samples
 from dist_mlpl.chain import Commit, RunIdentity, read_head, read_model, read_newest
 from dist_mlpl.checkpoint import Attempt, Checkpoint, begin_attempt
-from dist_mlpl.config import Config, check_resume, read_run_config, run_config_url
+from dist_mlpl.config import Config, check_resume, check_run_folder, read_run_config, run_config_url
 from dist_mlpl.curriculum.schedule import check_bounded, is_due
 from dist_mlpl.curriculum.uncertainty import check_dropout
 from dist_mlpl.data.cache import ExtentCache
@@ -305,13 +305,23 @@ def compare_with_run(config: Config, *, allow_change: bool) -> list[str]:
     Collective: all ranks, one broadcast.
     """
 
-    def compare() -> list[str]:
-        if read_head(config.run_folder) is None or not storage.exists(run_config_url(config.run_folder)):
-            return []  # nothing was trained yet that another config could contradict
-        changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
-        return [f"changed since the run was last started: {line}" for line in changes]
+    return comm.on_first_rank(lambda: changes_since(config, allow_change=allow_change))
 
-    return comm.on_first_rank(compare)
+
+def changes_since(config: Config, *, allow_change: bool) -> list[str]:
+    """Compare the config with the one saved in the run folder; the same as `compare_with_run`, on one process.
+
+    Returns:
+        Lines that say what changed; none if nothing was trained yet that another config could contradict.
+
+    Raises:
+        CheckpointError: a change is refused or needs --allow-change, or the folder is another program's.
+    """
+    check_run_folder(config.run_folder)
+    if read_head(config.run_folder) is None or not storage.exists(run_config_url(config.run_folder)):
+        return []
+    changes = check_resume(read_run_config(config.run_folder), config, allow_change=allow_change)
+    return [f"changed since the run was last started: {line}" for line in changes]
 
 
 def start_from(url: str, engine: Engine) -> str:

@@ -23,6 +23,7 @@ environment:
   MLPL_PYTHON                           interpreter on the cluster (default python3)
   MLPL_FORWARD                          names of variables to hand to the run, separated by spaces; none otherwise.
                                         Whoever may use the dashboard can read them: no credentials, if you can
+  MLPL_LOOK_SECONDS                     seconds between looks at the job's state while its log is shown (default 30)
   MLPL_BIN                              folder of `ray` and `dist-mlpl` here; else PATH, else .venv/bin
 
 exit: as `dist-mlpl train` (0 done, 2 config, 3 data, 4 run), 130 stopped, 2 wrong usage, 1 not submitted or lost sight of
@@ -110,26 +111,75 @@ stage_working_directory() {
     tar -C "$root" --exclude=__pycache__ -cf - dist_mlpl shards | tar -C "$stage/run" -xf -
 }
 
-# `ray job logs` ends when the job does, or when the connection drops; `ray job status` tells which it was.
+# Shards by a relative path would be looked for in the staged working directory, minutes later and on another machine.
+check_manifest() {
+    local previous="" argument given="" line
+    for argument in "$@"; do
+        case $argument in
+            --set=data.manifest=*) given=${argument#--set=data.manifest=} ;;
+            data.manifest=*) [[ $previous != --set ]] || given=${argument#data.manifest=} ;;
+        esac
+        previous=$argument
+    done
+    if [[ -z $given ]]; then # the config's: one, or one a line if sets are mixed
+        given=$(sed -n '/^data:/,/^[^ ]/s/^ *\(- \)\{0,1\}manifest: //p' "$stage/run/run.yaml")
+    fi
+    while IFS= read -r line; do
+        line=${line//[\"\']/}
+        case $line in
+            "" | null | \[* | /* | *://*) ;;
+            *) refuse "data.manifest is '$line'" \
+                "give a URL, or an absolute path that every node reads: --set data.manifest=URL" ;;
+        esac
+    done <<<"$given"
+}
+
+# Sets `ended` to the exit status of a job that has ended, and to nothing before; fails without an answer.
+ask() {
+    ended=""
+    answer=$(timeout 60 "$ray" job status "$id" 2>&1) || return 1
+    case $answer in
+        *"Job '$id' failed"*)
+            ended=4
+            [[ ! $answer =~ "failed with exit code "([0-9]+) ]] || ended=${BASH_REMATCH[1]} ;;
+        *"Job '$id' succeeded"*) ended=0 ;;
+        *"Job '$id' was stopped"*) ended=130 ;;
+        *"Status for job '$id': "*) ;;
+        *) return 1 ;;
+    esac
+}
+
+# Waits for the end of the log, at most so many seconds; fails if it has come.
+log_goes_on() {
+    local deadline=$((SECONDS + $1))
+    while kill -0 "$logs" 2>/dev/null; do
+        ((SECONDS < deadline)) || return 0
+        sleep 0.2
+    done
+    return 1
+}
+
+# `ray job logs` ends when the job does, or when the connection drops, and may hang where the head vanishes;
+# `ray job status`, asked now and then, tells which it was.
 follow() {
-    local state unanswered=0
+    local unanswered=0
     while :; do
-        "$ray" job logs --follow "$id" || true
-        if state=$("$ray" job status "$id" 2>&1); then
-            case $state in
-                *"Job '$id' failed"*)
-                    [[ $state =~ "failed with exit code "([0-9]+) ]] && return "${BASH_REMATCH[1]}"
-                    return 4 ;;
-                *"Job '$id' succeeded"*) return 0 ;;
-                *"Job '$id' was stopped"*) return 130 ;;
-                *"Status for job '$id': "*) unanswered=0 ;;
-                *) unanswered=$((unanswered + 1)) ;;
-            esac
-        else
-            unanswered=$((unanswered + 1))
+        ended=""
+        "$ray" job logs --follow "$id" &
+        logs=$!
+        while [[ -z $ended ]] && ((unanswered <= 5)) && log_goes_on "$look_seconds"; do
+            if ask; then unanswered=0; else unanswered=$((unanswered + 1)); fi
+        done
+        [[ -z $ended ]] || log_goes_on 10 || true # its last lines
+        kill "$logs" 2>/dev/null || true
+        wait "$logs" 2>/dev/null || true
+        logs=""
+        if [[ -z $ended ]] && ((unanswered <= 5)); then
+            if ask; then unanswered=0; else unanswered=$((unanswered + 1)); fi
         fi
+        [[ -z $ended ]] || return "$ended"
         if ((unanswered > 5)); then
-            printf '%s\n' "$state" >&2
+            printf '%s\n' "$answer" >&2
             say "lost sight of the job; it may still run. Look with: ray job status $id"
             exit 1
         fi
@@ -150,15 +200,19 @@ config=$1 out=$2
 shift 2
 address=${RAY_API_SERVER_ADDRESS:-${RAY_ADDRESS:-http://127.0.0.1:8265}}
 export RAY_API_SERVER_ADDRESS=$address RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+look_seconds=${MLPL_LOOK_SECONDS:-30}
+[[ $look_seconds =~ ^[1-9][0-9]*$ ]] || refuse "MLPL_LOOK_SECONDS is '$look_seconds'" "give whole seconds, at least 1"
 check_arguments "$@"
 check_cluster
 ray=$(find_tool ray)
 dist_mlpl=$(find_tool dist-mlpl)
 
 stage=$(mktemp -d "${TMPDIR:-/tmp}/mlpl-job.XXXXXX")
-trap 'rm -rf "$stage"' EXIT
+logs="" # process that shows the log
+trap 'rm -rf "$stage"; [[ -z $logs ]] || kill "$logs" 2>/dev/null || true' EXIT
 write_runtime_env >"$stage/runtime-env.yaml" # a file: an argument would show in the list of processes
 stage_working_directory
+check_manifest "$@"
 
 # OUT without its scheme, so s3://bucket/runs/ucm is bucket-runs-ucm in every attempt; Ray refuses a used submission id.
 run_name=$(printf '%s' "${out#*://}" | tr -cs 'A-Za-z0-9._' '-' | tail -c 80 | sed 's/^-*//; s/-*$//')
@@ -169,8 +223,11 @@ if ! "$ray" job submit --no-wait --submission-id "$id" \
     --runtime-env "$stage/runtime-env.yaml" --working-dir "$stage/run" \
     -- "${MLPL_PYTHON:-python3}" -m dist_mlpl.cli train run.yaml --out "$out" --address auto "$@" >"$stage/answer" 2>&1; then
     cat "$stage/answer" >&2
-    say "$address did not take the job: is it the cluster's dashboard, and the token (RAY_AUTH_MODE=$RAY_AUTH_MODE) the cluster's?"
-    exit 1
+    if ! ask; then
+        say "$address did not take the job: is it the cluster's dashboard, and the token (RAY_AUTH_MODE=$RAY_AUTH_MODE) the cluster's? If only its answer was lost: ray job status $id"
+        exit 1
+    fi
+    say "the answer to the submission was lost, but the job is there"
 fi
 rm -rf "$stage"
 say "Ctrl-C ends this display and leaves the run alone. With RAY_API_SERVER_ADDRESS=$address RAY_AUTH_MODE=$RAY_AUTH_MODE:"

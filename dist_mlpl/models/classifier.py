@@ -23,7 +23,7 @@ class WeldonSettings(Settings):
         of the first author's code (github.com/durandtibo/weldon.resnet.pytorch).
     """
 
-    name: Literal["weldon"] = "weldon"
+    name: Literal["weldon"] = "weldon"  # the pooling; `average` and `max`, which have no settings, are plain words
     num_top: int = Field(1, ge=1)
     num_bottom: int = Field(1, ge=0)
 

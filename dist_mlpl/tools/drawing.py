@@ -49,10 +49,13 @@ def in_a_row(tiles: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def stacked(rows: Sequence[Image.Image]) -> bytes:
-    """Stack rows from top to bottom, as the bytes of a PNG."""
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
+def stacked(rows: Sequence[Image.Image], legend: Sequence[str] = ()) -> bytes:
+    """Stack rows from top to bottom below paragraphs that say what they show, as the bytes of a PNG."""
+    width = max(row.width for row in rows)
+    words: list[Line] = [(line, FAINT) for text in legend for line in _wrapped(text, width - GAP)]
+    top = LINE * len(words) + (GAP if words else 0)
+    sheet = Image.new("RGB", (width, top + sum(row.height for row in rows)), "white")
+    _write(sheet, words, left=2, top=2)
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
@@ -70,7 +73,25 @@ def heated(picture: Image.Image, evidence: np.ndarray) -> Image.Image:
     return Image.blend(picture.convert("L").convert("RGB"), colors, 0.5)
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    """A paragraph as lines of at most `width` pixels where its words allow."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and pen.textlength(_ascii(longer)) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _ascii(text: str) -> str:
+    """Text that the font can draw; other letters become `?`."""
+    return text.encode("ascii", "replace").decode()
+
+
 def _write(sheet: Image.Image, lines: Sequence[Line], *, left: int, top: int) -> None:
     pen = ImageDraw.Draw(sheet)
     for number, (text, color) in enumerate(lines):
-        pen.text((left, top + number * LINE), text.encode("ascii", "replace").decode(), fill=color)
+        pen.text((left, top + number * LINE), _ascii(text), fill=color)

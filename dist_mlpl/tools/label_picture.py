@@ -43,15 +43,19 @@ def draw_samples(
         commit: the round's commit.
         index: the train split.
         samples: sample indices in [0, N).
-        out: path or URL of the picture; None for one in RUN/pictures.
+        out: path or URL of the picture, ending in .png; None for one in RUN/pictures.
 
     Returns:
         URL of the picture.
 
     Raises:
-        ConfigError: no such sample.
+        ConfigError: no such sample, or an `out` with another ending.
         CheckpointError: a file of the round is missing or damaged.
     """
+    if out is not None and not out.endswith(".png"):
+        raise ConfigError(
+            f"a picture {out!r}", expected="a name ending in .png", where="--out", next_step="correct the option"
+        )
     for sample in samples:
         if not 0 <= sample < index.num_samples:
             raise ConfigError(
@@ -72,7 +76,12 @@ def draw_samples(
     ]
     name = "-".join(map(str, samples[:8]))
     url = out or storage.join(run, "pictures", f"labels-{commit.round:06d}-{index.split}-{name}.png")
-    storage.write_bytes(url, stacked(rows))
+    legend = (
+        f"Samples of split {index.split}, with their labels in round {commit.round}. people: what the run is told. "
+        "model: what it believes, with its score, a logit: above 0 for present, below for absent.",
+        "green, right: a label that the run's view hides agrees. red, wrong: it does not. black: there is none.",
+    )
+    storage.write_bytes(url, stacked(rows, legend))
     return url
 
 

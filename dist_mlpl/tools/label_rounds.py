@@ -104,19 +104,26 @@ def open_split(run: str, manifest_url: str | None = None) -> SplitIndex:
     return SplitIndex(run_manifest(config.data, manifest_url), config.data.train_split)
 
 
-def committed(run: str, number: int | None) -> RoundCommit:
-    """Read a committed round, the newest by default.
+def committed(run: str, number: int | None, *, is_none_allowed: bool = False) -> RoundCommit:
+    """Read a committed round, the newest by default; `is_none_allowed` if the caller takes 0 for no beliefs.
 
     Raises:
         CheckpointError: no committed round, or no such one.
     """
     newest = newest_round(run)
-    if newest == 0 or (number is not None and not 0 < number <= newest):
+    if newest == 0:
         raise CheckpointError(
-            f"no committed round {number}" if newest else "no committed round",
-            expected=f"a round in [1, {newest}]" if newest else "a run that has relabelled",
-            where=storage.shown(round_url(run, number or 1)),
-            next_step="`dist-mlpl labels log RUN` lists the rounds; `dist-mlpl relabel RUN` makes one",
+            "no committed round",
+            expected="a run that has relabelled",
+            where=storage.shown(run),
+            next_step="`dist-mlpl relabel RUN` makes a round, a config with `curriculum:` makes them all",
+        )
+    if number is not None and not 0 < number <= newest:
+        raise CheckpointError(
+            "round 0, which stands for no beliefs" if number == 0 else f"no committed round {number}",
+            expected=f"a round in [0, {newest}], 0 for no beliefs" if is_none_allowed else f"a round in [1, {newest}]",
+            where=storage.shown(storage.join(run, "rounds")),
+            next_step="`dist-mlpl labels log RUN` lists the rounds",
         )
     return read_round(run, number or newest)
 
@@ -208,7 +215,7 @@ def roll_back(run: str, to: int | None = None) -> str:
         }  # fmt: skip
         document = newest.model_copy(update=changes)
     else:
-        document = committed(run, target)
+        document = committed(run, target, is_none_allowed=True)
     document = document.model_copy(update={"round": newest.round + 1, "restores": target})
     url = round_url(run, document.round, "commit.json")
     if not storage.create_exclusive(url, document_bytes(document)):

@@ -29,6 +29,18 @@ from dist_mlpl.tools.judge import inference_settings, open_engine
 
 _SIDE: Final = 176  # side of a tile's image in pixels
 _MOST_NAMES: Final = 6  # most class names below an image
+_HEATMAP_LEGEND: Final = (
+    "Left: the image as the model sees it, its place in the split, and the classes that people call present. Right: "
+    "the classes that the model finds likeliest, with their probabilities.",
+    "Colours on an image: where the class was seen, from dark blue at the lowest evidence to yellow at the highest, "
+    "each on the scale given below it. Evidence is the head's score of a cell; its unit depends on the method.",
+    "green name: people call the class present. red: absent. black: nobody said.",
+)
+_TRANSFER_LEGEND: Final = (
+    "Left: a train image, and the classes that the run is told it shows. Right: the images whose embeddings are "
+    "nearest, with the cosine, and the classes that they could give: told of them, and not of the image on the left.",
+    "green name: the label that the run's view hides agrees. red: it says absent. black: there is none.",
+)
 
 Indices = npt.NDArray[np.int64]
 
@@ -151,7 +163,7 @@ def _heatmap_sheet(engine: Engine, config: Config, index: SplitIndex, chosen: In
             ]
             tiles.append(above(heated(picture, evidence), lines, side=_SIDE))
         rows.append(in_a_row(tiles))
-    return stacked(rows)
+    return stacked(rows, _HEATMAP_LEGEND)
 
 
 # Transfers ------------------------------------------------------------------------------------------------------------
@@ -203,7 +215,7 @@ def _transfer_sheet(config: Config, index: SplitIndex, loans: Sequence[Loan]) ->
             ]
             tiles.append(above(pictures[loan.lender], lines, side=_SIDE))
         rows.append(in_a_row(tiles))
-    return stacked(rows)
+    return stacked(rows, _TRANSFER_LEGEND)
 
 
 def _color(hidden: int) -> tuple[int, int, int]:

@@ -42,6 +42,8 @@ class Plan(NamedTuple):
     heads: list[Cost]  # heads used at inference
     extras: list[Cost]  # banks, and heads used only in training
     gradient_bytes: float  # bytes that a rank sends for a step's gradients, at ZeRO stages 0 to 2
+    gradients: Cost  # held beside the parameters while a step runs
+    moments: Cost  # the optimiser's
 
     @property
     def added(self) -> Cost:
@@ -91,10 +93,15 @@ def make_plan(
         num_cells=found.num_cells,
         targets=_told(config, samples, C),
     )
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    trained = 4 * sum(p.numel() for p in method.parameters() if p.requires_grad)
+    sent, stage = reduce_bytes(trained, num_ranks), config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
+    optimizer = config.optimizer
+    num_moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0.0)
     return Plan(
         num_classes=C, num_samples=N, scale=scale, trunk=found.costs.pop("backbone"), heads=list(found.costs.values()),
-        extras=method.costs(scale), gradient_bytes=reduce_bytes(4 * trained, num_ranks),
+        extras=method.costs(scale), gradient_bytes=sent,
+        gradients=Cost("gradients", held_bytes=trained / (num_ranks if stage >= 2 else 1), sent_bytes=sent),
+        moments=Cost("optimiser", held_bytes=num_moments * trained / (num_ranks if stage >= 1 else 1)),
     )  # fmt: skip
 
 
@@ -258,7 +265,7 @@ _POINTWISE: Final = {  # operations that torch's counter leaves out and attentio
 
 def document(plan: Plan) -> dict[str, Any]:
     """A plan as a dict for JSON."""
-    costs = {"trunk": plan.trunk, "added": plan.added}
+    costs = {"trunk": plan.trunk, "added": plan.added, "gradients": plan.gradients, "optimizer": plan.moments}
     parts = {"heads": plan.heads, "extras": plan.extras}
     return {
         "num_classes": plan.num_classes,
@@ -272,22 +279,24 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """A table with a row per part, then the total besides the trunk, and the gradients."""
+    """A table with a row per part, then the total besides the trunk, the gradients and the optimiser."""
     scale = plan.scale
     title = (
-        f"{plan.num_classes:,} classes, {plan.num_samples:,} images, {scale.world_size} ranks, "
-        f"{scale.global_batch} images a step, {scale.num_cells} cells, {scale.num_positives:.2f} known positives each"
+        f"{plan.num_classes:,} classes, {plan.num_samples:,} images, {scale.world_size:,} "
+        f"{'rank' if scale.world_size == 1 else 'ranks'}, {scale.global_batch} images a step, {scale.num_cells} cells, "
+        f"{scale.num_positives:.2f} known positives each"
     )
-    table = Table(
-        title=title, caption="held and sent: a rank; kept for the backward pass (float32): an image", min_width=96
+    caption = (
+        "held and sent: a rank; kept for the backward pass (float32): an image; FLOPs: forward and backward, also as a "
+        "multiple of the trunk's. Parameters are counted whole (ZeRO 3 keeps a share of them on each rank)."
     )
-    for heading in ("", "held", "kept / image", "sent / step", "FLOPs / image", "of the trunk's"):
+    table = Table(title=title, caption=caption, min_width=96)
+    for heading in ("", "held", "kept / image", "sent / step", "FLOPs / image", "trunk = 1"):
         table.add_column(heading, justify="right" if heading else "left")
-    gradients = Cost("gradients", sent_bytes=plan.gradient_bytes)
     for cost in (plan.trunk, *plan.heads, *plan.extras):
         table.add_row(*_cells(cost, plan))
     table.add_section()
-    for cost in (plan.added, gradients):
+    for cost in (plan.added, plan.gradients, plan.moments):
         table.add_row(*_cells(cost, plan))
     return table
 
@@ -297,14 +306,15 @@ def largest_line(plan: Plan) -> str:
     _, held, kept, sent, flops, share = (cell or "nothing" for cell in _cells(plan.added, plan))
     return (
         f"with {plan.num_classes:,} classes, heads and banks: {held} held, {kept} kept an image, {sent} sent a step, "
-        f"{flops} FLOPs an image, {share} of the trunk's"
+        f"{flops} FLOPs an image, forward and backward, {share} times the trunk's"
     )
 
 
 def _cells(cost: Cost, plan: Plan) -> list[str]:
-    share = cost.flops / plan.trunk.flops
+    ratio = cost.flops / plan.trunk.flops
+    share = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2g}"
     sizes = [_scaled(size, "B") for size in (cost.held_bytes, cost.kept_bytes, cost.sent_bytes)]
-    return [cost.name, *sizes, _scaled(cost.flops, ""), f"{share:.1%}" if cost.flops else ""]
+    return [cost.name, *sizes, _scaled(cost.flops, ""), share if cost.flops else ""]
 
 
 def _scaled(number: float, unit: str) -> str:

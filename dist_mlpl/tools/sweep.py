@@ -9,10 +9,10 @@ from typing import Any, Final, NamedTuple
 
 from dist_mlpl import storage
 from dist_mlpl.chain import read_head
-from dist_mlpl.config import Config, check_resume, load_config, read_run_config, run_config_url
+from dist_mlpl.config import Config, check_resume, compare_configs, load_config, read_run_config, run_config_url
 from dist_mlpl.data.held_out import HELD_OUT
 from dist_mlpl.data.stream import DataSettings
-from dist_mlpl.errors import ConfigError
+from dist_mlpl.errors import ConfigError, MlplError
 from dist_mlpl.tools.sweep_table import Result
 
 HELD_OUT_FRACTION: Final = 0.2
@@ -157,16 +157,46 @@ def epochs_done(run: PlannedRun) -> int:
     return 0 if head is None else min(head.epoch, run.config.num_epochs)
 
 
+def check_folders(runs: Sequence[PlannedRun], out: str) -> None:
+    """Refuse a sweep whose folder holds runs with other settings, whose results would not be this sweep's.
+
+    Raises:
+        ConfigError: there are some; nothing was read but their chains and configs.
+    """
+    found = {run.name: lines for run in runs if (lines := _other_settings(run))}
+    if found:
+        name, lines = next(iter(found.items()))
+        raise ConfigError(
+            f"{len(found)} of {len(runs)} runs are there with other settings; {name}: {'; '.join(lines)}",
+            expected="the settings that the runs in this folder were made with",
+            where=storage.shown(out),
+            next_step="put the settings back, or sweep into another folder with --out",
+        )
+
+
+def _other_settings(run: PlannedRun) -> list[str]:
+    """How a run's settings differ from those of the run in its folder; empty if nothing was trained there."""
+    try:
+        if read_head(run.folder) is None or not storage.exists(run_config_url(run.folder)):
+            return []
+        changes = compare_configs(read_run_config(run.folder), run.config)
+    except MlplError:
+        return []  # damaged: this run fails, and the others are made
+    return [f"{name} {before!r} -> {after!r}" for name, before, after, kind in changes if kind != "free"]
+
+
 def result_of(run: PlannedRun) -> Result | None:
     """The result of a finished run; None until its chain has reached the last epoch and it has been evaluated.
 
     Raises:
         CheckpointError: the folder holds a run with another config, or a damaged chain.
     """
+    head = read_head(run.folder)
+    if head is None:
+        return None
     if storage.exists(run_config_url(run.folder)):
         check_resume(read_run_config(run.folder), run.config, allow_change=False)
-    head = read_head(run.folder)
-    if head is None or head.epoch < run.config.num_epochs:
+    if head.epoch < run.config.num_epochs:
         return None
     try:
         content = storage.read_bytes(storage.join(run.folder, "evaluations", f"{head.name}.json"))

@@ -12,8 +12,9 @@ import signal
 import sys
 from typing import Final
 
+from dist_mlpl.cli_options import INTERRUPTED
+
 _PR_SET_PDEATHSIG: Final = 1  # an option of Linux's prctl
-_INTERRUPTED: Final = 130
 
 
 def main(arguments: list[str]) -> None:
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != int(arguments[0]):  # the parent died before this process was tied to it
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     sys.argv = ["dist-mlpl", *arguments[1:]]
     from dist_mlpl.cli import main as command
 

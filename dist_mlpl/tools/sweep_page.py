@@ -10,7 +10,7 @@ from typing import Final
 from rich.table import Table
 
 from dist_mlpl import storage
-from dist_mlpl.tools.sweep_table import METRICS, Difference, Result, Row, Spread, results_csv, table_csv
+from dist_mlpl.tools.sweep_table import LEGEND, METRICS, Difference, Result, Row, Spread, results_csv, table_csv
 
 _WORDS: Final = {"mAP": "mAP", "OF1": "OF1 (micro-F1)", "CF1": "CF1", "exact_match": "exact match"}
 _COLOURS: Final = {"higher": "#1a7f37", "lower": "#b3261e", "level": "#57606a", "": "#57606a"}
@@ -40,6 +40,7 @@ def sweep_tables(rows: Sequence[Row], *, baseline: str | None) -> list[Table]:
         if baseline is not None:
             for name in METRICS[:2]:
                 table.add_column(f"{name} - {baseline}", justify="right")
+            table.caption, table.caption_justify = LEGEND, "left"
         for row in _sorted(rows, known):
             cells = [row.method, str(row.num_seeds), *(_spread(row.spreads.get(name)) for name in METRICS)]
             if baseline is not None:
@@ -58,8 +59,8 @@ def sweep_page(rows: Sequence[Row], results: Sequence[Result], *, title: str, ba
     )
     if baseline is not None:
         about += (
-            f" Differences are to {escape(baseline)}, seed by seed, with the standard error of their mean; coloured "
-            "where the mean exceeds it."
+            f" Differences are to {escape(baseline)}, seed by seed, with the standard error of their mean. "
+            f"{LEGEND[0].upper()}{LEGEND[1:]}."
         )
     body = [f"<h1>{escape(title)}</h1>", f'<p class="about">{about}</p>']
     for known in dict.fromkeys(row.known for row in rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Final, NamedTuple
 
 from dist_mlpl import storage
+from dist_mlpl.cli_options import INTERRUPTED
 from dist_mlpl.errors import ConfigError, MlplError, RunError, nearest_names
-from dist_mlpl.tools.sweep import PlannedRun, epochs_done, result_of
+from dist_mlpl.tools.sweep import PlannedRun, check_folders, epochs_done, result_of
 from dist_mlpl.tools.sweep_page import write_tables
 from dist_mlpl.tools.sweep_table import Result, tabulate
 
 _LOOK_SECONDS: Final = 0.2  # time between checks of the child processes
 _TELL_SECONDS: Final = 3.0  # time between progress reports
 _SHOWN_LINES: Final = 12  # lines kept of a failed run's output
-_INTERRUPTED: Final = 130
 
 Tell = Callable[[str, int, int], None]  # (what is counted, how much is done, total)
 
@@ -148,7 +149,7 @@ class Queue:
 
     def _settle(self, child: _Child) -> None:
         status, seconds, printed = child.take_ending()
-        if self._is_asked() and status in (_INTERRUPTED, -signal.SIGTERM):
+        if self._is_asked() and status in (INTERRUPTED, -signal.SIGTERM):
             return  # the next sweep resumes it from its last commit
         try:
             result = result_of(child.run) if status == 0 else None
@@ -156,7 +157,7 @@ class Queue:
             result, printed = None, str(error)
         if result is None:
             self._failures.append(Failure(child.run, printed))
-            self._say(f"{child.run.name}: failed with status {status} after {seconds:.0f} s")
+            self._say(f"{child.run.name}: failed with status {status} after {seconds:.0f} s: {_reason(printed)}")
             return
         self._results[child.run.name] = result
         numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "OF1") if name in result.metrics)
@@ -173,6 +174,13 @@ class Queue:
         self._tell(f"epochs of {len(self._runs)} runs", done, sum(run.config.num_epochs for run in self._runs))
 
 
+def _reason(printed: str) -> str:
+    """The line of a run's last output that says why it failed: what an error found, else the last line."""
+    lines = printed.strip().splitlines() or ["it printed nothing"]
+    before = [line for line, after in itertools.pairwise(lines) if after.startswith("  expected: ")]
+    return (before or lines)[-1].strip()
+
+
 def make_sweep(
     runs: Sequence[PlannedRun],
     *,
@@ -183,7 +191,7 @@ def make_sweep(
     tell: Tell,
     say: Callable[[str], None],
 ) -> Outcome:
-    """Make the missing runs, and rewrite the table whenever one has finished.
+    """Make the missing runs, and rewrite the table whenever one has finished; without a result no table is written.
 
     Args:
         runs: from `plan_sweep`.
@@ -192,7 +200,7 @@ def make_sweep(
         baseline: method that the table compares with; None for no comparison.
 
     Raises:
-        ConfigError: no method of that name in the sweep.
+        ConfigError: no method of that name in the sweep, or OUT holds runs with other settings; nothing is written.
     """
     methods = list(dict.fromkeys(run.method for run in runs))
     if baseline is not None and baseline not in methods:
@@ -205,13 +213,15 @@ def make_sweep(
 
     if runs:
         storage.configure_storage(runs[0].config.data.storage_options)
+        check_folders(runs, out)
 
     def write(results: list[Result]) -> None:
         write_tables(out, tabulate(results, baseline=baseline), results, baseline=baseline)
 
     queue = Queue(runs, num_jobs=num_jobs, is_asked=is_asked, tell=tell, say=say, is_new=write)
     outcome = queue.make()
-    write(outcome.results)
+    if outcome.results:
+        write(outcome.results)
     folder, failed = storage.join(out, "failures"), {failure.run.name: failure for failure in outcome.failures}
     written = set(storage.list_names(folder))
     for run in runs:
@@ -231,9 +241,10 @@ def check_outcome(outcome: Outcome, out: str) -> None:
     """
     if outcome.failures:
         names = ", ".join(failure.run.name for failure in outcome.failures)
+        count, others = len(outcome.failures), len(outcome.results)
         raise RunError(
-            f"{len(outcome.failures)} runs failed: {names}\n    {outcome.failures[0].why.strip()[-1500:]}",
-            expected="every run to end in a result; the others have",
+            f"{count} {'run' if count == 1 else 'runs'} failed: {names}; the first: {_reason(outcome.failures[0].why)}",
+            expected="every run to end in a result" + (f"; {others} did" if others else ""),
             where=storage.shown(storage.join(out, "failures")),
-            next_step="see why there; the same command makes what is missing",
+            next_step="see why there and correct it; the same command then makes what is missing",
         )

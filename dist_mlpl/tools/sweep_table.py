@@ -13,6 +13,12 @@ from dist_mlpl.progress import without_nan
 
 METRICS: Final = ("mAP", "OF1", "CF1", "exact_match")  # OF1 is micro-F1; CF1 is the F1 of mean precision and recall
 
+MIN_SEEDS: Final = 3  # fewest common seeds for a verdict; the error of a mean over two is itself a guess
+LEGEND: Final = (
+    "higher, lower: beyond two standard errors from the baseline, over at least three seeds; level: within them; "
+    "no word: fewer seeds"
+)
+
 
 class Result(NamedTuple):
     """The result of one finished run.
@@ -48,10 +54,10 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`higher` or `lower` if the mean's magnitude exceeds its standard error, else `level`; empty for one seed."""
-        if math.isnan(self.error):
+        """`higher` or `lower` beyond two standard errors from 0, else `level`; empty for fewer than three seeds."""
+        if self.num_seeds < MIN_SEEDS:
             return ""
-        if abs(self.mean) <= self.error:
+        if abs(self.mean) <= 2.0 * self.error:
             return "level"
         return "higher" if self.mean > 0 else "lower"
 

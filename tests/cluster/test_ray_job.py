@@ -131,7 +131,7 @@ def submit(*arguments: str | Path, environment: dict[str, str]) -> subprocess.Co
 
 # Stands in for `ray`: keeps what it was given, answers `ray job status` from a list.
 FAKE_RAY = """#!{python}
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 kept = pathlib.Path(__file__).parent
 arguments = sys.argv[1:]
 if arguments[:2] == ["job", "submit"]:
@@ -145,10 +145,18 @@ if arguments[:2] == ["job", "submit"]:
         "auth_mode": os.environ["RAY_AUTH_MODE"],
         "address": os.environ["RAY_API_SERVER_ADDRESS"],
     }}))
+    if (kept / "submit-fails").exists():
+        sys.exit("the connection was reset")
 elif arguments[:2] == ["job", "status"]:
-    first, *rest = json.loads((kept / "answers.json").read_text())
+    first, *rest = json.loads((kept / "answers.json").read_text()) or [None]
+    if first is None:
+        sys.exit("no answer")
     (kept / "answers.json").write_text(json.dumps(rest))
     print(first.replace("ID", arguments[2]))
+elif arguments[:2] == ["job", "logs"] and (kept / "logs-hang").exists():
+    (kept / "logs.pid").write_text(str(os.getpid()))
+    print("a line of the log", flush=True)
+    time.sleep(600)
 """
 
 
@@ -278,6 +286,94 @@ def test_the_script_exits_as_the_run_did(fake_bin: Path, tmp_path: Path, answers
     assert json.loads((fake_bin / "answers.json").read_text()) == []
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "says"),
+    [
+        (["Status for job 'ID': RUNNING", "Job 'ID' succeeded"], 0, "returned"),
+        (["Status for job 'ID': RUNNING", "Job 'ID' failed\nfailed with exit code 3"], 3, "ended with 3"),
+        ([], 1, "lost sight of the job"),
+    ],
+    ids=["succeeded", "failed", "the head is gone"],
+)
+def test_a_log_that_hangs_does_not_hide_the_end_of_the_job(
+    fake_bin: Path, tmp_path: Path, answers: list[str], status: int, says: str
+) -> None:
+    (fake_bin / "answers.json").write_text(json.dumps(answers))
+    (fake_bin / "logs-hang").touch()
+    environment = bare_environment(tmp_path) | {
+        "MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled", "MLPL_LOOK_SECONDS": "1",
+    }  # fmt: skip
+    result = submit("run.yaml", "/shared/run", environment=environment)
+    assert result.returncode == status, result.stderr
+    assert says in result.stderr
+    assert "a line of the log" in result.stdout
+    assert not is_alive(int((fake_bin / "logs.pid").read_text()))
+
+
+def test_ctrl_c_ends_the_display_and_the_process_behind_it(fake_bin: Path, tmp_path: Path) -> None:
+    (fake_bin / "answers.json").write_text(json.dumps(["Status for job 'ID': RUNNING"] * 50))
+    (fake_bin / "logs-hang").touch()
+    environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled"}
+    job = subprocess.Popen(
+        [str(SCRIPT), "run.yaml", "/shared/run"], env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        pid = fake_bin / "logs.pid"
+        wait_until(lambda: pid.exists() and bool(pid.read_text()), what="the log")
+        os.killpg(job.pid, signal.SIGINT)
+        job.wait(timeout=20)
+        wait_until(lambda: not is_alive(int(pid.read_text())), what="the end of the display", seconds=10)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("answers", "status"), [(["Status for job 'ID': PENDING", "Job 'ID' succeeded"], 0), ([], 1)])
+def test_a_submission_whose_answer_is_lost_is_followed_if_the_job_is_there(
+    fake_bin: Path, tmp_path: Path, answers: list[str], status: int
+) -> None:
+    (fake_bin / "answers.json").write_text(json.dumps(answers))
+    (fake_bin / "submit-fails").touch()
+    environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled"}
+    result = submit("run.yaml", "/shared/run", environment=environment)
+    assert result.returncode == status, result.stderr
+    assert ("the job is there" if status == 0 else "did not take the job") in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("resolved", "arguments", "found"),
+    [
+        ("data:\n  manifest: runs/shards\n  view: null\n", [], "runs/shards"),
+        ("data:\n  manifest:\n  - manifest: /shared/a\n    weight: 1.0\n  - manifest: b\n", [], "b"),
+        ("data:\n  manifest: /shared/a\n", ["--set", "data.manifest=runs/shards"], "runs/shards"),
+        ("data:\n  manifest: /shared/a\n", ["--set=data.manifest=runs/shards"], "runs/shards"),
+        ("data:\n  manifest: /shared/a\nother:\n  manifest: b\n", [], None),
+        ("data:\n  manifest: ''\n", [], None),
+        ("data:\n  manifest: runs/shards\n", ["--set", "data.manifest=s3://bucket/shards"], None),
+    ],
+)
+def test_shards_by_a_relative_path_are_refused_before_anything_is_submitted(
+    fake_bin: Path, tmp_path: Path, resolved: str, arguments: list[str], found: str | None
+) -> None:
+    (fake_bin / "resolved.yaml").write_text(resolved)
+    (fake_bin / "dist-mlpl").write_text(f"#!/bin/sh\ncat {fake_bin}/resolved.yaml\n")
+    environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled"}
+    result = submit("run.yaml", "/shared/run", *arguments, environment=environment)
+    assert result.returncode == (0 if found is None else 2), result.stderr
+    assert (fake_bin / "submitted.json").exists() == (found is None)
+    if found is not None:
+        assert f"data.manifest is '{found}'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "changed", "message"),
     [
@@ -291,6 +387,7 @@ def test_the_script_exits_as_the_run_did(fake_bin: Path, tmp_path: Path, answers
         (["run.yaml", "/shared/run"], {"RAY_ADDRESS": "10.0.0.1:6379"}, "the cluster's address is '10.0.0.1:6379'"),
         (["run.yaml", "/shared/run"], {"MLPL_FORWARD": "UNSET_NAME"}, "UNSET_NAME, which is not set"),
         (["run.yaml", "/shared/run"], {"MLPL_BIN": "/missing"}, "no ray in MLPL_BIN"),
+        (["run.yaml", "/shared/run"], {"MLPL_LOOK_SECONDS": "0"}, "MLPL_LOOK_SECONDS is '0'"),
     ],
 )
 def test_wrong_usage_exits_2_before_anything_is_submitted(

@@ -57,6 +57,33 @@ def test_the_plan_is_a_table_for_people(manifest: str, tmp_path: Path) -> None:
     found = run("plan", written(tmp_path, manifest), "--ranks", "2")
     assert "backbone" in found.stdout
     assert "with 9,605 classes" in found.stdout
+    assert "2 ranks" in found.stdout
+    assert "forward and backward" in found.stdout
+    assert "1 rank," in run("plan", written(tmp_path, manifest)).stdout
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer", "gradients", "moments"),
+    [
+        ({"kind": "plain", "zero_stage": 2}, {}, 1.0, 2.0),
+        ({"zero_stage": 0}, {}, 1.0, 2.0),
+        ({"zero_stage": 1}, {}, 1.0, 0.5),
+        ({"zero_stage": 2}, {"name": "sgd"}, 0.25, 0.25),
+        ({"zero_stage": 2}, {"name": "sgd", "momentum": 0.0}, 0.25, 0.0),
+    ],
+)
+def test_gradients_and_moments_are_counted_as_the_engine_holds_them(
+    manifest: str, tmp_path: Path, engine: dict[str, object], optimizer: dict[str, object], gradients: float,
+    moments: float,
+) -> None:  # fmt: skip
+    document = tiny_config(manifest, method={"dropout": 0.0}, global_batch=32)
+    document |= {"engine": engine, "optimizer": optimizer}
+    plan = make_plan(load_config(write_config(tmp_path / "run.yaml", document)), num_ranks=4)
+    config = load_config(str(tmp_path / "run.yaml"))
+    model = config.method.build(num_classes=5, image_size=16)
+    trained = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert plan.gradients.held_bytes == gradients * trained
+    assert plan.moments.held_bytes == moments * trained
 
 
 def test_too_many_ranks_for_the_batch_are_refused(manifest: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.overlays import newest_round, read_round, round_url
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
+from dist_mlpl.errors import CheckpointError, ConfigError, MlplError
 from dist_mlpl.methods.base import training_targets
 from dist_mlpl.progress import Action, Row
 from dist_mlpl.tools.audit import audit
@@ -530,6 +530,14 @@ def test_the_verbs_answer(trained: tuple[Path, Rows], tmp_path: Path) -> None:
     assert "KEY=VALUE" in answer("relabel", out, "--set", "strategy", "--local", exit_code=2)
     assert "nearest" in answer("relabel", out, "--set", "treshold=1", "--local", exit_code=2)
     assert "no committed round 9" in answer("labels", "show", out, "--round", "9", exit_code=4)
+    said = answer("labels", "show", out, "--round", "0", exit_code=4)
+    assert "round 0, which stands for no beliefs" in said
+    assert "a round in [1, 4]" in said
+    assert "rounds/000001" not in said, "a round that nobody asked for"
+    assert "a round in [0, 4], 0 for no beliefs" in answer("labels", "rollback", out, "--to", "9", exit_code=4)
+    answer("labels", "show", out, "--top", "-1", exit_code=2)
+    answer("labels", "diff", out, "1", "2", "--top", "0", exit_code=2)
+    answer("labels", "rollback", out, "--to", "-1", exit_code=2)
 
 
 def test_a_picture_shows_samples_with_all_that_is_known_of_them(trained: tuple[Path, Rows], tmp_path: Path) -> None:
@@ -540,3 +548,6 @@ def test_a_picture_shows_samples_with_all_that_is_known_of_them(trained: tuple[P
     assert image.format == "PNG"
     assert min(image.size) >= 256
     assert "[0, 104)" in answer("labels", "show", out, "--sample", "104", exit_code=2)
+    text = tmp_path / "x.txt"
+    assert "ending in .png" in answer("labels", "show", out, "--sample", "3", "--out", str(text), exit_code=2)
+    assert not text.exists()

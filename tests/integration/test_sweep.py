@@ -93,8 +93,10 @@ def test_a_failing_run_is_reported_and_stops_no_other_one(tmp_path: Path, shards
     kept = (out / "failures" / "broken-0.6-0.txt").read_text()
     assert "no commit" in kept
     assert "--set seed=0" in kept, "the command to try it alone"
-    with pytest.raises(RunError, match=r"broken-0\.6-0"):
+    with pytest.raises(RunError, match=r"1 run failed: broken-0\.6-0; the first: .*no commit") as raised:
         check_outcome(outcome, str(out))
+    assert raised.value.expected == "every run to end in a result; 1 did"
+    assert str(raised.value).count("expected:") == 1, "the run's own error is not shown inside this one"
 
     write_config(tmp_path / "broken.yaml", tiny_config(shards))
     outcome = make(plan_sweep([broken, good], out=str(out)))
@@ -103,8 +105,17 @@ def test_a_failing_run_is_reported_and_stops_no_other_one(tmp_path: Path, shards
     assert list((out / "failures").iterdir()) == []
 
     changed = plan_sweep([good], out=str(out), overrides=["optimizer.learning_rate=0.5"])
-    (failure,) = make(changed).failures
-    assert "optimizer.learning_rate" in failure.why, "a run of another config is no result of this one"
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate") as refused:
+        make(changed)
+    assert "--allow-change" not in str(refused.value), "sweep has no such option"
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert set(before) == {"results.csv", "table.csv", "index.html"}
+
+    (chain,) = (out / "masked_mean-0.6-0").glob("commits/*8.json")
+    chain.write_text("{")
+    assert make(plan_sweep([good], out=str(out))).results == []
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before, "old tables stay"
 
 
 def test_choices_are_judged_on_a_part_of_train_and_a_stop_commits_first(tmp_path: Path, shards: str) -> None:

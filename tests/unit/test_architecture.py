@@ -34,7 +34,7 @@ FLOORS = {
     "dist_mlpl.rounds": 4,
     "dist_mlpl.progress": 4, "dist_mlpl.display": 4,
     "dist_mlpl.profile": 4,
-    "dist_mlpl.config": 5, "shards": 5,
+    "dist_mlpl.config": 5, "dist_mlpl.documents": 5, "shards": 5,
     "dist_mlpl.build": 6, "dist_mlpl.run": 6, "dist_mlpl.train": 6,
     "dist_mlpl.local": 7, "dist_mlpl.cluster": 7, "dist_mlpl.board": 7, "dist_mlpl.tasks": 7, "dist_mlpl.tools": 7,
     "dist_mlpl.cli": 7, "dist_mlpl.cli_options": 7, "dist_mlpl.cli_shards": 7, "dist_mlpl.cli_labels": 7,

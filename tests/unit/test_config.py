@@ -16,10 +16,11 @@ from dist_mlpl.config import (
     check_resume,
     compare_configs,
     load_config,
-    parse_yaml,
+    read_run_config,
     with_absolute_paths,
 )
 from dist_mlpl.data.stream import DataSettings
+from dist_mlpl.documents import parse_yaml
 from dist_mlpl.errors import CheckpointError, ConfigError
 from dist_mlpl.models.semantic import SemanticSettings
 from dist_mlpl.settings import with_locations
@@ -125,12 +126,90 @@ def test_a_file_that_is_no_yaml_is_a_config_error(tmp_path: Path, text: str) -> 
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n- 2", "seven"])
-def test_a_file_without_keys_is_a_config_error(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "an empty file"), ("# only a comment", "an empty file"), ("- 1\n- 2", "a list"), ("7", "a single value"),
+     ("image,label\n1.jpg,bird\n", "text, not settings")],
+)  # fmt: skip
+def test_a_file_without_keys_is_a_config_error(tmp_path: Path, text: str, found: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "a.yaml"))
-    assert caught.value.expected == "keys and values"
+    assert (caught.value.found, caught.value.expected) == (found, "keys and values")
+
+
+def test_a_file_that_is_no_text_is_a_config_error_as_a_config_and_as_a_run_s_own(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"seed: 1\nout: \xff\n")
+    with pytest.raises(ConfigError, match="no UTF-8 text, at byte 14 of 15"):
+        load_config(str(tmp_path / "config.yaml"))
+    with pytest.raises(ConfigError, match="no UTF-8 text"):
+        read_run_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\nnum_epochs: 3\nseed: 2\n", "line 3, column 1: key 'seed' again; line 1 gives it already"),
+        ("data: {manifest: a, num_lanes: 1, manifest: b}", "line 1, column 35: key 'manifest' again; line 1"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, where="test")
+    assert caught.value.found.startswith(says)
+
+
+def test_keys_that_yaml_merges_in_may_be_given_again() -> None:
+    text = "a: {b: &x {k: 1, l: 2}}\nc: {<<: *x, k: 3}\nd: {<<: *x, k: 4}\n"
+    assert parse_yaml(text, where="test") == {
+        "a": {"b": {"k": 1, "l": 2}}, "c": {"k": 3, "l": 2}, "d": {"k": 4, "l": 2},
+    }  # fmt: skip
+
+
+def test_another_method_than_the_base_s_inherits_what_all_methods_have_and_nothing_else(tmp_path: Path) -> None:
+    method = {"name": "partial_bce", "normalization": "masked_mean", "dropout": 0.2,
+              "backbone": {"name": "resnet_small", "freeze": ["conv1"]}}  # fmt: skip
+    written(tmp_path / "base.yaml", BASE | {"method": method})
+    written(tmp_path / "other.yaml", {"extends": "base.yaml", "method": {"name": "csl", "backbone": {"drop": 0.0}}})
+    found = load_config(str(tmp_path / "other.yaml")).method
+    assert (found.name, found.dropout, found.backbone.freeze) == ("csl", 0.2, ("conv1",))
+    same = written(tmp_path / "same.yaml", {"extends": "base.yaml", "method": {"name": "partial_bce", "dropout": 0.1}})
+    assert load_config(same).method.model_dump()["normalization"] == "masked_mean"
+    again = {"extends": "other.yaml", "method": {"name": "partial_bce"}}
+    assert load_config(written(tmp_path / "again.yaml", again)).method.model_dump()["normalization"] == "durand"
+
+
+def test_a_wrong_key_is_blamed_on_the_file_that_holds_it(tmp_path: Path) -> None:
+    base = written(tmp_path / "base.yaml", BASE | {"optimizer": {"learning_rat": 1}})
+    child = written(tmp_path / "child.yaml", {"extends": "base.yaml", "sed": 1})
+    with pytest.raises(ConfigError) as caught:
+        load_config(child, overrides=["data.num_lane=3"])
+    lines = {line.split(":")[0].strip(): line for line in caught.value.found.splitlines()[1:]}
+    assert lines["optimizer.learning_rat"].endswith(f"(from {base})")
+    assert lines["data.num_lane"].endswith("(from --set)")
+    assert "(from" not in lines["sed"]
+
+
+@pytest.mark.parametrize("parent", [["base.yaml"], {"a": 1}, 3])
+def test_extends_that_is_no_path_is_refused(tmp_path: Path, parent: Any) -> None:
+    with pytest.raises(ConfigError, match="`extends` that is no path"):
+        load_config(written(tmp_path / "a.yaml", {"extends": parent}))
+
+
+def test_what_needs_no_data_is_checked_with_the_config() -> None:
+    found = refusal({**BASE, "global_batch": 12}).found
+    assert "global_batch 12 is no multiple of group_size 8: set global_batch to 16" in found
+    found = refusal({**BASE, "method": {"name": "partial_bce", "backbone": {"name": "resnet51"}}}).found
+    assert "method.backbone.name: no backbone 'resnet51'; nearest: " in found
+    assert "'resnet50'" in found
+
+
+def test_another_program_s_config_is_no_run(tmp_path: Path) -> None:
+    for text in ("model: gpt\nlayers: 3\n", "", "- 1\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=r"a config\.yaml that no run wrote") as caught:
+            read_run_config(str(tmp_path))
+        assert caught.value.next_step == "choose another folder"
 
 
 @pytest.mark.parametrize(

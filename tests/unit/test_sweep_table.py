@@ -9,7 +9,7 @@ import math
 import pytest
 
 from dist_mlpl.tools.sweep_page import sweep_page, sweep_tables
-from dist_mlpl.tools.sweep_table import Difference, Result, Row, results_csv, rows_json, table_csv, tabulate
+from dist_mlpl.tools.sweep_table import LEGEND, Difference, Result, Row, results_csv, rows_json, table_csv, tabulate
 
 pytestmark = pytest.mark.unit
 
@@ -62,10 +62,22 @@ def test_only_seeds_that_both_methods_have_are_compared() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "error", "verdict"),
-    [(0.02, 0.01, "higher"), (-0.02, 0.01, "lower"), (0.01, 0.01, "level"), (0.0, 0.0, "level"), (1e-9, 0.0, "higher")],
+    [(0.03, 0.01, "higher"), (-0.03, 0.01, "lower"), (0.02, 0.01, "level"), (0.0, 0.0, "level"), (1e-9, 0.0, "higher")],
 )
-def test_a_difference_counts_when_its_mean_exceeds_its_standard_error(mean: float, error: float, verdict: str) -> None:
-    assert Difference(mean, error, 5).verdict == verdict
+def test_a_difference_counts_beyond_two_standard_errors_over_three_seeds(
+    mean: float, error: float, verdict: str
+) -> None:
+    assert Difference(mean, error, 3).verdict == verdict
+    assert Difference(mean, error, 2).verdict == ""
+
+
+def test_the_terminal_and_the_page_say_what_higher_and_lower_mean() -> None:
+    rows = tabulate(results(), baseline="an")
+    (table,) = sweep_tables(rows, baseline="an")
+    assert table.caption == LEGEND
+    assert LEGEND[1:] in sweep_page(rows, results(), title="t", baseline="an")
+    (table,) = sweep_tables(tabulate(results()), baseline=None)
+    assert table.caption is None, "without a baseline there is no verdict"
 
 
 def test_fractions_are_compared_within_themselves_and_come_in_their_order() -> None:
