@@ -43,10 +43,12 @@ from dist_mlpl.world import World
 class EngineSettings(Settings):
     """How a step is computed. Only `clip_norm`, `batch_norm`, `weight_average` and rounding change what is learned."""
 
-    kind: Literal["deepspeed", "plain"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    kind: Literal["deepspeed", "plain"] = "deepspeed"  # plain: a torch optimiser and one all-reduce
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what ranks share: 1 moments, 2 also gradients, 3 also parameters
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 by autocast; parameters and updates stay float32
     micro_batch: int | None = Field(None, gt=0)  # most rows of a rank at once; null: its whole share
+    # frozen: running statistics stay; averaged: each rank has its own, averaged before they are used or saved; sync:
+    # statistics of the whole micro-batch over all ranks, CUDA only
     batch_norm: Literal["frozen", "averaged", "sync"] = "averaged"
     clip_norm: float = Field(0.0, ge=0.0)  # 0: no clipping
     # Decay of a running average of the weights, which is then evaluated, and saved as the model; null: none.
@@ -332,7 +334,7 @@ class Engine:
         Returns:
             The micro-batches' outputs, the losses detached.
         """
-        torch.manual_seed(keyed.key("step", self._seed, progress.step, self.world.rank) & (2**63 - 1))
+        torch.manual_seed(keyed.torch_seed("step", self._seed, progress.step, self.world.rank))
         if not self.method.training:
             self._train_mode()
         outputs = []

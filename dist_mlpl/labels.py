@@ -98,7 +98,18 @@ def dense_targets(
 
     Returns:
         (B, C) int8. A class in both lists is present (the sharding tool refuses such rows).
+
+    Raises:
+        LabelCodeError: a class id outside [0, C); a negative one would count from the last class.
     """
+    ids = np.concatenate([*positives, *negatives]) if len(positives) else np.empty(0)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < num_classes:
+        raise LabelCodeError(
+            f"class ids from {ids.min()} to {ids.max()}",
+            expected=f"columns of {num_classes} classes, from 0",
+            where="dense_targets",
+            next_step="number the classes from 0, in the order of the class list",
+        )
     fill = ABSENT if unlisted == "absent" else UNKNOWN
     targets = np.full((len(positives), num_classes), fill, dtype=np.int8)  # (B, C)
     for row, (present, absent) in enumerate(zip(positives, negatives, strict=True)):

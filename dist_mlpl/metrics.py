@@ -233,9 +233,8 @@ class Scores:
 
         Rank r sorts the scores of classes [r C / R, (r + 1) C / R); no rank holds all of them.
 
-        Collective: all ranks; indices and ranks (16 bytes per image) to every rank, known entries (9 bytes each) to
-        one rank, then counts and results (64 bytes per class). The tensors are on the CPU, so the process group must
-        include gloo.
+        Collective: all ranks; indices (8 bytes per image) to every rank, known entries (9 bytes each) to one rank, then
+        counts and results (64 bytes per class). The tensors are on the CPU, so the process group must include gloo.
 
         Raises:
             RankMismatchError: an image was scored more than once; on all ranks.
@@ -259,9 +258,9 @@ class Scores:
     def _refuse_repeated_images(self) -> None:
         mine = torch.cat(self._index)
         index = comm.gather_rows(mine)
-        ranks = comm.gather_rows(torch.full_like(mine, comm.rank()))
         values, times = index.unique(return_counts=True)
-        if (repeated := values[times > 1]).numel():
+        if (repeated := values[times > 1]).numel():  # on all ranks, as all have the same `index`
+            ranks = comm.gather_rows(torch.full_like(mine, comm.rank()))
             holders = ranks[index == repeated[0]].tolist()
             raise RankMismatchError(
                 f"{repeated.numel()} of {values.numel()} images scored more than once",

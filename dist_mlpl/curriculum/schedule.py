@@ -46,7 +46,8 @@ class CurriculumSettings(Settings):
       score_fraction   the `fraction` of all unknown labels of the split with the largest |x|
       positive_only    x >= threshold
       ensemble         as score_threshold, with x the mean over several models
-      uncertainty      variance of x over passes with dropout <= max_variance
+      uncertainty      variance of x over passes with dropout <= max_variance; with `flips`, the mean of the variances
+                       of an image and of its mirror image, each over `num_passes` passes
       class_precision  x beyond a threshold of each class and sign: the lowest at which a share `precision` of such
                        answers about the class's known labels is right
       neighbours       as score_threshold, with x = log((p + 1) / (a + 1)), where p of the most similar images are known
@@ -59,18 +60,18 @@ class CurriculumSettings(Settings):
         class_precision and neighbours are our own choices.
     """
 
-    strategy: Strategy
+    strategy: Strategy  # the rule by which answers are believed
     start_epoch: int = Field(1, ge=1)  # the first round comes before this epoch (0 is the first of a run)
     every_epochs: int | None = Field(None, ge=1)  # epochs between rounds; null: one round only
     num_rounds: int | None = Field(None, ge=1)  # most rounds; null: no limit
 
     threshold: float | None = Field(None, ge=0.0, le=MAX_SCORE)  # in logits; null: 2, for positive_only 5
-    fraction: float = Field(0.8, gt=0.0, le=1.0)
+    fraction: float = Field(0.8, gt=0.0, le=1.0)  # share of the unknown labels that score_fraction believes
     checkpoints: int = Field(3, ge=1)  # newest checkpoints of this run, the present model among them
     runs: tuple[Location, ...] = ()  # further members: RUN for its newest commit, RUN@STEP for that of a step
     max_variance: float = Field(0.3, gt=0.0, le=MAX_SCORE)  # in squared logits
-    num_passes: int = Field(20, ge=2)
-    precision: float = Field(0.95, gt=0.5, le=1.0)
+    num_passes: int = Field(20, ge=2)  # forward passes with dropout, over which uncertainty takes the variance
+    precision: float = Field(0.95, gt=0.5, le=1.0)  # share of right answers that class_precision asks for
     min_known: int = Field(20, ge=1)  # a class with fewer answers about known labels uses the threshold of all classes
     num_neighbours: int = Field(100, ge=1)  # number of most similar images whose known labels vote
 
@@ -80,7 +81,8 @@ class CurriculumSettings(Settings):
     agree_rounds: int = Field(1, ge=1)  # believe what this many consecutive rounds proposed, this one included
     max_per_image: int | None = Field(None, ge=1)  # most beliefs of each sign per image; the strongest stay
     max_per_class: int | None = Field(None, ge=1)  # most beliefs of each sign per class; the strongest new ones stay
-    # most beliefs of a sign in a class, as a multiple of the number expected from its share among known labels
+    # most beliefs of a sign in a class, as a multiple of the number expected from its share among the class's known
+    # labels, and, where those are few, among all classes' (`caps.class_limits`)
     prior_quota: float | None = Field(None, gt=0.0)
     measure_hidden: bool = True  # compare beliefs with labels that a view hides; reported, never used
 

@@ -1,7 +1,8 @@
 """Owns the mean and variance of a model's answers over passes with dropout, mirror images or several models.
 
 Source: Gal and Ghahramani, ICML 2016 (dropout at inference); Durand et al., CVPR 2019, its last strategy.
-Differs: the paper does not say which variance; ours is the unbiased variance of the logits.
+Differs: the paper does not say which variance; ours is the unbiased variance of the logits over passes with dropout,
+    without the difference between an image and its mirror image.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ from dist_mlpl.errors import ConfigError
 
 
 class Moments:
-    """Running mean and variance of tensors of one shape, in float64."""
+    """Running mean and variance of tensors of one shape, in float64.
+
+    Values come in sets of equal size: the passes over an image, then those over its mirror image. The difference
+    between the sets is no part of the variance, which is the mean of the variances within each.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0  # in the present set
         self._mean: Tensor | None = None
         self._squares: Tensor | None = None  # summed squares of deviations from the mean
+        self._before: list[tuple[Tensor, Tensor]] = []  # mean and summed squares of the sets before
+
+    def begin_set(self) -> None:
+        """Begin the next set; it and all others must get as many values as the first."""
+        if self._mean is not None and self._squares is not None:
+            self._before.append((self._mean, self._squares))
+        self.count, self._mean, self._squares = 0, None, None
 
     def add(self, values: Tensor) -> None:
         """Add one tensor, of the same shape as those before.
@@ -41,16 +53,17 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of all values added so far, at least one; float64."""
+        """Mean of all values added so far, at least one in every set; float64."""
         assert self._mean is not None
-        return self._mean
+        return sum((mean for mean, _ in self._before), self._mean) / (len(self._before) + 1)
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased variance of all values added so far, at least two; float64."""
+        """Mean over the sets of the unbiased variance of a set's values, at least two; float64."""
         assert self._squares is not None
         assert self.count > 1
-        return self._squares / (self.count - 1)
+        total = sum((squares for _, squares in self._before), self._squares)
+        return total / ((self.count - 1) * (len(self._before) + 1))
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:

@@ -152,7 +152,7 @@ class Method(nn.Module):
         Returns:
             For each name a few words that say what the tensor is; names that are not in `found` are allowed.
         """
-        kept = {}
+        kept: dict[str, str] = {}
         for part, module in self.named_modules():
             if isinstance(module, KeepsTensors) and module is not self:
                 inside = {name.removeprefix(f"{part}.") for name in found if name.startswith(f"{part}.")}

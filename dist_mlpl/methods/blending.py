@@ -35,7 +35,13 @@ from dist_mlpl.models.semantic import Decoupled, SemanticHead, SemanticSettings
 
 
 class BlendingSettings(MethodSettings):
-    """The settings of SARB and DSRB; the defaults are the reference code's.
+    """The settings of SARB and DSRB.
+
+    The defaults of schedule, numbers of prototypes and classes, coefficients and weights are the reference code's, and
+    so are the graph's steps and `head.attention_width`. Those of the rest of `head` are not: the code has
+    `feature_width` 1024 with its BatchNorm, `pool` true, `head_width` 1024 and frozen GloVe vectors of width 300
+    (`embeddings`). configs/dsrb_coco.yaml takes the head's sizes from configs/sst_coco.yaml, which has them as the code
+    does; the vectors are a file of the user's.
 
     Args:
         head: attention and classifier.
@@ -102,7 +108,8 @@ class Blending(Method):
         An image without enough unknown labels keeps its known ones (the code overwrites its first classes).
         alpha and beta stay strictly between 0 and 1 (at 1 the code's soft target is 0, unknown, and stays so).
         Soft targets are constants (the code's have a gradient, so alpha can lower the loss by changing the label).
-        Every label draws its own k-means prototype (the code: one number for a whole step).
+        Every label draws its own k-means prototype (the code: one number for a whole step; with `faithful` one for each
+            of an image's `blended_classes`, the same for all images).
         A quadrant's mean is that of its features (the code includes a row of zeros).
         A class peaks where its attention is largest (the code: where the attended map's sum over channels is).
         The graph and L_cst are those of `Sst`.

@@ -14,6 +14,7 @@ from dist_mlpl.banks.held import Column
 from dist_mlpl.banks.table import TableBank
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError
+from dist_mlpl.labels import UNKNOWN
 from dist_mlpl.losses.selective import Mode, selective_loss
 from dist_mlpl.methods.base import MethodSettings, training_targets
 from dist_mlpl.methods.pooled import PooledMethod
@@ -73,12 +74,15 @@ class Csl(PooledMethod):
     """A pooled linear head with the asymmetric loss, whose unknown labels are chosen by likelihood and class prior.
 
     The prior is stored in the table `prior`: for every class, the sum of predicted probabilities over the valid images
-    that the current or last epoch in mode `ignore` has trained on, and their number. It is part of every commit.
+    that the current or last epoch in mode `ignore` has trained on, their number, and in how many of them the class's
+    label was known. It is part of every commit.
 
     Source: Ben-Baruch et al., CVPR 2022.
     Differs: the loss is the mean over images of the sum over classes (the code's is the sum); the prior is the mean
         over one epoch of predictions made while training (the paper's: over a pass of the trained model; the code's:
-        over all epochs).
+        over all epochs); a class without any known label in that epoch has prior 0, so that its unknown labels are weak
+        negatives: in mode `ignore` nothing trains its logit, whose predictions, about 1/2, say nothing of the class,
+        and a prior above the threshold would leave its labels out for good.
     """
 
     def __init__(self, settings: CslSettings, *, num_classes: int, image_size: int) -> None:
@@ -89,7 +93,7 @@ class Csl(PooledMethod):
     def begin_run(self, *, num_samples: int, epoch_samples: int, group_size: int, seed: int) -> None:
         super().begin_run(num_samples=num_samples, epoch_samples=epoch_samples, group_size=group_size, seed=seed)
         if self.settings.mode == "ignore" or self.settings.prior_threshold is not None:
-            columns = {"sums": Column(dtype="i64"), "counts": Column(dtype="i64")}
+            columns = {name: Column(dtype="i64") for name in ("sums", "counts", "known")}
             self._prior = TableBank(PRIOR, self.num_classes, columns)
 
     def banks(self) -> dict[str, Bank]:
@@ -102,7 +106,7 @@ class Csl(PooledMethod):
         super().begin_epoch(progress)
         if self._prior is not None and self._is_ignoring(progress):
             nothing = torch.zeros(self.num_classes, dtype=torch.int64)
-            self._prior.write_all({"sums": nothing, "counts": nothing})
+            self._prior.write_all({"sums": nothing, "counts": nothing, "known": nothing})
 
     def recall(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         recalled = super().recall(batch, progress)
@@ -112,7 +116,7 @@ class Csl(PooledMethod):
         return recalled
 
     def prior(self) -> Tensor:
-        """The estimated frequency of each class, (C,) float32 in [0, 1].
+        """The estimated frequency of each class, (C,) float32 in [0, 1]; 0 where no label of the class was known.
 
         Raises:
             BankError: there are no predictions yet, or the method keeps no prior.
@@ -125,16 +129,17 @@ class Csl(PooledMethod):
                 where="method.prior_from, method.ignore_epochs",
                 next_step="train the run that prior_from names in mode ignore, for an epoch or more",
             )
-        return (table["sums"].double() / (table["counts"].double() * _ONE)).float()
+        means = table["sums"].double() / (table["counts"].double() * _ONE)
+        return torch.where(table["known"] > 0, means, 0.0).float()
 
     def losses(
         self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        settings, valid = self.settings, batch.valid
+        settings, valid, targets = self.settings, batch.valid, training_targets(batch)[batch.valid]
         is_ignoring = bool(recalled["is_ignoring"])
         loss = selective_loss(
             logits[valid],
-            training_targets(batch)[valid],
+            targets,
             mode="ignore" if is_ignoring else settings.mode,
             gamma_pos=settings.gamma_pos,
             gamma_neg=settings.gamma_neg,
@@ -148,16 +153,17 @@ class Csl(PooledMethod):
         if not is_ignoring or self._prior is None:
             return terms, {}
         sums = (torch.sigmoid(logits.detach()[valid].double()) * _ONE).round().long().sum(dim=0)  # (C,)
-        counted = torch.cat([sums, valid.sum()[None]])
-        return terms, {"predicted": counted[None]}  # (1, C + 1) per micro-batch
+        counted = torch.stack([sums, valid.sum().expand_as(sums), (targets != UNKNOWN).sum(dim=0)])
+        return terms, {"predicted": counted[None]}  # (1, 3, C) per micro-batch
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         super().observe(batch, output)
         if self._prior is None or "predicted" not in output.extras:
             return
-        predicted = comm.reduce_sum(output.extras["predicted"].sum(dim=0).cpu())  # (C + 1,)
+        predicted = comm.reduce_sum(output.extras["predicted"].sum(dim=0).cpu())  # (3, C)
         table = self._prior.read_all()
-        self._prior.write_all({"sums": table["sums"] + predicted[:-1], "counts": table["counts"] + predicted[-1]})
+        names = ("sums", "counts", "known")
+        self._prior.write_all({name: table[name] + new for name, new in zip(names, predicted, strict=True)})
 
     def _is_ignoring(self, progress: Progress) -> bool:
         return self.settings.mode == "ignore" or progress.epoch < self.settings.ignore_epochs

@@ -23,6 +23,8 @@ class ExpectedNegative(UnknownLoss):
     1. In the first epoch nothing is left out; a sample not visited before is ranked by the step's own logits.
 
     Source: Verelst et al., WACV 2023; see `expected_negative_loss` for what is known of it.
+    Differs: the mean is over all earlier visits alike; the method, and `spatial_consistency`, rank by a running average
+        that forgets, of momentum mu 0.8.
 
     Args:
         num_classes: C.

@@ -109,12 +109,14 @@ class PartialBce(PooledMethod):
 
     def _share(self, logits: Tensor, batch: Batch, recalled: dict[str, Tensor]) -> Tensor:
         """() this micro-batch's share of the global batch's loss."""
-        weight = self.settings.pseudo_weight
-        believed = self._loss(logits, training_targets(batch), batch.valid, recalled, "num_known")
-        if weight == 1.0 or batch.pseudo_targets is None:
-            return believed
-        human = training_targets(batch._replace(pseudo_targets=None))
-        return torch.lerp(self._loss(logits, human, batch.valid, recalled, "num_human"), believed, weight)
+        weight = 1.0 if batch.pseudo_targets is None else self.settings.pseudo_weight
+        believed = human = logits.new_zeros(())  # whichever has weight 0 is not computed
+        if weight > 0.0:
+            believed = self._loss(logits, training_targets(batch), batch.valid, recalled, "num_known")
+        if weight < 1.0:
+            targets = training_targets(batch._replace(pseudo_targets=None))
+            human = self._loss(logits, targets, batch.valid, recalled, "num_human")
+        return torch.lerp(human, believed, weight)
 
     def _loss(
         self, logits: Tensor, targets: Tensor, valid: Tensor, recalled: dict[str, Tensor], num_known: str

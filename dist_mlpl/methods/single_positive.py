@@ -186,9 +186,9 @@ class PlainLoss(UnknownLoss):
         if settings.loss == "hill":
             loss = hill_loss(x, y, margin=settings.margin, gamma=settings.gamma, limit=settings.limit)
             return {"hill": loss / rows.num_valid}, {}
-        return {settings.loss: mean_share(self._mean_loss(rows), rows)}, {}
+        return {settings.loss: mean_share(self._summed_loss(rows), rows)}, {}
 
-    def _mean_loss(self, rows: ValidRows) -> Tensor:
+    def _summed_loss(self, rows: ValidRows) -> Tensor:
         """() the loss summed over rows and classes, for losses whose mean over both is taken."""
         settings, x, y = self._settings, rows.logits, rows.targets
         if settings.loss == "em":

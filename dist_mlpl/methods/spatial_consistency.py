@@ -24,7 +24,7 @@ from dist_mlpl.banks.slots import renew_slots
 from dist_mlpl.batch import METRIC, Batch, Progress, StepOutput
 from dist_mlpl.labels import ABSENT, PRESENT
 from dist_mlpl.losses.consistency import consistency_loss, spatial_consistency_loss
-from dist_mlpl.losses.rowwise import NEVER
+from dist_mlpl.losses.rowwise import NEVER, precise
 from dist_mlpl.losses.single_positive import expected_negative_loss, num_expected_positives
 from dist_mlpl.methods.base import HEATMAPS, Method, MethodSettings, step_output, training_targets
 from dist_mlpl.methods.costs import Cost, Scale
@@ -315,8 +315,18 @@ def classification_loss(
 
 
 def logits_of_mean_probs(map_logits: Tensor) -> Tensor:
-    """(B, C) logits of the mean over cells of the maps' probabilities, from map logits (B, C, h, w)."""
-    return torch.logit(torch.sigmoid(map_logits).mean(dim=(2, 3)), eps=1e-6)
+    """Compute the logits of the mean over cells of the maps' probabilities.
+
+    log(sum p) - log(sum (1 - p)), from logarithms of p and 1 - p, so that neither the value nor its slope saturates.
+
+    Args:
+        map_logits: (B, C, h, w), any floating type; computed in float32, or float64 if given so.
+
+    Returns:
+        (B, C).
+    """
+    cells = map_logits.to(precise(map_logits)).flatten(2)
+    return F.logsigmoid(cells).logsumexp(dim=2) - F.logsigmoid(-cells).logsumexp(dim=2)
 
 
 def cell_grid(backbone: str, image_size: int, num_cells: int) -> CellGrid | None:

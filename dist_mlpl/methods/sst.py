@@ -31,7 +31,13 @@ _EPSILON: Final = 1e-9  # lower bound of a feature's length when it is divided b
 
 
 class SstSettings(MethodSettings):
-    """SST's models, losses and schedule; the defaults are the reference code's.
+    """SST's models, losses and schedule.
+
+    The defaults of `ring_capacity` and the schedule, thresholds and weights are the reference code's, and so are the
+    graph's steps, `pairs`' widths and `head.attention_width`. Those of the rest of `head` are not: the code has
+    `feature_width` 1024 with its BatchNorm, `pool` true, `head_width` 1024 and frozen GloVe vectors of width 300
+    (`embeddings`); nor is `normalization`, where the code has one mean over all labels, as with `faithful`.
+    configs/sst_coco.yaml sets the head's sizes as the code has them; the vectors are a file of the user's.
 
     Args:
         head: attention and classifier.

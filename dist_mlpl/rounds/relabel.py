@@ -153,12 +153,13 @@ class Scorer:
         moments = Moments()
         num_passes = self._settings.num_passes if self._samples_dropout else 1
         for side, batch in enumerate(sides):
+            moments.begin_set()
             for predict in self._predicts:
                 is_kept = self._keeps_trunk and num_passes > 1
                 with computed_once(self._method.backbone) if is_kept else nullcontext():
                     for number in range(num_passes):
                         if self._samples_dropout:
-                            torch.manual_seed(keyed.key(*key, side, number) & (2**63 - 1))
+                            torch.manual_seed(keyed.torch_seed(*key, side, number))
                         moments.add(predict(batch))
         return Scores(moments.mean, moments.variance if self._samples_dropout else None)
 

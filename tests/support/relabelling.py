@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,9 +202,10 @@ def _capped_by_class(
             limit = float("inf")
             if settings.max_per_class is not None:
                 limit = settings.max_per_class
-            if settings.prior_quota is not None and (known != 0).any():
-                share = (known == side).sum() / (known != 0).sum()
-                limit = min(limit, int(settings.prior_quota * share * (known == 0).sum()))
+            if settings.prior_quota is not None and (targets[valid] != 0).any():
+                overall = Fraction(int((targets[valid] == side).sum()), int((targets[valid] != 0).sum()))
+                share = (int((known == side).sum()) + 4 * overall) / (int((known != 0).sum()) + 4)
+                limit = min(limit, int(Fraction(str(settings.prior_quota)) * share * int((known == 0).sum())))
             limit = max(0, limit - sum(1 for at, value in kept.items() if at[1] == column and value == side))
             own = [at for at in accepted if at[1] == column and sign[at] == side]
             for level in {strength[at] for at in own}:

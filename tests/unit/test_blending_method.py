@@ -294,6 +294,9 @@ def test_both_coefficients_learn_while_blending():
     ("keys", "word"),
     [
         ({"num_prototypes": 5}, "always four"),
+        ({"pooling": "max"}, "pooling set, but"),
+        ({"pooling": {"name": "weldon"}}, "pooling set, but"),
+        ({"dropout": 0.5}, "dropout set, but"),
         ({"alpha": 1.0}, "less than 1"),
         ({"beta": 0.0}, "greater than 0"),
         ({"prototypes": "fifths"}, "kmeans"),

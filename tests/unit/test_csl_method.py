@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,17 +30,25 @@ LATER = Progress(epoch=1, step=5)
 
 
 def csl(**keys: Any) -> Csl:
-    method = tiny_method("csl", **FOCUS | keys).eval()
+    focus = {name: gamma for name, gamma in FOCUS.items() if keys.get("mode") != "ignore" or name != "gamma_unknown"}
+    method = tiny_method("csl", **focus | keys).eval()
     assert isinstance(method, Csl)
     return method
 
 
-def predict_for_prior(method: Csl, *seeds: int) -> torch.Tensor:
-    """Steps of an epoch that ignores unknown labels; returns the probabilities of their valid rows."""
+def predict_for_prior(method: Csl, *seeds: int, unlabelled: Sequence[int] = ()) -> torch.Tensor:
+    """Steps of an epoch that ignores unknown labels; returns the probabilities of their valid rows.
+
+    Args:
+        method: takes the steps.
+        seeds: of the batches.
+        unlabelled: classes without a known label.
+    """
     seen = []
     method.begin_epoch(Progress())
     for seed in seeds:
         batch = random_batch(16, seed=seed)
+        batch.targets[:, list(unlabelled)] = 0
         batch = batch._replace(valid=torch.arange(16) % 5 != 2)
         output = method(batch, method.recall(batch, Progress()))
         method.observe(batch, output)
@@ -98,12 +107,26 @@ def test_the_first_epochs_ignore_and_their_last_one_gives_the_prior():
     assert torch.equal(method.prior(), frozen)
 
 
+def test_unknown_labels_of_a_class_that_nobody_ever_labelled_are_weak_negatives():
+    """Its predictions are those of the first weights, here 0.7; a class with labels that is as likely stays out."""
+    method = csl(top_k=0, prior_threshold=0.5, ignore_epochs=1)
+    with torch.no_grad():
+        method.head.linear.weight.zero_()
+        method.head.linear.bias.copy_(torch.tensor([0.7, 0.3, 0.6, 0.2, 0.9]).logit())
+    predict_for_prior(method, 7, 8, unlabelled=[0, 3])
+    torch.testing.assert_close(method.prior(), torch.tensor([0.0, 0.3, 0.6, 0.0, 0.9]))
+    batch = random_batch(16, seed=3)
+    batch = batch._replace(targets=torch.zeros_like(batch.targets))
+    method(batch, method.recall(batch, LATER)).loss.backward()
+    assert (method.head.linear.bias.grad > 0).tolist() == [True, True, False, True, False]
+
+
 def test_a_prior_is_a_whole_number_of_parts_so_that_the_order_of_steps_does_not_matter():
     one, other = csl(mode="ignore"), csl(mode="ignore")
     predict_for_prior(one, 1, 2, 3)
     predict_for_prior(other, 3, 1, 2)
     tables = [method.banks()["prior"].read(torch.arange(NUM_CLASSES)) for method in (one, other)]
-    assert all(torch.equal(tables[0][name], tables[1][name]) for name in ("sums", "counts"))
+    assert all(torch.equal(tables[0][name], tables[1][name]) for name in ("sums", "counts", "known"))
 
 
 def test_a_prior_of_another_run_is_asked_for_by_name():
@@ -122,6 +145,7 @@ def test_a_prior_of_another_run_is_asked_for_by_name():
         ({"prior_threshold": 0.05, "prior_from": "x", "ignore_epochs": 2}, "prior_from and ignore_epochs"),
         ({"mode": "ignore", "ignore_epochs": 2}, "does not use it"),
         ({"mode": "negative", "top_k": 3}, "top_k"),
+        ({"mode": "ignore", "gamma_unknown": 9.0}, "gamma_unknown set, but mode 'ignore'"),
         ({"gamma_pos": -1.0}, "gamma_pos"),
     ],
 )

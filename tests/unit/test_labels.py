@@ -92,6 +92,14 @@ def test_dense_targets_are_the_lists_spread_out(unlisted: str, fill: int) -> Non
         np.testing.assert_array_equal(found, dense)
 
 
+@pytest.mark.parametrize("class_id", [-1, 3, 400])
+def test_a_class_that_is_not_there_is_refused_in_place_of_counting_from_the_last(class_id: int) -> None:
+    lists = [np.array([1, class_id]), np.array([], dtype=np.int64)]
+    for positives, negatives in ((lists, lists[::-1]), (lists[::-1], lists)):
+        with pytest.raises(LabelCodeError, match=rf"class ids from .*{class_id}"):
+            dense_targets(positives, negatives, num_classes=3, unlisted="unknown")
+
+
 def test_presence_wins_where_an_id_is_in_both_lists() -> None:
     both = [np.array([1])]
     assert dense_targets(both, both, num_classes=3, unlisted="unknown").tolist() == [[0, 1, 0]]

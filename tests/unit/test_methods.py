@@ -56,6 +56,18 @@ def test_an_unknown_key_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("name", "keys"),
+    [*((name, {}) for name in METHODS), *((name, {"faithful": True}) for name in METHODS
+       if "faithful" in METHODS[name].model_fields), ("srn", {"stage": "main"}), ("csl", {"mode": "ignore"}),
+     ("spatial_consistency", {"expected_positives": 2.0, "spatial_weight": 0.0, "consistency_weight": 0.0})],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_a_run_saved_with_all_their_defaults_are_accepted_again(name, keys):
+    settings = METHODS[name](backbone={"name": "resnet_small"}, **keys)
+    assert METHODS[name].model_validate(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
     "keys",
     [
         {"alpha": -4.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision
 
+from dist_mlpl import comm
 from dist_mlpl.errors import ConfigError, DataError, LabelCodeError, RankMismatchError, RunError
 from dist_mlpl.metrics import Evaluation, Scores, average_precision, compute_metrics
 
@@ -230,6 +232,20 @@ def test_groups_run_from_rare_to_frequent_and_leave_out_classes_not_scored() -> 
     evaluation = Evaluation(torch.stack([precision, precision], dim=1), counts, 3)
     num_annotations = torch.tensor([60, 1, 20, 2, 50, 10])
     assert evaluation.by_group(num_annotations, num_groups=3) == pytest.approx([0.5, 0.6, 0.1])
+
+
+def test_which_rank_has_an_image_is_gathered_only_to_word_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[list[int]] = []
+    gather = comm.gather_rows
+    monkeypatch.setattr(comm, "gather_rows", lambda rows: gathered.append(rows.tolist()) or gather(rows))
+    logits, targets = random_case(0, num_images=3)
+    for index, times in ((torch.tensor([7, 8, 9]), 0), (torch.tensor([7, 8, 8]), 1)):
+        scores = Scores(70)
+        scores.add(logits, targets, index, torch.ones(3, dtype=torch.bool))
+        gathered.clear()
+        with pytest.raises(RankMismatchError, match="on ranks") if times else nullcontext():
+            scores.merge()
+        assert gathered.count([0, 0, 0]) == times  # rank 0 has all three
 
 
 def test_a_repeated_image_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_mlpl import comm
 from dist_mlpl.batch import Batch
 from dist_mlpl.methods.base import HEATMAPS
+from dist_mlpl.methods.partial_bce import PartialBce
 from dist_mlpl.methods.table import METHODS
 from dist_mlpl.models.classifier import WeldonSettings, pool_regions
 from tests.support.losses import masked_mean_bce_oracle, partial_bce_oracle
@@ -78,6 +79,18 @@ def test_pseudo_labels_of_weight_zero_change_no_bit(normalization):
     method = tiny_method("partial_bce", normalization=normalization, pseudo_weight=0.0)
     losses = [method(b, method.recall(b, PROGRESS)).loss for b in (batch, batch._replace(pseudo_targets=None))]
     assert torch.equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize(("weight", "num_losses"), [(0.0, 1), (0.3, 2), (1.0, 1)])
+def test_a_loss_of_weight_zero_is_not_computed(weight, num_losses, monkeypatch):
+    method, batch = tiny_method("partial_bce", pseudo_weight=weight), believed_batch(8)
+    calls, compute = [], PartialBce._loss
+    monkeypatch.setattr(PartialBce, "_loss", lambda *args: calls.append(args) or compute(*args))
+    method(batch, method.recall(batch, PROGRESS))
+    assert len(calls) == num_losses
+    calls.clear()
+    method(batch._replace(pseudo_targets=None), method.recall(batch, PROGRESS))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,39 @@ def test_class_thresholds_are_the_lowest_edges_at_which_answers_were_right_often
             assert not all(enough)
     assert (cuts.present - middle).tolist() == sides[0]
     assert (middle - cuts.absent).tolist() == sides[1]
+
+
+def test_quotas_are_those_of_shares_that_few_labels_hardly_move() -> None:
+    """Four labels with the share of all classes, 1 present to 4 absent, are added to each class's own."""
+    settings = CurriculumSettings(strategy="score_threshold", prior_quota=0.5)
+    nothing = np.zeros((4, 2), dtype=np.int64)
+    known = np.array([[0, 0], [0, 1], [1, 0], [79, 19]])
+    found = caps.class_limits(
+        settings, num_known=known, num_unknown=np.array([1000, 999, 999, 10**6]), num_kept=nothing
+    )  # fmt: skip
+    expected = [
+        [0.5 * 0.8 * 1000, 0.5 * 0.2 * 1000],  # the share of all
+        [0.5 * 3.2 / 5 * 999, 0.5 * 1.8 / 5 * 999],  # not 0 and 499
+        [0.5 * 4.2 / 5 * 999, 0.5 * 0.8 / 5 * 999],  # not 499 and 0
+        [0.5 * 82.2 / 102 * 1e6, 0.5 * 19.8 / 102 * 1e6],
+    ]
+    assert found.tolist() == [[math.floor(quota + 1e-9) for quota in row] for row in expected]
+    limits = caps.class_limits(settings, num_known=nothing, num_unknown=np.full(4, 9), num_kept=nothing)
+    assert (limits == np.iinfo(np.int64).max).all()  # nothing is known of any class
+
+
+def test_quotas_are_exact_however_large_the_counts() -> None:
+    generator = np.random.default_rng(2)
+    for quota in (0.1, 0.7, 1.0, 3.3, 1e-7, 1e12):
+        known = generator.integers(0, 10 ** generator.integers(0, 10, (50, 1)), (50, 2))
+        unknown = generator.integers(0, 10**10, 50)
+        settings = CurriculumSettings(strategy="score_threshold", prior_quota=quota)
+        found = caps.class_limits(settings, num_known=known, num_unknown=unknown, num_kept=np.zeros_like(known))
+        for column, side in product(range(50), range(2)):
+            overall = Fraction(int(known[:, side].sum()), int(known.sum()))
+            share = (int(known[column, side]) + 4 * overall) / (int(known[column].sum()) + 4)
+            exact = Fraction(str(quota)) * share * int(unknown[column])
+            assert found[column, side] == min(int(exact), 2**63 - 1)
 
 
 def test_class_caps_are_never_passed_and_leave_out_no_more_than_one_strength() -> None:

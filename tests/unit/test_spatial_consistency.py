@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -15,7 +16,14 @@ from dist_mlpl.banks.heatmaps import EMPTY, HeatmapBank, Slots
 from dist_mlpl.batch import Batch, Progress, StepOutput
 from dist_mlpl.errors import BankError
 from dist_mlpl.methods.base import HEATMAPS, Method
-from dist_mlpl.methods.spatial_consistency import EVICTED, HELD, cell_grid, classification_loss, slot_shares
+from dist_mlpl.methods.spatial_consistency import (
+    EVICTED,
+    HELD,
+    cell_grid,
+    classification_loss,
+    logits_of_mean_probs,
+    slot_shares,
+)
 from dist_mlpl.methods.table import METHODS
 from tests.support.heatmaps import read_oracle, slots_oracle, write_oracle
 from tests.support.losses import expected_negative_oracle
@@ -227,6 +235,26 @@ def test_a_label_counts_less_where_the_crop_hides_what_was_seen_of_it():
     assert float(output.terms["classification"]) * NUM_CLASSES == pytest.approx(losses["left"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["all 14", "all -14", "all 40", "all -40", "one of 49", "ordinary"])
+def test_the_logit_of_a_mean_probability_and_its_slope_are_exact_however_sure_the_cells_are(kind):
+    maps = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    if kind == "one of 49":
+        maps = maps - 14
+        maps[..., 3, 4] = 14.0
+    elif kind != "ordinary":
+        maps = torch.full_like(maps, float(kind.split()[1]))
+    cells = maps.double().requires_grad_()
+    # 1 - p is the probability of -x: a difference from 1 would lose it
+    expected = torch.sigmoid(cells).mean(dim=(2, 3)).log() - torch.sigmoid(-cells).mean(dim=(2, 3)).log()
+    maps.requires_grad_()
+    found = logits_of_mean_probs(maps)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
+    for sign in (-1, 1):  # of a label that is present or absent
+        (slope,) = torch.autograd.grad(F.softplus(sign * found).sum(), maps, retain_graph=True)
+        (exact,) = torch.autograd.grad(F.softplus(sign * expected).sum(), cells, retain_graph=True)
+        torch.testing.assert_close(slope.double(), exact, rtol=1e-4, atol=0.0)
+
+
 def test_faithful_maps_start_at_zero_and_at_one_where_annotated_and_probabilities_are_pooled():
     method, batch = method_with(faithful=True, momentum=0.5, spatial_weight=1.0), cropped_batch(0)
     batch = batch._replace(crop=torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(12, 1), flipped=torch.zeros(12).bool())
@@ -315,17 +343,23 @@ def test_a_cell_of_the_small_residual_net_answers_most_to_the_pixel_it_is_said_t
         ({"expected_positives": 0.4}, "expected_positives"),
         ({"expected_positives": 2.9, "faithful": True, "dropout": 0.5}, "faithful"),
         ({"expected_positives": 2.9, "faithful": True, "pooling": "max"}, "faithful"),
+        ({"faithful": True, "num_slots": 5}, "num_slots set, but faithful"),
+        ({"faithful": True, "trust_ratio": 0.9, "use_centres": False}, "trust_ratio, use_centres set, but faithful"),
+        ({"spatial_weight": 0.0, "map_size": 28}, "map_size set, but without SCL"),
+        ({"spatial_weight": 0.0, "trust_ratio": 0.9, "use_centres": False}, "trust_ratio, use_centres set, but"),
+        ({"expected_positives": 2.9, "spatial_weight": 0.0, "consistency_weight": 0.0, "ramp_fraction": 0.7},
+         "ramp_fraction set, but neither"),
         ({"heatmap_size": 14}, "heatmap_size"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(keys, word):
     with pytest.raises(ValidationError, match=word):
         METHODS["spatial_consistency"](backbone={"name": "resnet_small"}, **keys)
 
 
-def test_faithful_has_a_slot_for_each_class_however_many_are_asked_for():
+def test_faithful_has_a_slot_for_each_class_however_many_there_are():
     settings = METHODS["spatial_consistency"](
-        backbone={"name": "resnet_small"}, expected_positives=31.4, num_slots=16, faithful=True
+        backbone={"name": "resnet_small"}, expected_positives=36.4, faithful=True
     )  # fmt: skip
     method = settings.build(num_classes=40, image_size=32)
     method.begin_run(num_samples=2, epoch_samples=2, group_size=2, seed=0)

@@ -68,7 +68,7 @@ def test_the_stages_parts_are_all_parameters_and_do_not_overlap() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("faithful", [False, True])
 def test_losses_and_logits_are_those_of_the_stage_over_known_labels(stage: str, faithful: bool) -> None:
-    method = srn(stage, alpha=0.3, faithful=faithful).eval()
+    method = srn(stage, faithful=faithful, **({} if stage == "main" else {"alpha": 0.3})).eval()
     batch = random_batch(8, seed=1)
     batch = batch._replace(valid=torch.arange(8) < 6)
     targets = torch.where(batch.valid[:, None], batch.targets, 0)
@@ -136,6 +136,11 @@ def test_each_stage_holds_all_tensors_of_the_one_before_and_only_adds() -> None:
 def test_a_stage_that_freezes_parts_needs_a_run_to_take_them_from(stage: str) -> None:
     with pytest.raises(ValidationError, match="needs init_from, a run of stage"):
         METHODS["srn"](backbone={"name": "resnet_small"}, stage=stage)
+
+
+def test_a_share_of_the_main_classifier_is_refused_where_there_is_no_other() -> None:
+    with pytest.raises(ValidationError, match="alpha set, but stage 'main'"):
+        METHODS["srn"](backbone={"name": "resnet_small"}, stage="main", alpha=0.1)
 
 
 def test_a_start_without_a_part_that_was_trained_before_is_refused() -> None:

@@ -109,9 +109,23 @@ def spied(function, calls):
     return wrapped
 
 
-def test_a_normalization_beside_the_codes_own_is_refused():
-    with pytest.raises(ValueError, match="normalization set, but with faithful"):
-        tiny_sst(faithful=True, normalization="masked_mean")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"faithful": True, "normalization": "masked_mean"}, "normalization set, but with faithful"),
+        ({"pooling": "max"}, "pooling set, but attention and graph have none"),
+        ({"pooling": {"name": "weldon"}, "dropout": 0.5}, "pooling, dropout set, but"),
+        ({"threshold": 0.5}, "threshold 0.5 is below threshold_floor 0.75"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_sst(**keys)
+
+
+def test_theta_at_the_start_epoch_is_the_threshold_however_low():
+    settings = SstSettings(backbone={"name": "resnet_small_gn"}, threshold=0.5, threshold_floor=0.5)
+    assert [settings.threshold_at(epoch) for epoch in (5, 9)] == [0.5, 0.5]
 
 
 def test_threshold_and_ramp_follow_the_position_alone():

@@ -43,6 +43,25 @@ def test_moments_are_mean_and_unbiased_variance() -> None:
     assert np.allclose(moments.variance, oracle.var(axis=0, ddof=1), rtol=1e-10)
 
 
+def test_mirror_images_that_are_answered_otherwise_add_nothing_to_the_variance_over_passes() -> None:
+    method, batch = tiny_method("partial_bce", dropout=0.5), random_batch(4, seed=2)
+    answers: dict[bool, list[np.ndarray]] = {False: [], True: []}
+
+    def predict(shown: Batch) -> torch.Tensor:
+        is_mirrored = bool(shown.flipped[0])
+        answers[is_mirrored].append((torch.randn(4, 5) + (7.0 if is_mirrored else -3.0)).numpy())
+        return torch.from_numpy(answers[is_mirrored][-1])
+
+    settings = CurriculumSettings(strategy="uncertainty", num_passes=5, flips=True)
+    scorer = Scorer(settings, [Model(RoundModel(step=1, sha256=""), predict)], method, seed=3)  # type: ignore[arg-type]
+    with scorer.scoring(1) as score:
+        found = score(batch, 32)
+    sides = np.array([answers[False], answers[True]], dtype=np.float64)  # (2, passes, B, C)
+    assert sides.shape == (2, 5, 4, 5)
+    assert np.allclose(found.mean, sides.mean(axis=(0, 1)), rtol=1e-12)
+    assert np.allclose(found.variance, sides.var(axis=1, ddof=1).mean(axis=0), rtol=1e-12)
+
+
 def test_only_dropout_wakes_and_it_sleeps_again() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Dropout(0.0), nn.Linear(4, 4))
     seen: list[list[bool]] = []
