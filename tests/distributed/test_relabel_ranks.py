@@ -21,7 +21,7 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import Stream
 from dist_mlpl.data.transform import Transform, TransformSettings
 from dist_mlpl.data.views import View
-from dist_mlpl.errors import MlplError, OvertakenError, RunError, ShardError
+from dist_mlpl.errors import CheckpointError, MlplError, RunError, ShardError
 from dist_mlpl.rounds import commit as round_commit
 from dist_mlpl.rounds import relabel
 from dist_mlpl.rounds.models import Model
@@ -211,7 +211,7 @@ def test_a_score_that_is_no_number_and_a_second_job_stop_all_ranks_with_the_same
     disturbed: tuple[Path, list[Any]],
 ) -> None:
     out, ((_, first), (_, second)) = disturbed
-    assert [type(error) for error in first] == [RunError, OvertakenError]
+    assert [type(error) for error in first] == [RunError, CheckpointError]
     assert [str(error) for error in first] == [str(error) for error in second]
     assert "class3" in str(first[0])
     assert "sample 41" in str(first[0])
