@@ -57,16 +57,17 @@ class DataSettings(Settings):
     # Folder or URL of the shards; or a list of these, or of {manifest, weight}, to be mixed in training.
     manifest: Location | tuple[MixedSet, ...] = ""
     unindexed: TarSettings | None = None  # tars to read without an index, in place of a manifest
-    train_split: str = "train"
-    eval_split: str = "test"
+    train_split: str = "train"  # the split of the manifest that is trained on
+    eval_split: str = "test"  # the split that is evaluated: one of the manifest's, or `held_out`
     known_fraction: float | None = Field(None, gt=0.0, le=1.0)  # share of train labels kept known; null keeps all
+    # The rule by which known_fraction is drawn; single_positive keeps one present label an image.
     known_rule: Literal["bernoulli", "single_positive", "dense_subset", "exact_count"] = "bernoulli"
     known_seed: int | None = None  # null: the rule's own (0; exact_count 1)
     # Share of the train split, in whole shards, kept out of training as the split `held_out`, to validate choices on.
     held_out_fraction: float | None = Field(None, gt=0.0, lt=1.0)
     view: str | None = None  # a view on disk, by its name beside the shards or its URL, that train labels pass through
-    num_lanes: int = Field(64, ge=1)
-    window_samples: int = Field(4096, ge=1)
+    num_lanes: int = Field(64, ge=1)  # tracks that an epoch reads side by side; ranks share them
+    window_samples: int = Field(4096, ge=1)  # samples of a lane that are shuffled together
     cache_bytes: int = Field(64 << 30, ge=0)  # size of each node's cache of remote shards; 0: none, single reads only
     num_workers: int = Field(2, ge=0)  # decoding threads of each rank; 0 decodes in the step itself
     decode_on: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG decodes and the GPU crops; threads only fetch

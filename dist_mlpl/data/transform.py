@@ -38,10 +38,10 @@ Crop = tuple[float, float, float, float]  # left, top, width, height as fraction
 
 
 class RandAugmentSettings(Settings):
-    """RandAugment: `num_ops` operations drawn from a list of 14, each at `magnitude`, from 0 to 30."""
+    """RandAugment: operations drawn from a list of 14."""
 
-    num_ops: int = Field(2, ge=1)
-    magnitude: int = Field(9, ge=0, le=30)
+    num_ops: int = Field(2, ge=1)  # operations drawn for each image
+    magnitude: int = Field(9, ge=0, le=30)  # strength of each operation
 
 
 class TransformSettings(Settings):

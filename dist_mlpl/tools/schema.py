@@ -22,18 +22,6 @@ _EXTENDS: Final = {
     "deeply, everything else is replaced. It may extend another one itself.",
 }
 
-# Keys whose class explains them elsewhere than beside them.
-_ELSEWHERE: Final[dict[str, dict[str, str]]] = {
-    "DataSettings": {
-        "train_split": "the split of the manifest that is trained on",
-        "eval_split": "the split that is evaluated: one of the manifest's, or `held_out`",
-        "known_rule": "by which rule known_fraction is drawn; single_positive keeps one present label an image",
-        "num_lanes": "tracks that an epoch reads side by side; ranks share them",
-        "window_samples": "samples of a lane that are shuffled together",
-    },
-    "RandAugmentSettings": {"num_ops": "operations drawn for each image", "magnitude": "strength of each, 0 to 30"},
-}
-
 
 def config_schema() -> dict[str, Any]:
     """The JSON schema of one config file.
@@ -43,7 +31,7 @@ def config_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     tables = {model.__name__: model for model in _all_settings(Config)}
     for name, table in [("Config", schema), *schema["$defs"].items()]:
-        said = (descriptions(tables[name]) if name in tables else {}) | _ELSEWHERE.get(name, {})
+        said = descriptions(tables[name]) if name in tables else {}
         for key, entry in table.get("properties", {}).items():
             if key in said:
                 entry["description"] = said[key]
