@@ -325,6 +325,7 @@ def test_ctrl_c_ends_the_display_and_the_process_behind_it(fake_bin: Path, tmp_p
     job = subprocess.Popen(
         [str(SCRIPT), "run.yaml", "/shared/run"], env=environment, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind `&`
     )  # fmt: skip
     try:
         pid = fake_bin / "logs.pid"
