@@ -399,7 +399,7 @@ def test_rounds_are_listed_compared_and_restored(trained: tuple[Path, Rows], tmp
     assert [(one.number, one.state, one.restores) for one in lines] == [
         (1, "committed", None), (2, "in force", None), (3, "committed", 1), (4, "committed", 0), (5, "committed", 2),
     ]  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"\[1, 5\]"):
+    with pytest.raises(CheckpointError, match=r"\[0, 5\]"):
         roll_back(str(out), 9)
 
 
