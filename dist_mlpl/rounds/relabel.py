@@ -185,8 +185,8 @@ def plan_round(
 
     Raises:
         ConfigError: tars without an index, or a round that could fill the disk.
-        CheckpointError: the newest round was made from other shards or another view.
-        CheckpointError: a round is being made, or was left unfinished, from other models or settings.
+        CheckpointError: the newest round was made from other shards or another view; or a round is being made, or was
+            left unfinished, from other models or settings.
 
     Collective: all ranks, one broadcast.
     """
