@@ -23,10 +23,7 @@ def temporary_beside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     """
     folder = scratch or path.parent
     for needed in {path.parent, folder}:
-        try:
-            needed.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # else a caller would take it for its own file
-            raise NotADirectoryError(errno.ENOTDIR, "a file of this name exists", str(needed)) from error
+        _make_folder(needed)
     handle, text = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     os.close(handle)
     temporary = Path(text)
@@ -35,6 +32,17 @@ def temporary_beside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder where it lacks, also while others remove it."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except FileExistsError as error:
+            if os.path.lexists(folder) and not folder.is_dir():  # else a caller would take it for its own file
+                raise NotADirectoryError(errno.ENOTDIR, "a file of this name exists", str(folder)) from error
 
 
 def write_durably(path: Path, content: bytes) -> None:

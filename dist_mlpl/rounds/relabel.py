@@ -34,9 +34,9 @@ from dist_mlpl.data.split_index import SplitIndex
 from dist_mlpl.data.stream import EVALUATION_BLOCK, Stream, num_span_blocks
 from dist_mlpl.data.tar_stream import AnyStream
 from dist_mlpl.engine import Engine
-from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError
+from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError, StorageError
 from dist_mlpl.methods.base import Method
-from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal
+from dist_mlpl.rounds.commit import Piece, RoundCommitter, deal, dropped
 from dist_mlpl.rounds.models import Model, find_members, is_made, load_models, model_record
 from dist_mlpl.rounds.neighbours import vote
 from dist_mlpl.rounds.parts import EmbeddingWriter, PartWriter, Place, Scores, Writer, missing
@@ -305,9 +305,11 @@ def _clearing(place: Place) -> Iterator[None]:
     """If a faster job has committed the round and removed the parts it saw, remove those written since."""
     try:
         yield
-    except OvertakenError:
+    except (OvertakenError, StorageError) as error:
         if newest_round(place.run) >= place.number:
             storage.remove_folder(round_url(place.run, place.number, "parts"))
+            if isinstance(error, StorageError):  # a part that was being written went with the folder
+                raise dropped(place.run, place.number) from error
         raise
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from dist_mlpl.data.label_store import LabelStore
 from dist_mlpl.data.manifest import load_manifest
 from dist_mlpl.data.overlays import newest_round, read_round, round_url
 from dist_mlpl.data.split_index import SplitIndex
-from dist_mlpl.errors import CheckpointError, ConfigError, MlplError
+from dist_mlpl.errors import CheckpointError, ConfigError, MlplError, OvertakenError, StorageError
 from dist_mlpl.methods.base import training_targets
 from dist_mlpl.progress import Action, Row
+from dist_mlpl.rounds.relabel import _clearing
 from dist_mlpl.tools.audit import audit
 from dist_mlpl.tools.label_rounds import DIFFERENCES, class_counts, differences, open_split, roll_back, rounds_of
 from dist_mlpl.tools.relabel_job import job_config, relabel_run
@@ -491,6 +493,14 @@ def test_what_cannot_make_a_round_is_refused_by_name_and_nothing_committed_chang
     assert {name: after.get(name) for name in before} == before
     assert not (out / "rounds" / "000003" / "commit.json").exists()
     assert {name for name in after.keys() - before.keys() if not name.startswith("rounds/000003/")} == set()
+
+
+def test_what_a_faster_job_removed_is_no_fault_of_the_store(trained: tuple[Path, Rows], tmp_path: Path) -> None:
+    out = copy_of(trained, tmp_path)
+    for number, expected in ((2, OvertakenError), (3, StorageError)):  # round 2 is committed
+        place: Any = SimpleNamespace(run=str(out), number=number)
+        with pytest.raises(expected), _clearing(place):
+            raise StorageError("a part", expected="", where="", next_step="")
 
 
 def test_two_equal_jobs_at_once_make_one_round_and_the_slower_one_gives_way_if_it_must(
