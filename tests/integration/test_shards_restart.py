@@ -248,13 +248,19 @@ def test_labels_that_changed_do_not_go_on_with_what_was_packed_of_others(inputs:
     assert f"remove {out}/build and its tars and indexes in {out}" in caught.value.next_step
 
 
-def test_a_build_does_not_go_on_by_another_plan_while_another_builder_is_at_work(
-    inputs: Path, quiet: dict[str, bytes], tmp_path: Path
-) -> None:
+def with_a_broken_image(inputs: Path, tmp_path: Path) -> tuple[Path, Path, Path, bytes]:
+    """A copy of the inputs, where to build, the image that is truncated there, and its whole bytes."""
     folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
     bad = folder / "images" / NAMES[29]
     whole = bad.read_bytes()
     bad.write_bytes(truncated(whole))
+    return folder, out, bad, whole
+
+
+def test_a_build_does_not_go_on_by_another_plan_while_another_builder_is_at_work(
+    inputs: Path, quiet: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, out, bad, whole = with_a_broken_image(inputs, tmp_path)
     refused(folder, out)
     plan, lease = (out / "build" / "plan.json").read_bytes(), leased(out, "train-000001")
     bad.write_bytes(whole)
@@ -268,10 +274,7 @@ def test_a_build_does_not_go_on_by_another_plan_while_another_builder_is_at_work
 def test_a_builder_stops_when_another_went_on_by_another_plan(
     inputs: Path, quiet: dict[str, bytes], tmp_path: Path
 ) -> None:
-    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
-    bad = folder / "images" / NAMES[29]
-    whole = bad.read_bytes()
-    bad.write_bytes(truncated(whole))
+    folder, out, bad, whole = with_a_broken_image(inputs, tmp_path)
     again_there: list[str] = []
 
     def late(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], /) -> Iterator[tuple[int, Any]]:
@@ -290,10 +293,7 @@ def test_a_builder_stops_when_another_went_on_by_another_plan(
 def test_a_build_killed_while_it_changes_plans_ends_with_the_same_bytes(
     inputs: Path, quiet: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
-    folder, out = shutil.copytree(inputs, tmp_path / "inputs"), tmp_path / "out"
-    bad = folder / "images" / NAMES[29]
-    whole = bad.read_bytes()
-    bad.write_bytes(truncated(whole))
+    folder, out, bad, whole = with_a_broken_image(inputs, tmp_path)
     refused(folder, out)
     bad.write_bytes(whole)
     random, place = np.random.default_rng(seed), [0]
