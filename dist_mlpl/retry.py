@@ -151,8 +151,8 @@ def _answer(error: BaseException) -> dict[str, Any]:
     return response if isinstance(response, dict) else {}
 
 
-def _asked_pause(error: BaseException) -> float | None:
-    """Seconds asked for by a Retry-After header, a number or a date; None without a readable one."""
+def _asked_pause(error: BaseException) -> float:
+    """Seconds asked for by a Retry-After header, a number or a date; 0 without a readable one."""
     for part in _chain(error):
         headers = _answer(part).get("ResponseMetadata", {}).get("HTTPHeaders") or getattr(part, "headers", None)
         if text := (headers or {}).get("retry-after"):
@@ -160,14 +160,14 @@ def _asked_pause(error: BaseException) -> float | None:
                 return float(text)
             with contextlib.suppress(ValueError, TypeError):  # TypeError: a date without a zone
                 return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
-    return None
+    return 0.0
 
 
 def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
     """Run an action until it succeeds, its fault is permanent, or the deadline has passed.
 
     Pauses between tries grow exponentially, with jitter so that ranks do not retry in step. They last at least as long
-    as a busy store asks for (`Retry-After`), and at most until the deadline.
+    as a busy store asks for (`Retry-After`), and at most until the deadline, when the action is tried once more.
 
     Args:
         action: what to do; it must be safe to repeat.
@@ -195,12 +195,9 @@ def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
         first_fault = min(first_fault, now)  # not from the start, as a long transfer may break late
         left = first_fault + _deadline_seconds - now
         pause = min(0.1 * 2**tries, _MAX_PAUSE_SECONDS) * (0.5 + random.random())  # jitter, as many ranks fail together
-        asked = _asked_pause(fault)
-        if asked is not None:
-            pause = min(asked + pause, left)
-        if not is_transient(fault) or left <= 0 or pause > left:
+        if not is_transient(fault) or left <= 0:
             raise failure(fault, url=url, doing=doing, tries=tries, waited=now - began) from printable(fault, url)
-        time.sleep(pause)
+        time.sleep(min(_asked_pause(fault) + pause, left))
 
 
 def _named(error: OSError, url: str) -> OSError:

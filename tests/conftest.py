@@ -10,6 +10,14 @@ import pytest
 from dist_mlpl.tools.object_store import EmbeddedS3
 
 
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    """Torch's global stream starts alike in every test, so that what a test draws depends on no other test."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def embedded_s3() -> Iterator[EmbeddedS3]:
     """One S3 server for the session, started when first asked for; the AWS variables point at it from then on."""
