@@ -170,7 +170,7 @@ follow() {
         while [[ -z $ended ]] && ((unanswered <= 5)) && log_goes_on "$look_seconds"; do
             if ask; then unanswered=0; else unanswered=$((unanswered + 1)); fi
         done
-        [[ -z $ended ]] || log_goes_on 10 || true # its last lines
+        [[ -z $ended ]] || log_goes_on "$((look_seconds < 10 ? look_seconds : 10))" || true # its last lines
         kill "$logs" 2>/dev/null || true
         wait "$logs" 2>/dev/null || true
         logs=""

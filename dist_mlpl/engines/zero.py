@@ -52,7 +52,7 @@ def derive_config(
     }
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Import DeepSpeed, quiet; on a CPU without the shared-memory operator that it would compile at start.
 
     That operator needs ninja and a C++ compiler and takes most of a minute; plain gloo needs neither.
@@ -86,7 +86,7 @@ class ZeroEngine:
         self, method: Method, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, keeps_average: bool
     ) -> None:
         broadcast_tensors(method)  # DeepSpeed would leave out the buffers
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self.method, self.optimizer = method, optimizer
         self._stage = int(config["zero_optimization"]["stage"])
         self._clip_norm = float(config["gradient_clipping"])

@@ -15,8 +15,16 @@ from ray.cluster_utils import Cluster
 from dist_mlpl import storage
 from dist_mlpl.chain import read_chain, read_head
 from dist_mlpl.progress import read_rows
-from tests.support.runs import assert_same_end, command, environment, tiny_config, tiny_shards, write_config
-from tests.support.runs import run_command as run
+from tests.support.runs import (
+    assert_same_end,
+    command,
+    environment,
+    run,
+    run_command,
+    tiny_config,
+    tiny_shards,
+    write_config,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -33,11 +41,11 @@ def bucket(embedded_s3: object) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(config, run) of two Ray workers that nothing happened to."""
+    """(config, run) of two ranks without Ray that nothing happened to: workers on Ray end with the same bits."""
     folder = tmp_path_factory.mktemp("ray")
     shards = tiny_shards(folder, out=storage.join(bucket, "shards"))
     config, out = ray_config(folder, shards), storage.join(bucket, "undisturbed")
-    run("train", config, "--out", out)
+    run("train", config, "--out", out, "--local", num_ranks=2)
     return config, out
 
 
@@ -72,7 +80,7 @@ def test_a_lost_worker_is_replaced_a_lost_driver_takes_its_cluster_along_and_the
     assert "resumes at" in child.communicate()[0]
     assert len({commit.attempt for commit in read_chain(out)}) == 2
     assert read_chain(out)[-1].epoch < 6
-    run("train", config, "--out", out)
+    run_command("train", config, "--out", out)
     assert len({commit.attempt for commit in read_chain(out)}) == 3
     assert_same_end(whole, out)
     assert json.loads(run("audit", out, "--json").stdout)["is_exact"]
@@ -115,7 +123,7 @@ def test_a_stop_is_heard_while_ray_waits_for_the_place_of_a_lost_node(
 
 def test_a_change_that_the_run_cannot_take_is_refused_before_any_worker_starts(undisturbed: tuple[str, str]) -> None:
     config, whole = undisturbed
-    refused = run("train", config, "--out", whole, "--set", "seed=7", check=False)
+    refused = run_command("train", config, "--out", whole, "--set", "seed=7", check=False)
     assert refused.returncode == 4
     assert "CheckpointError" in refused.stderr
     assert "seed: 0 -> 7" in refused.stderr
@@ -125,7 +133,7 @@ def test_a_change_that_the_run_cannot_take_is_refused_before_any_worker_starts(u
 def test_an_error_that_a_restart_would_repeat_ends_the_run_as_it_is(undisturbed: tuple[str, str], bucket: str) -> None:
     config, _ = undisturbed
     out = storage.join(bucket, "not-finite")
-    failed = run("train", config, "--out", out, "--set", "optimizer.learning_rate=1e30", check=False)
+    failed = run_command("train", config, "--out", out, "--set", "optimizer.learning_rate=1e30", check=False)
     assert failed.returncode == 4
     assert "RunError" in failed.stderr
     assert "not finite at step" in failed.stderr

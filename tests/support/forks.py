@@ -24,7 +24,7 @@ from typing import Any
 
 _PRELOAD = [
     "pytest", "torch", "torch.distributed", "cloudpickle", "dist_mlpl.cli", "dist_mlpl.local",
-    "dist_mlpl.engines.zero", "dist_mlpl.tools.judge", "dist_mlpl.tools.audit",
+    "dist_mlpl.engines.zero", "dist_mlpl.tools.judge", "dist_mlpl.tools.audit", "tests.support.preloaded",
 ]  # fmt: skip
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",

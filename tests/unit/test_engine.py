@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_mlpl.batch import Progress
 from dist_mlpl.engine import Engine, EngineSettings, start
-from dist_mlpl.engines.zero import _import_deepspeed, derive_config
+from dist_mlpl.engines.zero import derive_config, import_deepspeed
 from dist_mlpl.errors import CheckpointError, ConfigError
 from dist_mlpl.optimizer import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate_factor
 from tests.support.methods import random_batch, tiny_method
@@ -287,7 +287,7 @@ def test_only_tensors_of_the_same_name_and_shape_are_taken_from_another_model():
 
 @pytest.mark.parametrize(("stage", "use_bfloat16"), product(range(4), (False, True)))
 def test_the_derived_config_is_complete_and_accepted(stage, use_bfloat16):
-    _import_deepspeed()
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     keys = {"stage": stage, "use_bfloat16": use_bfloat16, "micro_batch": 8, "num_micro_batches": 3}
