@@ -15,7 +15,7 @@ from dist_mlpl import storage
 from dist_mlpl.curriculum.schedule import CurriculumSettings
 from dist_mlpl.data.stream import DataSettings
 from dist_mlpl.data.transform import TransformSettings
-from dist_mlpl.documents import Layer, decoded, merged, parse_yaml, read_layers, set_value, source_of
+from dist_mlpl.documents import Layer, decoded, merged, parse_yaml, read_layers, set_value, source_of, without_own_keys
 from dist_mlpl.engine import EngineSettings
 from dist_mlpl.errors import CheckpointError, ConfigError, nearest_names
 from dist_mlpl.evaluate import EvaluationSettings
@@ -148,14 +148,15 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
 
     Args:
         path: local path or URL.
-        overrides: `section.field=value` strings, with values parsed as YAML.
+        overrides: `section.field=value` strings, with values parsed as YAML. One that names another method leaves the
+            file's keys of its own method behind, as `extends` does.
         out: replaces `out` unless None.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown (nearest names), a value is out of range.
     """
-    layers = read_layers(path)
-    document, changes = merged(layers), Layer("--set", {})
+    layers, changes = read_layers(path), Layer("--set", {})
+    values: list[tuple[list[str], Any]] = []
     for override in overrides or []:
         name, separator, text = override.partition("=")
         if not separator:
@@ -165,9 +166,11 @@ def load_config(path: str, *, overrides: list[str] | None = None, out: str | Non
                 where="--set",
                 next_step="write it like --set optimizer.learning_rate=3e-4",
             )
-        value = parse_yaml(text, where=f"--set {name}")
-        for changed in (document, changes.document):
-            set_value(changed, name.split("."), value)
+        values.append((name.split("."), parse_yaml(text, where=f"--set {name}")))
+        set_value(changes.document, *values[-1])
+    document = without_own_keys(merged(layers), changes.document)
+    for place, value in values:  # a map that is set replaces the file's whole
+        set_value(document, place, value)
     if out is not None:
         document["out"] = out
     return check_config(document, where=path, layers=[changes, *layers])

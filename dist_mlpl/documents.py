@@ -59,8 +59,18 @@ def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     """
     document: dict[str, Any] = {}
     for layer in reversed(layers):
-        document = _merged(_without_own_keys(document, layer.document), layer.document)
+        document = _merged(without_own_keys(document, layer.document), layer.document)
     return document
+
+
+def without_own_keys(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` without the keys that only its own method has, if `over` names another method; else `base` itself."""
+    before, after = base.get("method"), over.get("method")
+    if not (isinstance(before, dict) and isinstance(after, dict)) or "name" not in before or "name" not in after:
+        return base
+    if before["name"] == after["name"]:
+        return base
+    return base | {"method": {key: value for key, value in before.items() if key in _OF_ALL_METHODS}}
 
 
 def set_value(document: dict[str, Any], place: Sequence[str], value: Any) -> None:
@@ -177,16 +187,6 @@ def _beside(path: str, parent: Any) -> str:
     found = parent if storage.is_remote(parent) or parent.startswith("/") else storage.join(folder, parent)
     # One name per file, else a cycle through `..` would go unnoticed.
     return found if storage.is_remote(found) else os.path.normpath(found)
-
-
-def _without_own_keys(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` without the keys of its method alone, if `over` names another method."""
-    before, after = base.get("method"), over.get("method")
-    if not (isinstance(before, dict) and isinstance(after, dict)) or "name" not in before or "name" not in after:
-        return base
-    if before["name"] == after["name"]:
-        return base
-    return base | {"method": {key: value for key, value in before.items() if key in _OF_ALL_METHODS}}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,20 @@ def test_another_method_than_the_base_s_inherits_what_all_methods_have_and_nothi
     assert load_config(written(tmp_path / "again.yaml", again)).method.model_dump()["normalization"] == "durand"
 
 
+def test_another_method_by_an_override_leaves_the_file_s_own_keys_behind_wherever_it_stands(tmp_path: Path) -> None:
+    method = {"name": "partial_bce", "normalization": "masked_mean", "dropout": 0.2,
+              "backbone": {"name": "resnet_small", "freeze": ["conv1"]}}  # fmt: skip
+    path = written(tmp_path / "a.yaml", BASE | {"method": method})
+    for overrides in (["method.name=csl", "method.top_k=3"], ["method.top_k=3", "method.name=csl"]):
+        found = load_config(path, overrides=overrides).method
+        assert found.model_dump()["top_k"] == 3
+        assert (found.name, found.dropout, found.backbone.freeze) == ("csl", 0.2, ("conv1",))
+    same = load_config(path, overrides=["method.name=partial_bce"]).method
+    assert same.model_dump()["normalization"] == "masked_mean"
+    with pytest.raises(ConfigError, match="normalization"):
+        load_config(path, overrides=["method.name=csl", "method.normalization=durand"])
+
+
 def test_a_wrong_key_is_blamed_on_the_file_that_holds_it(tmp_path: Path) -> None:
     base = written(tmp_path / "base.yaml", BASE | {"optimizer": {"learning_rat": 1}})
     child = written(tmp_path / "child.yaml", {"extends": "base.yaml", "sed": 1})
