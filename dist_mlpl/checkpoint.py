@@ -334,18 +334,23 @@ class Checkpoint:
     def _check_newest(self) -> None:
         """Raise OvertakenError if a newer attempt has taken over the run, whether or not it has committed."""
         newest = read_head(self._out)
-        in_force = next((number for number, _ in _attempts_in_force(self._out)), None)
-        is_newest_attempt = in_force == int(self._attempt.name)
-        if (newest and newest.step) != (self._head and self._head.step) or not is_newest_attempt:
+        if (newest and newest.step) != (self._head and self._head.step) or not self._is_in_force():
             raise _overtaken(self._attempt.name)
+
+    def _is_in_force(self) -> bool:
+        """False if a newer attempt has taken over the run."""
+        return next((number for number, _ in _attempts_in_force(self._out)), None) == int(self._attempt.name)
 
     def _prune(self, commit: Commit) -> None:
         """Delete files that no kept commit needs. The commit is already written, so storage errors are only logged.
 
-        At the first save, files that killed attempts left behind are deleted too.
+        At the first save, files that killed attempts left behind are deleted too. Nothing is deleted once a newer
+        attempt has taken over: it may have read the head before this commit, and now be loading what would go.
         """
         folder = "checkpoints"
         try:
+            if not self._is_in_force():
+                return
             if self._kept is None:
                 self._kept = [*_newest(self._out, self._head, self._keep_checkpoints), commit]
                 found = [f"{folder}/{path}" for path in storage.list_files(storage.join(self._out, folder))]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from dist_mlpl import storage
-from dist_mlpl.chain import read_chain, read_commit_at
+from dist_mlpl.chain import commit_url, read_chain, read_commit_at
+from dist_mlpl.checkpoint import begin_attempt, read_state, take_over
 from dist_mlpl.config import read_run_config
 from dist_mlpl.errors import CheckpointError
 from dist_mlpl.progress import Row, read_rows
@@ -206,6 +207,24 @@ def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(
     train_in_process(tiny_config(shards, keep_checkpoints=1), tmp_path / "run", max_steps=4)
     assert read_chain(str(tmp_path / "run"))[-1].step == 4
     assert "could not be deleted" in caplog.text
+
+
+def test_what_a_newer_attempt_may_be_loading_is_not_pruned(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, create, heads = str(tmp_path / "run"), storage.create_exclusive, []
+
+    def taken_over_before(url: str, content: bytes) -> bool:
+        if url == commit_url(out, 4):  # the older attempt has looked for newer ones for the last time
+            monkeypatch.undo()
+            heads.append(take_over(out, begin_attempt(out, "config")))
+        return create(url, content)
+
+    monkeypatch.setattr(storage, "create_exclusive", taken_over_before)
+    train_in_process(tiny_config(shards, keep_checkpoints=1), tmp_path / "run", max_steps=4)
+    assert read_chain(out)[-1].step == 4
+    assert [head.step for head in heads] == [2]
+    assert read_state(out, heads[0]).num_updates == 2
 
 
 def test_what_stops_a_run_while_it_is_opened_stands_in_its_log(shards: str, tmp_path: Path) -> None:
