@@ -1,6 +1,7 @@
 # `make demo` and `make test` work as the first command after a clone: they make .venv and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --durations=15
 # Waiting threads sleep: two ranks whose threads spin on each other's cores run ten times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -16,11 +17,16 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/dist-mlpl demo
 
+# Two files at a time of the tests that mostly need one core, one at a time of those that start several processes.
 test: setup
-	$(BIN)/python -m pytest -m "not long and not gpu" --durations=15
+	@trap 'exit 130' INT; status=0; \
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not cluster and not distributed and not long and not gpu" \
+		|| status=1; \
+	$(PYTEST) -m "(cluster or distributed) and not long and not gpu" || status=1; \
+	exit $$status
 
 test-long: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: setup
 	$(BIN)/ruff check .
