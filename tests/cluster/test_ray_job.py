@@ -40,13 +40,13 @@ class Cluster(NamedTuple):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody uses now, outside 10002-19999, where Ray puts its workers, all different."""
+    """Ports nobody listens on, all different, between those of Ray's workers (10002-19999) and those that the kernel
+    gives outgoing connections (32768 and up): nobody takes one of them before it is used.
+    """
     ports: list[int] = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        candidate = probe.getsockname()[1]
+    candidate = 20_000 + secrets.randbelow(12_000)
     while len(ports) < count:
-        candidate = candidate + 1 if 20_000 <= candidate < 60_000 else 20_000
+        candidate += 1
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", candidate)) != 0:
                 ports.append(candidate)
