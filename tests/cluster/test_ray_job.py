@@ -100,7 +100,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     address = f"http://127.0.0.1:{dashboard}"
     cluster = Cluster(address, environment | {"RAY_API_SERVER_ADDRESS": address}, log)
     try:
-        wait_until(lambda: head.poll() is not None or answers(cluster, "/api/jobs/"), what="the cluster")
+        # The dashboard answers before the node has joined, and then has nobody to hand a job to.
+        wait_until(
+            lambda: (
+                head.poll() is not None or ("Ray runtime started" in log.read_text() and answers(cluster, "/api/jobs/"))
+            ),
+            what="the cluster",
+        )
         assert head.poll() is None, log.read_text()
         yield cluster
     finally:
