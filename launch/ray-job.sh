@@ -218,17 +218,26 @@ check_manifest "$@"
 run_name=$(printf '%s' "${out#*://}" | tr -cs 'A-Za-z0-9._' '-' | tail -c 80 | sed 's/^-*//; s/-*$//')
 id=$run_name-$(date -u +%Y%m%dT%H%M%SZ)-$(od -An -N3 -tx1 /dev/urandom | tr -d ' \n')
 say "submitting $id to $address"
-if ! "$ray" job submit --no-wait --submission-id "$id" \
+tries=0
+until "$ray" job submit --no-wait --submission-id "$id" \
     --metadata-json "{\"job_name\": $(json_string "$run_name"), \"out\": $(json_string "$out")}" \
     --runtime-env "$stage/runtime-env.yaml" --working-dir "$stage/run" \
-    -- "${MLPL_PYTHON:-python3}" -m dist_mlpl.cli train run.yaml --out "$out" --address auto "$@" >"$stage/answer" 2>&1; then
+    -- "${MLPL_PYTHON:-python3}" -m dist_mlpl.cli train run.yaml --out "$out" --address auto "$@" >"$stage/answer" 2>&1; do
+    # The dashboard of a cluster that has just started answers before a node is there to take jobs.
+    tries=$((tries + 1))
+    if ((tries <= 12)) && grep -q "No available agent" "$stage/answer"; then
+        ((tries > 1)) || say "the cluster has no node yet that takes jobs; trying for a minute"
+        sleep "$((look_seconds < 5 ? look_seconds : 5))"
+        continue
+    fi
     cat "$stage/answer" >&2
     if ! ask; then
         say "$address did not take the job: is it the cluster's dashboard, and the token (RAY_AUTH_MODE=$RAY_AUTH_MODE) the cluster's? If only its answer was lost: ray job status $id"
         exit 1
     fi
     say "the answer to the submission was lost, but the job is there"
-fi
+    break
+done
 rm -rf "$stage"
 say "Ctrl-C ends this display and leaves the run alone. With RAY_API_SERVER_ADDRESS=$address RAY_AUTH_MODE=$RAY_AUTH_MODE:"
 say "  follow again          ray job logs -f $id"

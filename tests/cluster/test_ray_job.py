@@ -152,7 +152,9 @@ if arguments[:2] == ["job", "submit"]:
         "address": os.environ["RAY_API_SERVER_ADDRESS"],
     }}))
     if (kept / "submit-fails").exists():
-        sys.exit("the connection was reset")
+        first, *rest = json.loads((kept / "submit-fails").read_text())
+        (kept / "submit-fails").write_text(json.dumps(rest)) if rest else (kept / "submit-fails").unlink()
+        sys.exit(first)
 elif arguments[:2] == ["job", "status"]:
     first, *rest = json.loads((kept / "answers.json").read_text()) or [None]
     if first is None:
@@ -349,11 +351,27 @@ def test_a_submission_whose_answer_is_lost_is_followed_if_the_job_is_there(
     fake_bin: Path, tmp_path: Path, answers: list[str], status: int
 ) -> None:
     (fake_bin / "answers.json").write_text(json.dumps(answers))
-    (fake_bin / "submit-fails").touch()
+    (fake_bin / "submit-fails").write_text(json.dumps(["the connection was reset"]))
     environment = bare_environment(tmp_path) | {"MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled"}
     result = submit("run.yaml", "/shared/run", environment=environment)
     assert result.returncode == status, result.stderr
     assert ("the job is there" if status == 0 else "did not take the job") in result.stderr
+
+
+@pytest.mark.parametrize(("num_refused", "status"), [(2, 0), (13, 1)])
+def test_a_cluster_without_a_node_yet_is_asked_again_for_a_while(
+    fake_bin: Path, tmp_path: Path, num_refused: int, status: int
+) -> None:
+    (fake_bin / "answers.json").write_text(json.dumps(["Job 'ID' succeeded"] if status == 0 else []))
+    (fake_bin / "submit-fails").write_text(json.dumps(["No available agent to submit job"] * num_refused))
+    environment = bare_environment(tmp_path) | {
+        "MLPL_BIN": str(fake_bin), "RAY_AUTH_MODE": "disabled", "MLPL_LOOK_SECONDS": "1",
+    }  # fmt: skip
+    result = submit("run.yaml", "/shared/run", environment=environment)
+    assert result.returncode == status, result.stderr
+    assert not (fake_bin / "submit-fails").exists()
+    assert result.stderr.count("trying for a minute") == 1
+    assert ("No available agent" in result.stderr) == (status == 1)
 
 
 @pytest.mark.parametrize(
