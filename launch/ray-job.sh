@@ -226,7 +226,7 @@ until "$ray" job submit --no-wait --submission-id "$id" \
     # The dashboard of a cluster that has just started answers before a node is there to take jobs.
     tries=$((tries + 1))
     if ((tries <= 12)) && grep -q "No available agent" "$stage/answer"; then
-        ((tries > 1)) || say "the cluster has no node yet that takes jobs; trying for a minute"
+        ((tries > 1)) || say "the cluster has no node yet that takes jobs; trying again"
         sleep "$((look_seconds < 5 ? look_seconds : 5))"
         continue
     fi

@@ -51,11 +51,11 @@ Found = tuple[list[Step], dict[str, Tensor], dict[str, Tensor]]
 
 
 def learn(rank: int, world_size: int) -> dict[tuple[str, Any, Any], Found]:
-    """Every case; on 2 ranks cut into micro-batches too, and some under DeepSpeed."""
+    """Every case, cut into micro-batches or not on 1 and 2 ranks, and some under DeepSpeed on 2."""
     found = {}
     for case, (name, keys) in CASES.items():
         for kind in KINDS.get(case, ("plain",)) if world_size == 2 else ("plain",):
-            for micro_batch in (None, 4) if kind == "plain" and world_size == 2 else (None,):
+            for micro_batch in (None, 4) if kind == "plain" and world_size < 4 else (None,):
                 engine = make_engine(
                     kind,
                     method=tiny_method(name, **keys),
